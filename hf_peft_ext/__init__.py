@@ -1,0 +1,22 @@
+"""Hybrid, few-shot and transfer methods for Hugging Face peft. Importing this package registers them."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .autoload import install_autoload as install_autoload
+from .autoload import uninstall_autoload as uninstall_autoload
+from .placement import Placement as Placement
+from .tuners import BitFitConfig as BitFitConfig
+from .tuners import BottleneckConfig as BottleneckConfig
+from .tuners import ComposedConfig as ComposedConfig
+from .tuners import ComposedModel as ComposedModel
+from .tuners import LayerPrefixConfig as LayerPrefixConfig
+from .tuners import MAMConfig as MAMConfig
+from .tuners import UniPELTConfig as UniPELTConfig
+from .tuners import fix_gates as fix_gates
+from .tuners import fold_prefixes as fold_prefixes
+from .tuners import gate_values as gate_values
+
+try:
+    __version__ = version("hf_peft_ext")
+except PackageNotFoundError:  # a bare checkout
+    __version__ = "0+unknown"

@@ -1,0 +1,100 @@
+"""The papers behind the methods: the one source of citations for cards and documentation."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper, with what a citation needs.
+
+    Args:
+        title: its title.
+        arxiv: its arXiv identifier.
+        bibtex: its entry.
+    """
+
+    title: str
+    arxiv: str
+    bibtex: str
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+def paper(key: str, title: str, authors: str, venue: str, year: int, arxiv: str) -> Paper:
+    """A paper whose BibTeX entry is made of its fields."""
+    entry = {"title": title, "author": authors, "booktitle": venue, "year": str(year), "eprint": arxiv}
+    lines = "\n".join(f"  {name} = {{{value}}}," for name, value in entry.items())
+    return Paper(title, arxiv, f"@inproceedings{{{key},\n{lines}\n  archivePrefix = {{arXiv}}\n}}")
+
+
+HOULSBY = paper(
+    "houlsby2019parameter",
+    "Parameter-Efficient Transfer Learning for NLP",
+    "Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone, Bruna and de Laroussilhe, Quentin and "
+    "Gesmundo, Andrea and Attariyan, Mona and Gelly, Sylvain",
+    "International Conference on Machine Learning",
+    2019,
+    "1902.00751",
+)
+PFEIFFER = paper(
+    "pfeiffer2021adapterfusion",
+    "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",
+    "Pfeiffer, Jonas and Kamath, Aishwarya and R{\\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun and Gurevych, Iryna",
+    "Conference of the European Chapter of the Association for Computational Linguistics",
+    2021,
+    "2005.00247",
+)
+PREFIX_TUNING = paper(
+    "li2021prefix",
+    "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
+    "Li, Xiang Lisa and Liang, Percy",
+    "Annual Meeting of the Association for Computational Linguistics",
+    2021,
+    "2101.00190",
+)
+LORA = paper(
+    "hu2022lora",
+    "LoRA: Low-Rank Adaptation of Large Language Models",
+    "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and "
+    "Wang, Lu and Chen, Weizhu",
+    "International Conference on Learning Representations",
+    2022,
+    "2106.09685",
+)
+BITFIT = paper(
+    "benzaken2022bitfit",
+    "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+    "Ben Zaken, Elad and Goldberg, Yoav and Ravfogel, Shauli",
+    "Annual Meeting of the Association for Computational Linguistics",
+    2022,
+    "2106.10199",
+)
+UNIPELT = paper(
+    "mao2022unipelt",
+    "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning",
+    "Mao, Yuning and Mathias, Lambert and Hou, Rui and Almahairi, Amjad and Ma, Hao and Han, Jiawei and "
+    "Yih, Wen-tau and Khabsa, Madian",
+    "Annual Meeting of the Association for Computational Linguistics",
+    2022,
+    "2110.07577",
+)
+MAM = paper(
+    "he2022towards",
+    "Towards a Unified View of Parameter-Efficient Transfer Learning",
+    "He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor and Neubig, Graham",
+    "International Conference on Learning Representations",
+    2022,
+    "2110.04366",
+)
+
+# PEFT type, in lower case -> the papers of the method, its own first.
+PAPERS: dict[str, tuple[Paper, ...]] = {
+    "bottleneck": (HOULSBY, PFEIFFER, MAM),
+    "layer_prefix": (PREFIX_TUNING,),
+    "bitfit": (BITFIT,),
+    "unipelt": (UNIPELT, PFEIFFER, PREFIX_TUNING, LORA),
+    "mam": (MAM, PREFIX_TUNING),
+    "composed": (),
+}

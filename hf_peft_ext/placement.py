@@ -1,0 +1,135 @@
+"""A placement says which sub-layer sits at which site of which layers, and whether a gate scales it.
+
+Every method of this package is a list of placements; `ComposedConfig` takes such a list as it is.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers.activations import ACT2FN
+
+from .sublayers import Bottleneck, LowRank, Prefix
+
+GatePooling = Literal["auto", "mean", "token"]
+
+# Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_` forms
+# name cross-attention alone.
+LEAF_SITES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
+SITES: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("after_attention", "after_ffn", "after_residual", "parallel_attention", "parallel_ffn"),
+    "low_rank": LEAF_SITES,
+    "prefix": ("attention",),
+    "bias": ("bias",),
+}
+# The arguments of a sub-layer that a user sets; the model gives the others.
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {
+        key: parameter.default
+        for key, parameter in inspect.signature(cls).parameters.items()
+        if key not in ("d", "d_in", "d_out", "heads", "d_k", "d_v", "n_tokens", "gate", "rows", "width")
+    }
+    for name, cls in {"bottleneck": Bottleneck, "low_rank": LowRank, "prefix": Prefix}.items()
+}
+OPTIONS["bottleneck"] |= {"r": None, "reduction_factor": None}
+OPTIONS["prefix"] |= {"num_virtual_tokens": 10, "encoder_hidden_size": None}
+OPTIONS["bias"] = {}
+
+
+@dataclass
+class Placement:
+    """One sub-layer at one site of some layers.
+
+    Args:
+        sublayer: "bottleneck", "low_rank", "prefix" or "bias".
+        site: where it sits (`SITES` lists what goes where):
+            - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added), "after_residual"
+              (sequential, reads what the block has after residual and norm), "parallel_attention", "parallel_ffn";
+            - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
+            - prefix: "attention"; bias: "bias".
+        layers: indices of the layers, encoder before decoder; None for all.
+        gate: None, or how the gate is taken over tokens: "mean", "token", or "auto" (token where attention is causal).
+        options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
+            `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
+            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes).
+
+    Raises:
+        ValueError: a value is out of its range, or an option unknown.
+    """
+
+    sublayer: str
+    site: str
+    layers: list[int] | None = None
+    gate: GatePooling | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check("sublayer", self.sublayer, self.sublayer in SITES, f"must be one of {', '.join(SITES)}")
+        sites = SITES[self.sublayer]
+        known = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"
+        check("site", self.site, known, f"must be a site of `{self.sublayer}`: {', '.join(sites)}")
+        check(
+            "gate", self.gate, self.gate in (None, "auto", "mean", "token"), 'must be None, "auto", "mean" or "token"'
+        )
+        check("gate", self.gate, self.gate is None or self.sublayer != "bias", "must be None: a bias reads no input")
+        if self.layers is not None:
+            self.layers = list(self.layers)
+            for layer in self.layers:
+                check("layers", layer, type(layer) is int and layer >= 0, "must hold layer indices of 0 or more")
+        unknown = self.options.keys() - OPTIONS[self.sublayer].keys()
+        if unknown:
+            raise ValueError(
+                f"`options` of `{self.sublayer}` has no {', '.join(f'`{key}`' for key in sorted(unknown))}; "
+                f"it has {', '.join(OPTIONS[self.sublayer]) or 'none'}."
+            )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        o = self.options
+        for key in ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size"):
+            if o.get(key) is not None:
+                whole = type(o[key]) is int or (key == "reduction_factor" and isinstance(o[key], float))
+                check(key, o[key], whole and o[key] > 0, "must be a positive number")
+        if "dropout" in o:
+            check("dropout", o["dropout"], is_number(o["dropout"]) and 0 <= o["dropout"] < 1, "must lie in [0, 1)")
+        if "alpha" in o:
+            check("alpha", o["alpha"], is_number(o["alpha"]) and o["alpha"] > 0, "must be a positive number")
+        if "activation" in o:
+            check("activation", o["activation"], o["activation"] in ACT2FN, "must be an activation of transformers")
+        if "scaling" in o:
+            number = is_number(o["scaling"])
+            check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')
+        if "init" in o:
+            check("init", o["init"], is_number(o["init"]) or o["init"] == "lora", 'must be a number or "lora"')
+        if "init_lora_weights" in o:
+            init = o["init_lora_weights"]
+            check("init_lora_weights", init, init is True or init == "gaussian", 'must be True or "gaussian"')
+        if self.sublayer == "bottleneck":
+            both = (o.get("r") is None) == (o.get("reduction_factor") is None)
+            check("r", o.get("r"), not both, "must be given, or else `reduction_factor`, and not both")
+
+    @classmethod
+    def of(cls, value: "Placement | Mapping[str, Any]") -> "Placement":
+        """A placement from itself or from its JSON form."""
+        if isinstance(value, Placement):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f"`placements` must hold placements or dictionaries, not {type(value).__name__}.")
+        unknown = value.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown or not {"sublayer", "site"} <= value.keys():
+            raise ValueError(
+                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate`, `options`."
+            )
+        return cls(**value)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def check(name: str, value: object, holds: bool, rule: str) -> None:
+    """Raise a ValueError that names the field, its value and the rule."""
+    if not holds:
+        raise ValueError(f"`{name}` (={value!r}) {rule}.")

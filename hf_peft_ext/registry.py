@@ -1,0 +1,47 @@
+"""Registers the methods of this package with peft. The only file that touches peft's tables.
+
+peft has no entry point for new methods, and `register_peft_method` refuses names outside the `PeftType` enum. So the
+names become real members of that enum: a plain string in peft's tables breaks transformers' loading and the status
+report, which ask for `.value`.
+"""
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType, register_peft_method
+
+
+def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> PeftType:
+    """Make `name` a PEFT type. Doing it twice is harmless.
+
+    Args:
+        name: the type in lower case, such as "unipelt".
+
+    Raises:
+        RuntimeError: another package has registered the name, or this peft no longer takes new members.
+    """
+    peft_type = add_member(name.upper())
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if registered is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+    elif registered.__qualname__ != config_cls.__qualname__ or registered.__module__ != config_cls.__module__:
+        raise RuntimeError(f"`name` (={name!r}) is already a PEFT type, registered by {registered.__module__}.")
+    return peft_type
+
+
+def add_member(value: str) -> PeftType:
+    """The member `value` of peft's `PeftType`, added if it is not there."""
+    if value not in PeftType.__members__:
+        member = str.__new__(PeftType, value)
+        member._name_ = member._value_ = value
+        member._sort_order_ = len(PeftType.__members__)
+        member.__objclass__ = PeftType
+        type.__setattr__(PeftType, value, member)
+        PeftType._member_names_.append(value)
+        PeftType._member_map_[value] = member
+        PeftType._value2member_map_[value] = member
+    if PeftType(value) is not PeftType[value] or PeftType[value].value != value:
+        raise RuntimeError(
+            f"This version of peft does not take {value} as a new PeftType; see the supported versions."
+        )
+    return PeftType[value]

@@ -1,0 +1,64 @@
+"""The bottleneck adapter: down to a few dimensions, through an activation, and up again."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .additive import Additive
+from .gate import Gate
+
+
+class Bottleneck(Additive):
+    """f(x) = g(x) s (W_up phi(W_down x + b_down) + b_up),  W_down: (r, d), W_up: (d, r); g = 1 without a gate.
+
+    Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751), Figure 2; Pfeiffer et al. 2021
+    (https://arxiv.org/abs/2005.00247); scaled and in parallel, He et al. 2022 (https://arxiv.org/abs/2110.04366), Table
+    1. Whether it is sequential, y + f(y), or parallel, y + f(x), is a matter of the site.
+
+    Args:
+        d: width of x and of the output.
+        r: width of the bottleneck.
+        activation: phi, a name in transformers' `ACT2FN`.
+        dropout: probability, on the code.
+        scaling: s, a number or "learned" (a scalar that starts at 1).
+        init: standard deviation of both matrices at the start, or "lora": W_down Kaiming uniform, W_up zero, so that
+            the sub-layer starts as nothing.
+    """
+
+    scaling: float | nn.Parameter
+
+    def __init__(
+        self,
+        d: int,
+        r: int = 48,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        scaling: float | Literal["learned"] = 1.0,
+        init: float | Literal["lora"] = 0.02,
+        gate: Gate | None = None,
+    ):
+        super().__init__()
+        self.down = nn.Linear(d, r)
+        self.up = nn.Linear(r, d)
+        self.gate = gate
+        self.activation = ACT2FN[activation]
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = nn.Parameter(torch.ones(())) if scaling == "learned" else scaling
+        if init == "lora":
+            nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+            nn.init.zeros_(self.up.weight)
+        else:
+            nn.init.normal_(self.down.weight, std=init)
+            nn.init.normal_(self.up.weight, std=init)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, g = self.read(x, self.down.weight, visible)
+        z = self.dropout(self.activation(z + self.down.bias))
+        z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)  # the last column widens into b_up
+        if not isinstance(self.scaling, float) or self.scaling != 1.0:
+            z = z * self.scaling
+        return (z if g is None else z * g), torch.cat([self.up.weight, self.up.bias.unsqueeze(1)], dim=1)

@@ -1,0 +1,97 @@
+"""Prefix vectors that attention sees in front of its keys and values."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .additive import cast
+from .gate import Gate
+
+
+class Prefix(nn.Module):
+    """P_K: (heads, n_tokens, d_k) and P_V: (heads, n_tokens, d_v), for attention over [P_K, K] and [P_V, V].
+
+    Prefix-tuning, Li and Liang 2021 (https://arxiv.org/abs/2101.00190), Eq. 3. A gate g works in one of two ways:
+
+    - mean over tokens: g P_K and g P_V, UniPELT's form (Mao et al. 2022, section 3.2);
+    - per token: log g is added to the scores of the prefix. As g falls to 0 the prefix disappears, which scaled keys
+      never do: a score of 0 still takes its share of the softmax.
+
+    Args:
+        heads: number of key and value heads.
+        n_tokens: number of prefix vectors.
+        d_k: width of a key head.
+        d_v: width of a value head.
+    """
+
+    def __init__(self, heads: int, n_tokens: int, d_k: int, d_v: int, gate: Gate | None = None):
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(heads, n_tokens, d_k))
+        self.values = nn.Parameter(torch.empty(heads, n_tokens, d_v))
+        self.gate = gate
+        nn.init.normal_(self.keys, std=0.02)
+        nn.init.normal_(self.values, std=0.02)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:  # shapes: (heads, n_tokens, d_k), (heads, n_tokens, d_v)
+        return self.keys, self.values
+
+    def forward(
+        self,
+        x: Tensor,  # shape: (batch, length, d)
+        visible: Tensor | None = None,  # shape: (batch, length)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values, shape (batch or 1, heads, n_tokens, d), and what is added to their scores, shape
+        (batch, 1, length, n_tokens), or None.
+        """
+        p_k, p_v = (p.unsqueeze(0) for p in self.vectors())
+        if self.gate is None:
+            return p_k, p_v, None
+        g = self.gate(F.linear(cast(x, self.gate.weight), self.gate.weight), visible).unsqueeze(1)
+        if self.gate.pooling == "mean":
+            return g * p_k, g * p_v, None
+        log_g = g.clamp_min(torch.finfo(g.dtype).tiny).log()
+        return p_k, p_v, log_g.expand(-1, -1, -1, p_k.shape[2])
+
+
+class Projection(nn.Module):
+    """tanh(W_1 E),  E: (n_tokens, d), W_1: (hidden, d): the part of the reparameterisation that all layers share."""
+
+    def __init__(self, n_tokens: int, d: int, hidden: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_tokens, d)
+        self.hidden = nn.Linear(d, hidden)
+
+    def forward(self) -> Tensor:  # shape: (n_tokens, hidden)
+        return torch.tanh(self.hidden(self.embedding.weight))
+
+
+class ProjectedPrefix(Prefix):
+    """[P_K, P_V] = W_2 tanh(W_1 E): prefixes as the output of a network while they are trained.
+
+    Li and Liang 2021, section 4.3; UniPELT, Eq. 2. `fold` makes plain prefixes of it. E and W_1 are shared by all
+    layers, W_2 is this layer's slice of the paper's last matrix.
+    """
+
+    def __init__(
+        self, heads: int, n_tokens: int, d_k: int, d_v: int, projection: Projection, gate: Gate | None = None
+    ):
+        super().__init__(heads, n_tokens, d_k, d_v, gate)
+        del self.keys, self.values
+        self.projection = projection
+        self.shape = (heads, n_tokens, d_k, d_v)
+        self.last = nn.Linear(projection.hidden.out_features, heads * (d_k + d_v))
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        heads, n_tokens, d_k, d_v = self.shape
+        p = self.last(self.projection()).view(n_tokens, heads, d_k + d_v).transpose(0, 1)
+        p_k, p_v = p.split([d_k, d_v], dim=-1)
+        return p_k, p_v
+
+    def fold(self) -> Prefix:
+        """The plain prefix with the same vectors, on the same device and in the same type."""
+        weight = self.last.weight
+        prefix = Prefix(*self.shape, gate=self.gate).to(weight.device, weight.dtype)
+        with torch.no_grad():
+            for parameter, value in zip((prefix.keys, prefix.values), self.vectors(), strict=True):
+                parameter.copy_(value)
+        return prefix.requires_grad_(weight.requires_grad).train(self.training)

@@ -1,0 +1,16 @@
+"""The methods, each a short function from its config to placements, and the tuner that carries them out."""
+
+from ..registry import register
+from .bitfit import BitFitConfig as BitFitConfig
+from .bottleneck import BottleneckConfig as BottleneckConfig
+from .composed import ComposedConfig as ComposedConfig
+from .composed import ComposedModel as ComposedModel
+from .composed import fold_prefixes as fold_prefixes
+from .gates import fix_gates as fix_gates
+from .gates import gate_values as gate_values
+from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
+from .mam import MAMConfig as MAMConfig
+from .unipelt import UniPELTConfig as UniPELTConfig
+
+for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, ComposedConfig):
+    register(config.method, config, ComposedModel)

@@ -1,0 +1,195 @@
+"""Prefixes inside attention, through transformers' AttentionInterface.
+
+Every attention module of transformers 5 looks its kernel up by name in its config. A module with a prefix gets a shallow
+copy of the config that names the function below; the model's own config goes on saying "sdpa" or "eager", so masks are
+made and the implementation is switched as ever. The function puts the prefix in front of keys and values, after rotary
+embedding and cache, and calls the kernel that the model's config names.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..sublayers import Prefix
+from .attach import Attached, hidden_states
+
+NAME = "hf_peft_ext_prefix"
+KERNELS = ("eager", "sdpa")
+
+# P_K, P_V: (batch or 1, heads, n_tokens, d); what is added to their scores: (batch or 1, 1, length or 1, n_tokens)
+States = tuple[Tensor, Tensor, Tensor | None]
+
+
+class InAttention(Attached):
+    """Attention over [P_K, K] and [P_V, V]."""
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        self._config = (self.host.config,)
+        check_kernel(self.host.config)
+        routed = copy.copy(self.host.config)
+        routed._attn_implementation_internal = NAME
+        self.host.config = routed
+        return [self.host.register_forward_pre_hook(self.before, with_kwargs=True)]
+
+    def remove(self) -> None:
+        self.host.config = self._config[0]
+        super().remove()
+
+    def before(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        states = self.states(hidden_states(args, kwargs))
+        return None if states is None else (args, {**kwargs, "prefix_states": states})
+
+    def states(
+        self,
+        x: Tensor,  # shape: (batch, length, d)
+    ) -> States | None:
+        """The prefixes of the active adapters, one behind the other; None if there are none."""
+        if self.row_adapters is not None:
+            return self.states_by_row(x)
+        parts: list[States] = [self.sublayer_of[name](x, self.visible) for name in self.present]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        keys, values = (torch.cat([p[i].expand(len(x), -1, -1, -1) for p in parts], dim=2) for i in (0, 1))
+        if all(scores is None for _, _, scores in parts):
+            return keys, values, None
+        return keys, values, torch.cat([shown(part, x) for part in parts], dim=-1)
+
+    def states_by_row(self, x: Tensor) -> States | None:
+        """Each row its own prefix. Shorter ones, and rows without one, are filled up with vectors no token sees."""
+        parts = [
+            (
+                rows,
+                self.sublayer_of[name](
+                    x[rows], None if self.visible is None else self.visible.expand(len(x), -1)[rows]
+                ),
+            )
+            for name, rows in self.rows_by_adapter(len(x), x.device)
+        ]
+        if not parts:
+            return None
+        n_tokens = max(p_k.shape[2] for _, (p_k, _, _) in parts)
+        site, like = self.site, parts[0][1][0]
+        keys = like.new_zeros(len(x), site.heads, n_tokens, site.d_k)
+        values = like.new_zeros(len(x), site.heads, n_tokens, site.d_v)
+        scores = like.new_full((len(x), 1, x.shape[1], n_tokens), torch.finfo(like.dtype).min)
+        for rows, (p_k, p_v, score) in parts:
+            n = p_k.shape[2]
+            keys[rows, :, :n], values[rows, :, :n] = p_k.to(like), p_v.to(like)
+            scores[rows, :, :, :n] = shown((p_k, p_v, score), x[rows]).to(like)
+        return keys, values, scores
+
+
+def shown(states: States, x: Tensor) -> Tensor:  # shape: (batch, 1, length, n_tokens)
+    """The scores of a prefix, zeros where it has none."""
+    keys, _, scores = states
+    shape = (len(x), 1, x.shape[1], keys.shape[2])
+    return keys.new_zeros(shape) if scores is None else scores.expand(shape)
+
+
+def check_kernel(config: Any) -> str:
+    """The attention implementation that a config names.
+
+    Raises:
+        ValueError: it cannot take a prefix.
+    """
+    name = config._attn_implementation or "eager"
+    if name not in KERNELS:
+        raise ValueError(
+            f"`attn_implementation` (={name!r}) cannot take a prefix; load the model with 'sdpa' or 'eager', or call "
+            f"model.set_attn_implementation('sdpa')."
+        )
+    return name
+
+
+def kernel(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Tensor | None]]]:
+    """Name and function of the implementation that the model's config names."""
+    layer = next(child for child in module.children() if isinstance(child, InAttention))
+    name = check_kernel(layer._config[0])
+    if name == "eager":
+        return name, sys.modules[type(module).__module__].eager_attention_forward
+    return name, ALL_ATTENTION_FUNCTIONS[name]
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Tensor,  # shape: (batch, heads, length, d_k)
+    key: Tensor,  # shape: (batch, kv_heads, keys, d_k)
+    value: Tensor,  # shape: (batch, kv_heads, keys, d_v)
+    attention_mask: Any,  # shape: (batch or 1, heads or 1, length, keys), or None
+    prefix_states: States | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # shapes: (batch, length, heads, d_v), (batch, heads, length, keys)
+    """softmax(Q [P_K, K]^T + [scores, mask]) [P_V, V], by the kernel that the model uses."""
+    name, attend = kernel(module)
+    if prefix_states is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    p_k, p_v, scores = prefix_states
+    batch, n_tokens = len(query), p_k.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if name == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
+        attention_mask = causal_mask(query, key)
+    mask = widened(attention_mask, scores, query, key, n_tokens)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n_tokens, 0))
+    key = torch.cat([p_k.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([p_v.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
+    output, weights = attend(module, query, key, value, mask, **kwargs)
+    return output, None if weights is None else weights[..., n_tokens:]
+
+
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # shape: (1, 1, length, keys)
+    """What sdpa's `is_causal` stands for: query t sees keys 0 to t; keys beyond the queries are an empty cache."""
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+
+
+def widened(
+    mask: Any,  # shape: (batch or 1, heads or 1, length, keys), or None
+    scores: Tensor | None,  # shape: (batch or 1, 1, length or 1, n_tokens)
+    query: Tensor,
+    key: Tensor,
+    n_tokens: int,
+) -> Tensor | None:  # shape: (batch or 1, heads or 1, length, n_tokens + keys)
+    """The mask over prefix and keys. Every token sees the prefix, with its score if it has one."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
+    if scores is None:
+        return None if mask is None else padded(mask, n_tokens)
+    dtype = query.dtype
+    if mask is None:
+        mask = query.new_zeros(1, 1, 1, key.shape[2])
+    elif mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+    shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]
+    parts = [part.to(dtype).expand(*shape, -1) for part in (scores, cast(Tensor, mask))]
+    return torch.cat(parts, dim=-1)
+
+
+def padded(mask: Tensor, n_tokens: int) -> Tensor:
+    """The mask with n_tokens visible keys in front. All layers are given the same mask, so it remembers the result."""
+    if torch.compiler.is_compiling():
+        return F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
+    known = mask.__dict__.setdefault("padded_by_prefix", {})
+    if n_tokens not in known:
+        known[n_tokens] = F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
+    return known[n_tokens]
+
+
+AttentionInterface.register(NAME, prefix_attention)
+
+
+def fold(layer: InAttention, adapter_name: str) -> None:
+    """Put the plain prefix in place of a reparameterised one."""
+    prefix = layer.sublayer_of[adapter_name]
+    if hasattr(prefix, "fold"):
+        layer.sublayer_of[adapter_name] = cast(Prefix, prefix.fold())

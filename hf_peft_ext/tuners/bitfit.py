@@ -1,0 +1,23 @@
+"""BitFit: biases alone."""
+
+from dataclasses import dataclass
+
+from ..placement import Placement
+from .config import PlacedConfig
+
+
+@dataclass
+class BitFitConfig(PlacedConfig):
+    """Train the biases of linear leaves and norms below the head (`sublayers.Bias`).
+
+    Ben Zaken et al. 2022 (https://arxiv.org/abs/2106.10199). Where a model has none (T5, Llama), each linear leaf of its
+    blocks is given one, zero at the start. The adapter holds what is added to the base model's biases.
+
+    Raises:
+        ValueError: a value breaks a rule.
+    """
+
+    method = "bitfit"
+
+    def to_placements(self) -> list[Placement]:
+        return [Placement("bias", "bias")]

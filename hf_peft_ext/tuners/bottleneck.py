@@ -1,0 +1,67 @@
+"""Bottleneck adapters: Houlsby, Pfeiffer, parallel and scaled parallel."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..placement import Placement, check
+from .config import PlacedConfig
+
+# style -> its sites, and the paper's defaults
+STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "houlsby": (("after_attention", "after_ffn"), {"r": 64, "activation": "gelu", "init": 1e-3}),
+    "pfeiffer": (("after_residual",), {"reduction_factor": 16, "activation": "relu", "init": 0.02}),
+    "parallel": (("parallel_ffn",), {"r": 512, "activation": "relu", "init": "lora"}),
+    "scaled_parallel": (("parallel_ffn",), {"r": 512, "activation": "relu", "init": "lora", "scaling": 4.0}),
+}
+
+
+@dataclass
+class BottleneckConfig(PlacedConfig):
+    """Bottleneck adapters (`sublayers.Bottleneck`) at the places of four papers.
+
+    - houlsby: after attention and after the FFN, before each residual. Houlsby et al. 2019
+      (https://arxiv.org/abs/1902.00751): 64 wide, GELU. The paper trains the layer norms too:
+      `modules_to_save=["LayerNorm"]`, by the names that the model gives them.
+    - pfeiffer: after the FFN; reads norm(FFN + residual) and adds to what goes into that norm; in pre-norm models, after
+      the residual. Pfeiffer et al. 2021 (https://arxiv.org/abs/2005.00247): d / 16 wide, ReLU.
+    - parallel, scaled_parallel: beside the FFN, from its input to its output. He et al. 2022
+      (https://arxiv.org/abs/2110.04366): 512 wide, ReLU, W_up zero at the start, s = 1 or 4.
+
+    Args:
+        style: which of them.
+        r: width of the bottleneck; None for the style's.
+        reduction_factor: the width as d / reduction_factor, instead of `r`.
+        activation: a name in transformers' `ACT2FN`; None for the style's.
+        dropout: probability, inside the bottleneck.
+        scaling: s, a number or "learned" (starts at 1); None for the style's.
+
+    Raises:
+        ValueError: a value breaks a rule.
+    """
+
+    method = "bottleneck"
+
+    style: Literal["houlsby", "pfeiffer", "parallel", "scaled_parallel"] = field(
+        default="pfeiffer", metadata={"help": "Where the adapters sit, with that paper's defaults."}
+    )
+    r: int | None = field(default=None, metadata={"help": "Width of the bottleneck."})
+    reduction_factor: float | None = field(default=None, metadata={"help": "The width as d / reduction_factor."})
+    activation: str | None = field(default=None, metadata={"help": "Activation; the style's by default."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout inside the bottleneck."})
+    scaling: float | Literal["learned"] | None = field(
+        default=None, metadata={"help": "Factor; the style's by default."}
+    )
+
+    def __post_init__(self) -> None:
+        check("style", self.style, self.style in STYLES, f"must be one of {', '.join(STYLES)}")
+        super().__post_init__()
+
+    def to_placements(self) -> list[Placement]:
+        sites, defaults = STYLES[self.style]
+        options = defaults | {"dropout": self.dropout}
+        if self.r is not None or self.reduction_factor is not None:
+            options |= {"r": self.r, "reduction_factor": self.reduction_factor}
+        for key in ("activation", "scaling"):
+            if getattr(self, key) is not None:
+                options[key] = getattr(self, key)
+        return [Placement("bottleneck", site, options=options) for site in sites]

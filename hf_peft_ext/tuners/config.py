@@ -1,0 +1,105 @@
+"""What the configs of all methods share: peft's fields, the checks, and the way to placements."""
+
+import difflib
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftType
+
+from ..placement import Placement, check
+
+
+@dataclass
+class PlacedConfig(PeftConfig):
+    """Base of the configs: a method is the list of placements that `to_placements` returns.
+
+    Args:
+        target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a list
+            of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
+        exclude_modules: modules to leave alone, named in the same way.
+        layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for all.
+        modules_to_save: modules trained and saved whole, such as a classification head.
+        sites: for models whose structure is not understood: site name -> modules, named as in `target_modules`.
+        trainable_token_indices: rows of the embedding to train, as in `peft.LoraConfig`.
+        bias: must be "none"; `BitFitConfig` trains biases.
+        target_parameters: must be None; kept because tools of peft's ecosystem read it.
+
+    Raises:
+        ValueError: a field is unknown, or its value breaks a rule.
+    """
+
+    method: ClassVar[str]  # the PEFT type in lower case
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Leaves of the low-rank branch."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    sites: dict[str, Any] | None = field(default=None, metadata={"help": "Site name -> modules, to say where it is."})
+    trainable_token_indices: Any = field(default=None, metadata={"help": "Rows of the embedding to train."})
+    bias: str = field(default="none", metadata={"help": 'Must be "none"; see BitFitConfig.'})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Must be None."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # before dataclass's own TypeError, which peft takes for a file of a later version, and drops the field
+        names = [f.name for f in fields(cls)]
+        for name in kwargs.keys() - set(names):
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise ValueError(f"`{name}` (={kwargs[name]!r}) is not a field of {cls.__name__}{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(self.method.upper())
+        check("bias", self.bias, self.bias == "none", 'must be "none"; BitFitConfig trains biases')
+        check("target_parameters", self.target_parameters, not self.target_parameters, "must be None: no sub-layer of "
+              "this package acts on a bare parameter")  # fmt: skip
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+        placements = self.to_placements()
+        low_rank = any(p.sublayer == "low_rank" for p in placements)
+        check("target_modules", self.target_modules, low_rank or not self.target_modules,
+              f"names leaves for a low-rank branch, which {type(self).__name__} does not have here; see `sites`")  # fmt: skip
+
+    @abstractmethod
+    def to_placements(self) -> list[Placement]:
+        """The method, as placements."""
+
+    def stored(self) -> "PlacedConfig":
+        """The config that describes the saved adapter: reparameterised prefixes are saved as plain ones."""
+        return self
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        stored = self.stored()
+        if stored is self:
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            stored.save_pretrained(save_directory, **kwargs)
+
+
+@dataclass
+class PrefixedConfig(PlacedConfig):
+    """Base of the configs with a prefix.
+
+    Args:
+        num_virtual_tokens: number of prefix vectors in a layer.
+        prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network is
+            dropped when the adapter is saved, so training cannot be resumed from such a checkpoint; see
+            `fold_prefixes`.
+        encoder_hidden_size: width of that network.
+    """
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prefix vectors in a layer."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Reparameterise the prefixes in training."})
+    encoder_hidden_size: int = field(default=512, metadata={"help": "Width of the reparameterisation."})
+
+    def prefix(self, gate: Any = None) -> Placement:
+        hidden = self.encoder_hidden_size if self.prefix_projection else None
+        options = {"num_virtual_tokens": self.num_virtual_tokens, "encoder_hidden_size": hidden}
+        return Placement("prefix", "attention", gate=gate, options=options)
+
+    def stored(self) -> PlacedConfig:
+        return replace(self, prefix_projection=False) if self.prefix_projection else self

@@ -1,0 +1,25 @@
+"""Prefixes inside the attention of every layer."""
+
+from dataclasses import dataclass
+
+from ..placement import Placement
+from .config import PrefixedConfig
+
+
+@dataclass
+class LayerPrefixConfig(PrefixedConfig):
+    """Trained keys and values in front of each attention's own (`sublayers.Prefix`), cross-attention included.
+
+    Li and Liang 2021 (https://arxiv.org/abs/2101.00190), 10 vectors as for table-to-text. Unlike peft's
+    `PrefixTuningConfig`, which fills the cache, the prefix sits inside attention: it works in encoders, beside other
+    sub-layers, with any cache, and leaves positions alone. The paper trains the prefixes through a network
+    (`prefix_projection=True`); plain ones are the default, as in peft, since the network cannot be saved with the adapter.
+
+    Raises:
+        ValueError: a value breaks a rule.
+    """
+
+    method = "layer_prefix"
+
+    def to_placements(self) -> list[Placement]:
+        return [self.prefix()]

@@ -1,0 +1,101 @@
+"""From placements and a model to the sites where sub-layers go, with every error found before anything changes."""
+
+import re
+from dataclasses import replace
+
+from torch import nn
+
+from ..placement import Placement, check
+from ..sites import Site, find_sites, layer_of, layer_paths, leaf_size, matches, override_sites, own_modules, user_site
+from .attach import child_name
+from .attention import check_kernel
+from .config import PlacedConfig
+
+Plan = dict[str, list[tuple[Placement, Site]]]
+
+
+def plan(model: nn.Module, config: PlacedConfig) -> Plan:
+    """Host path -> the placements there, each with its site.
+
+    Raises:
+        ValueError: a placement has no site, a layer does not exist, two placements meet at one site, or the attention
+            implementation cannot take a prefix.
+    """
+    sites = override_sites(model, find_sites(model), config.sites or {})
+    n_layers = len(layer_paths(model)) or 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
+    targets = target_sites(model, config, sites)
+    found: Plan = {}
+    for placement in limited(config, n_layers):
+        named = [site for site in sites if site.serves(placement.site)]
+        if targets is not None and placement.sublayer == "low_rank":
+            named, targets = targets, []  # one branch on each target, however many sites the method names
+            if not named:
+                continue
+        chosen = [site for site in named if wanted(site, placement.layers, config)]
+        if not chosen:
+            raise ValueError(no_site(model, placement, bool(named)))
+        for site in chosen:
+            if site.act == "attention":
+                check_kernel(model.get_submodule(site.host).config)
+            here = found.setdefault(site.host, [])
+            name = child_name(site.name, placement.sublayer)
+            if any(child_name(s.name, p.sublayer) == name for p, s in here):
+                raise ValueError(f"`placements` put `{placement.sublayer}` at `{site.name}` of {site.host} twice.")
+            here.append((placement, site))
+    return found
+
+
+def limited(config: PlacedConfig, n_layers: int) -> list[Placement]:
+    """The config's placements, limited to `layers_to_transform`."""
+    chosen, placements = config.layers_to_transform, config.to_placements()
+    for name, layers in [("layers_to_transform", chosen), *(("layers", p.layers) for p in placements)]:
+        for layer in layers if isinstance(layers, list) else []:
+            rule = f"names layer {layer}, which does not exist; this model has layers 0 to {n_layers - 1}"
+            check(name, layers, 0 <= layer < max(n_layers, 1), rule)
+    if not isinstance(chosen, list):
+        return placements
+    return [
+        replace(p, layers=[i for i in (chosen if p.layers is None else p.layers) if i in chosen]) for p in placements
+    ]
+
+
+def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> list[Site] | None:
+    """The leaves that `target_modules` names, or None if it names none.
+
+    Raises:
+        ValueError: it matches no linear leaf.
+    """
+    pattern, layers, modules = config.target_modules, layer_paths(model), dict(own_modules(model))
+    if not pattern:
+        return None
+    leaves = {path: layer_of(path, layers) for path, module in modules.items() if path and leaf_size(module)}
+    if pattern == "all-linear":
+        hosts = [path for path, layer in leaves.items() if layer is not None]
+    else:
+        hosts = [path for path in leaves if matches(pattern, path)]
+    check("target_modules", pattern, bool(hosts), f"matches no linear leaf of {type(model).__name__}")
+    return [user_site("target", path, modules, leaves[path], sites) for path in hosts]
+
+
+def wanted(site: Site, layers: list[int] | None, config: PlacedConfig) -> bool:
+    """Whether a site lies in the layers of its placement and is not excluded."""
+    if layers is not None and site.layer not in layers:
+        return False
+    if config.exclude_modules and matches(config.exclude_modules, site.host):
+        return False
+    return not any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", site.host) for name in config.modules_to_save or [])
+
+
+def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:
+    name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if elsewhere:
+        return (
+            f"`{placement.sublayer}` has its site `{placement.site}` in this model, but not in the chosen layers "
+            f"(={placement.layers}), or it is excluded."
+        )
+    if not layer_paths(model):
+        return f"Architecture '{name}' has no attention, so `{placement.sublayer}` has no site; leave it out or pass `sites=`."
+    return (
+        f"Architecture '{name}' has no place for `{placement.sublayer}` at `{placement.site}`; leave it out or pass "
+        f"`sites=`."
+    )

@@ -1,0 +1,70 @@
+"""UniPELT: adapter, prefix and LoRA in every layer, each behind its own gate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..placement import GatePooling, Placement, check
+from .config import PrefixedConfig
+
+METHODS = ("adapter", "prefix", "lora", "bitfit")
+
+
+@dataclass
+class UniPELTConfig(PrefixedConfig):
+    """A Pfeiffer adapter, in-attention prefixes and LoRA, each scaled by a gate of its own input.
+
+    Mao et al. 2022 (https://arxiv.org/abs/2110.07577), Eq. 4 to 7, with the defaults of its code: prefix length 10,
+    bottleneck 48, LoRA of rank 8 and alpha 16. Where we differ:
+
+    - the code lets LoRA's gate take the place of alpha / r; here it multiplies it (`lora_alpha=r` gives the code's);
+    - the mean of the gates leaves padding out, and where attention is causal each token has its own gate (`gate_pooling`);
+    - the prefixes are plain by default (`prefix_projection=True` for the code's network, 512 wide).
+
+    Args:
+        methods: which sub-layers: "adapter", "prefix", "lora", "bitfit". AP, APL and APLB of the paper are these, in order.
+        gated: False for the paper's ablation without gates.
+        gate_pooling: "mean" over the tokens of an example (the paper), "token", or "auto": token where attention is
+            causal.
+        bottleneck_size: width of the adapter.
+        r: rank of LoRA.
+        lora_alpha: numerator of LoRA's scaling.
+        lora_dropout: dropout before LoRA.
+        lora_targets: where LoRA sits: query and value as in the code, ("query", "key") as the paper's text has it.
+
+    Raises:
+        ValueError: a value breaks a rule, or `methods` is empty.
+    """
+
+    method = "unipelt"
+
+    methods: Sequence[str] = field(default=("adapter", "prefix", "lora"), metadata={"help": "Which sub-layers."})
+    gated: bool = field(default=True, metadata={"help": "Whether gates scale the sub-layers."})
+    gate_pooling: GatePooling = field(default="auto", metadata={"help": 'Gates over tokens: "mean", "token", "auto".'})
+    bottleneck_size: int = field(default=48, metadata={"help": "Width of the adapter."})
+    r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: float = field(default=16, metadata={"help": "Numerator of LoRA's scaling."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA."})
+    lora_targets: Sequence[str] = field(default=("query", "value"), metadata={"help": "Where LoRA sits."})
+
+    def __post_init__(self) -> None:
+        self.methods, self.lora_targets = list(self.methods), list(self.lora_targets)
+        check("methods", self.methods, bool(self.methods), "must name at least one sub-layer")
+        for name in self.methods:
+            check("methods", self.methods, name in METHODS, f"must hold {', '.join(METHODS)} only")
+        check("methods", self.methods, len(set(self.methods)) == len(self.methods), "must name a sub-layer once")
+        gates = not self.gated or self.methods != ["bitfit"]
+        check("gated", self.gated, gates, "needs a sub-layer that can be gated; a bias reads no input")
+        check("gate_pooling", self.gate_pooling, self.gate_pooling in ("auto", "mean", "token"),
+              'must be "auto", "mean" or "token"')  # fmt: skip
+        super().__post_init__()
+
+    def to_placements(self) -> list[Placement]:
+        gate = self.gate_pooling if self.gated else None
+        lora = {"r": self.r, "alpha": self.lora_alpha, "dropout": self.lora_dropout}
+        sublayers = {
+            "adapter": [Placement("bottleneck", "after_residual", gate=gate, options={"r": self.bottleneck_size})],
+            "prefix": [self.prefix(gate)],
+            "lora": [Placement("low_rank", site, gate=gate, options=lora) for site in self.lora_targets],
+            "bitfit": [Placement("bias", "bias")],
+        }
+        return [placement for name in self.methods for placement in sublayers[name]]
