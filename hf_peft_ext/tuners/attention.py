@@ -33,7 +33,6 @@ class InAttention(Attached):
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         self._config = (self.host.config,)
-        check_kernel(self.host.config)
         routed = copy.copy(self.host.config)
         routed._attn_implementation_internal = NAME
         self.host.config = routed
@@ -96,12 +95,14 @@ def shown(states: States, x: Tensor) -> Tensor:  # shape: (batch, 1, length, n_t
     return keys.new_zeros(shape) if scores is None else scores.expand(shape)
 
 
-def check_kernel(config: Any) -> str:
-    """The attention implementation that a config names.
+def check_kernel(attention: nn.Module) -> str:
+    """The attention implementation that the model of an attention module uses.
 
     Raises:
         ValueError: it cannot take a prefix.
     """
+    prefix = next((child for child in attention.children() if isinstance(child, InAttention)), None)
+    config: Any = prefix._config[0] if prefix else attention.config
     name = config._attn_implementation or "eager"
     if name not in KERNELS:
         raise ValueError(
@@ -113,8 +114,7 @@ def check_kernel(config: Any) -> str:
 
 def kernel(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Tensor | None]]]:
     """Name and function of the implementation that the model's config names."""
-    layer = next(child for child in module.children() if isinstance(child, InAttention))
-    name = check_kernel(layer._config[0])
+    name = check_kernel(module)
     if name == "eager":
         return name, sys.modules[type(module).__module__].eager_attention_forward
     return name, ALL_ATTENTION_FUNCTIONS[name]

@@ -179,7 +179,9 @@ class ComposedModel(BaseTuner):
             warnings.warn(
                 "The saved prefixes are plain: the reparameterisation of this model was folded away.", stacklevel=2
             )
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # tensors mapped from a file lie at odd addresses, where matrix products differ in the last bit
+        aligned = {key: value.clone() for key, value in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
 
     # Batches that mix adapters
 

@@ -36,7 +36,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
             raise ValueError(no_site(model, placement, bool(named)))
         for site in chosen:
             if site.act == "attention":
-                check_kernel(model.get_submodule(site.host).config)
+                check_kernel(model.get_submodule(site.host))
             here = found.setdefault(site.host, [])
             name = child_name(site.name, placement.sublayer)
             if any(child_name(s.name, p.sublayer) == name for p, s in here):

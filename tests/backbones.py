@@ -1,0 +1,107 @@
+"""Tiny models of many families, built from configs; a row each. Every row runs the whole contract."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+VOCAB, D, HEADS, LAYERS = 60, 32, 4, 2
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PLAIN = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+ENCODER_DECODER = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 64}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A family of models.
+
+    Args:
+        kind: "encoder", "decoder" or "seq2seq".
+        model_type: transformers' name of it.
+        config: what makes it tiny.
+    """
+
+    kind: str
+    model_type: str
+    config: dict[str, Any]
+
+    def build(self, attention: str | None = None, **overrides: Any) -> nn.Module:
+        """A model with weights large enough that every part matters; the same at every call."""
+        auto = {"encoder": AutoModel, "decoder": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[self.kind]
+        config = AutoConfig.for_model(self.model_type, **{"vocab_size": VOCAB, **SPECIAL, **self.config, **overrides})
+        torch.manual_seed(0)
+        if self.model_type == "gemma2":
+            attention = "eager"  # sdpa cannot cap scores
+        model = auto.from_config(config, attn_implementation=attention)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, 0.15)
+        return model.eval()
+
+    def inputs(self, batch: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if padding == "right":
+            mask[1, length - 3 :] = 0
+        elif padding == "left":
+            mask[1, :3] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.kind == "seq2seq":
+            inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (batch, length - 2), generator=generator)
+        return inputs
+
+
+def output(model: Callable[..., Any], inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    """Logits, or the last hidden states where there is no head."""
+    result = model(**inputs, **kwargs)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+BACKBONES = {
+    "bert": Backbone("encoder", "bert", PLAIN),
+    "roberta": Backbone("encoder", "roberta", PLAIN),
+    "electra": Backbone("encoder", "electra", {**PLAIN, "embedding_size": D}),
+    "distilbert": Backbone(
+        "encoder", "distilbert", {"dim": D, "hidden_dim": 64, "n_layers": LAYERS, "n_heads": HEADS}
+    ),
+    "modernbert": Backbone(
+        "encoder", "modernbert", {**PLAIN, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2}
+    ),
+    "t5": Backbone(
+        "seq2seq",
+        "t5",
+        {"d_model": D, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS, "decoder_start_token_id": 0},
+    ),
+    "bart": Backbone(
+        "seq2seq",
+        "bart",
+        {
+            **ENCODER_DECODER,
+            **{"d_model": D, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "decoder_ffn_dim": 64},
+            **{"decoder_start_token_id": 2, "forced_eos_token_id": 2, "max_position_embeddings": 64},
+        },
+    ),
+    "gpt2": Backbone("decoder", "gpt2", {"n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}),
+    "gpt_neox": Backbone("decoder", "gpt_neox", PLAIN),
+    "opt": Backbone(
+        "decoder",
+        "opt",
+        {
+            **{"hidden_size": D, "ffn_dim": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
+            **{"word_embed_proj_dim": D, "max_position_embeddings": 64},
+        },
+    ),
+    "llama": Backbone("decoder", "llama", {**PLAIN, "num_key_value_heads": 2}),
+    "qwen2": Backbone("decoder", "qwen2", {**PLAIN, "num_key_value_heads": 2}),
+    "gemma2": Backbone(
+        "decoder",
+        "gemma2",
+        {**PLAIN, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    ),
+    "mistral": Backbone("decoder", "mistral", {**PLAIN, "num_key_value_heads": 2, "sliding_window": 4}),
+}

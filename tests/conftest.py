@@ -1,0 +1,46 @@
+"""Quiet, offline, repeatable; and a table of the contract at the end of a run."""
+
+import os
+from collections import Counter
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+
+import hf_peft_ext  # noqa: F401  registers the methods
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Methods x backbones: how many properties of the contract hold."""
+    passed, run = Counter(), Counter()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            if "test_contract.py" in report.nodeid and "[" in report.nodeid:
+                cell = tuple(report.nodeid.rpartition("[")[2].rstrip("]").split("-")[:2])
+                run[cell] += 1
+                passed[cell] += outcome == "passed"
+    backbones, methods = (sorted({cell[i] for cell in run if len(cell) == 2}) for i in (0, 1))
+    if methods and backbones:
+        terminalreporter.section("contract: properties that hold")
+        terminalreporter.write_line(" " * 17 + " ".join(f"{b[:10]:>10}" for b in backbones))
+        for method in methods:
+            cells = [f"{passed[b, method]}/{run[b, method]}" if run[b, method] else "-" for b in backbones]
+            terminalreporter.write_line(f"{method:<17}" + " ".join(f"{cell:>10}" for cell in cells))

@@ -1,0 +1,193 @@
+"""What every method keeps on every backbone: each test runs for all methods x all families of models."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from .backbones import BACKBONES, output
+from .methods import METHODS, randomise
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+decoders = pytest.mark.parametrize("backbone", [name for name, b in BACKBONES.items() if b.kind != "encoder"])
+
+
+def tuned(method, backbone, **kwargs):
+    """A model with a random adapter, and inputs for it."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(**kwargs), METHODS[method]())
+    randomise(model)
+    return model.eval(), family.inputs()
+
+
+@every_method
+@every_backbone
+def test_start_effect_and_disable(method, backbone):
+    """Starts as the base model where the paper says so; with weights it acts; disabled it does not."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), METHODS[method]()).eval()
+    inputs = family.inputs()
+    with torch.no_grad():
+        base = output(family.build(), inputs)
+        start = output(model, inputs)
+        if METHODS[method].starts_as_base:
+            torch.testing.assert_close(start, base, rtol=0, atol=1e-5)
+        randomise(model)
+        assert (output(model, inputs) - base).abs().max() > 1e-2
+        with model.disable_adapter():
+            assert torch.equal(output(model, inputs), base)
+
+
+@every_method
+@every_backbone
+def test_trains_only_itself(method, backbone):
+    """Every adapter weight gets a gradient (a key's bias has none to get), no base weight does."""
+    model, inputs = tuned(method, backbone)
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    output(model, inputs).square().mean().backward()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "sublayer_of.default." in n
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            dead = "pooler" in name or "is_decoder" in name
+            assert dead or parameter.grad is not None, name
+        else:
+            assert parameter.grad is None
+            assert torch.equal(parameter, before[name])
+
+
+@every_method
+@every_backbone
+def test_saves_exactly_itself(method, backbone, tmp_path):
+    """The file holds adapter tensors only; reloaded, with or without low memory, the outputs are equal to the bit."""
+    model, inputs = tuned(method, backbone)
+    model.save_pretrained(tmp_path)
+    assert all(".sublayer_of." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    with torch.no_grad():
+        expected = output(model, inputs)
+        for low_cpu_mem_usage in (False, True):
+            base = BACKBONES[backbone].build()
+            again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+            assert torch.equal(output(again, inputs), expected)
+
+
+@every_method
+@every_backbone
+def test_unloads_to_the_base(method, backbone):
+    """unload leaves no parameter, hook, config or changed output behind."""
+    model, inputs = tuned(method, backbone)
+    fresh = BACKBONES[backbone].build()
+    with torch.no_grad():
+        output(model, inputs)
+        base = model.unload()
+        assert torch.equal(output(base, inputs), output(fresh, inputs))
+    assert base.state_dict().keys() == fresh.state_dict().keys()
+    for (name, module), other in zip(base.named_modules(), fresh.modules(), strict=True):
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            assert len(getattr(module, hooks)) == len(getattr(other, hooks)), name
+
+
+@every_method
+@every_backbone
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+def test_gradient_checkpointing(method, backbone, reentrant):
+    """The same gradients with and without checkpointing, of both kinds."""
+    model, inputs = tuned(method, backbone)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for parent in model.modules():  # dropout kept as numbers
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(parent, name, None), float):
+                setattr(parent, name, 0.0)
+
+    def gradients():
+        model.zero_grad()
+        kwargs = {} if BACKBONES[backbone].kind == "encoder" else {"use_cache": False}
+        output(model, inputs, **kwargs).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@every_method
+@every_backbone
+def test_two_adapters(method, backbone):
+    """A second adapter leaves the first as it is; each can be set and deleted; one batch can mix them."""
+    model, inputs = tuned(method, backbone)
+    with torch.no_grad():
+        first = output(model, inputs)
+        model.add_adapter("other", METHODS[method](layers_to_transform=[0, 1]))
+        randomise(model, "other", seed=7)
+        model.eval()
+        assert torch.equal(output(model, inputs), first)
+        model.set_adapter("other")
+        second = output(model, inputs)
+        assert (second - first).abs().max() > 1e-3
+        with model.disable_adapter():
+            base = output(model, inputs)
+        mixed = output(model, inputs, adapter_names=["other", "default", "__base__"])
+        for row, alone in enumerate((second, first, base)):
+            visible = inputs["attention_mask"][row].bool()
+            if "decoder_input_ids" in inputs:
+                visible = torch.ones_like(inputs["decoder_input_ids"][row]).bool()
+            torch.testing.assert_close(mixed[row][visible], alone[row][visible], rtol=1e-4, atol=1e-4)
+        assert torch.equal(output(model, inputs), second)
+        model.delete_adapter("default")
+        assert torch.equal(output(model, inputs), second)
+        assert not any(".default" in name for name, _ in model.named_parameters())
+
+
+@every_method
+@every_backbone
+def test_deepcopy(method, backbone):
+    """A copy gives the same outputs and shares nothing with the original."""
+    model, inputs = tuned(method, backbone)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        twin = copy.deepcopy(model)
+        randomise(model, seed=3)
+        assert torch.equal(output(twin, inputs), expected)
+
+
+@every_method
+@decoders
+def test_no_token_sees_a_later_one(method, backbone):
+    """Changing token t + 1 never changes the logits at t."""
+    model, inputs = tuned(method, backbone)
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    changed = {**inputs, key: inputs[key].clone()}
+    changed[key][:, -1] = (changed[key][:, -1] + 7) % 50 + 3
+    with torch.no_grad():
+        before, after = output(model, inputs), output(model, changed)
+    torch.testing.assert_close(after[:, :-1], before[:, :-1], rtol=0, atol=1e-5)
+    assert (after[:, -1] - before[:, -1]).abs().max() > 1e-3
+
+
+@every_method
+@decoders
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cached_generation_equals_uncached(method, backbone, attention):
+    """Greedy and beam search give the same tokens with and without the cache, with padding on the left."""
+    family = BACKBONES[backbone]
+    model, _ = tuned(method, backbone, attention=attention)
+    inputs = family.inputs(padding="left")
+    inputs.pop("decoder_input_ids", None)
+    for beams in (1, 2):
+        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+        with torch.no_grad():
+            cached = model.generate(**inputs, **options, use_cache=True)
+            assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
