@@ -1,0 +1,110 @@
+"""gate_values and the gates' pooling."""
+
+import gc
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from hf_peft_ext import BottleneckConfig, UniPELTConfig, gate_values
+
+from .backbones import BACKBONES, output
+from .methods import randomise
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_gate_values(backbone):
+    """Every layer and sub-layer, between 0 and 1: one gate an example in encoders, one a token where causal."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4))
+    randomise(model)
+    inputs = family.inputs()
+    values = gate_values(model, inputs)
+    sublayers = {name.split(".", 1)[1] for name in values}
+    assert {"query_low_rank", "value_low_rank", "attention_prefix", "after_residual_bottleneck"} <= sublayers
+    layers = 4 if family.kind == "seq2seq" else 2
+    assert {int(name.split(".")[0]) for name in values} == set(range(layers))
+    for name, value in values.items():
+        assert ((value > 0) & (value < 1)).all()
+        causal = family.kind == "decoder" or (family.kind == "seq2seq" and int(name.split(".")[0]) >= 2)
+        if not causal:
+            assert value.shape == (3,)
+        elif "cross_value" in name:
+            assert value.shape == (3, 9)  # reads the encoder's tokens
+        else:
+            assert value.shape == (3, inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1])
+
+
+@pytest.mark.parametrize("backbone", ["bert", "llama"])
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_pooling_can_be_chosen(backbone, pooling):
+    """Both forms of the gate on both kinds of model."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4, gate_pooling=pooling))
+    randomise(model)
+    for value in gate_values(model, family.inputs()).values():
+        assert value.shape == ((3,) if pooling == "mean" else (3, 9))
+
+
+def test_a_mean_gate_is_the_mean_of_the_token_gates_without_padding():
+    family = BACKBONES["bert"]
+    inputs = family.inputs()
+    models = {}
+    for pooling in ("mean", "token"):
+        models[pooling] = get_peft_model(
+            family.build(), UniPELTConfig(methods=("lora",), gate_pooling=pooling, layers_to_transform=[0])
+        )
+        randomise(models[pooling])
+    means, tokens = (gate_values(models[pooling], inputs) for pooling in ("mean", "token"))
+    mask = inputs["attention_mask"]
+    for name, mean in means.items():
+        torch.testing.assert_close(mean, (tokens[name] * mask).sum(1) / mask.sum(1))
+
+
+def test_a_closed_token_gate_removes_the_prefix():
+    """As g falls to 0 the model is the base model again, which scaled keys would not give."""
+    family = BACKBONES["llama"]
+    inputs = family.inputs(padding="none")
+    model = get_peft_model(family.build(), UniPELTConfig(methods=("prefix",)))
+    randomise(model)
+    with torch.no_grad():
+        base = output(family.build(), inputs)
+        assert (output(model.eval(), inputs) - base).abs().max() > 0.1
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.zero_()
+            if name.endswith("gate.bias"):
+                parameter.fill_(-40)
+        torch.testing.assert_close(output(model, inputs), base, rtol=0, atol=1e-5)
+
+
+def test_nothing_grows_over_forwards():
+    """The number of live tensors after ten forwards is that after one."""
+    family = BACKBONES["bert"]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4)).eval()
+
+    def live(times):
+        for _ in range(times):
+            with torch.no_grad():
+                output(model, family.inputs())
+            gate_values(model, family.inputs())
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    assert live(1) == live(10)
+
+
+def test_without_gates_the_error_says_so():
+    model = get_peft_model(BACKBONES["bert"].build(), BottleneckConfig())
+    with pytest.raises(ValueError, match="has no active adapter with gates"):
+        gate_values(model, BACKBONES["bert"].inputs())
+
+
+def test_mean_gates_where_tokens_are_flattened():
+    """OPT flattens tokens in its FFN: a mean over them would mix examples, so it is refused by name."""
+    from hf_peft_ext import ComposedConfig, Placement
+
+    placement = Placement("bottleneck", "after_ffn", gate="mean", options={"r": 2})
+    model = get_peft_model(BACKBONES["opt"].build(), ComposedConfig(placements=[placement]))
+    with pytest.raises(ValueError, match=r"`gate_pooling` \(='mean'\) needs hidden states of shape"):
+        output(model, BACKBONES["opt"].inputs())

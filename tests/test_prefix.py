@@ -1,0 +1,210 @@
+"""Prefixes in attention: against a naive attention, against peft's PrefixTuning, and under every mask and cache."""
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+
+from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
+from hf_peft_ext.tuners.attention import InAttention, prefix_attention
+
+from .backbones import BACKBONES, output
+from .methods import METHODS, randomise
+
+P, T = 3, 5
+
+
+def naive_attention(q, k, v, mask, p_k, p_v, scores, bias, scaling):
+    """softmax over [prefix, keys], one query at a time. mask: True where allowed."""
+    out = torch.zeros(*q.shape[:3], v.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    for b, h, t in ((b, h, t) for b in range(len(q)) for h in range(q.shape[1]) for t in range(q.shape[2])):
+        keys = torch.cat([p_k[b, h // group], k[b, h // group]])
+        values = torch.cat([p_v[b, h // group], v[b, h // group]])
+        s = keys @ q[b, h, t] * scaling
+        if scores is not None:
+            s[:P] += scores[b, 0, t]
+        if bias is not None:
+            s[P:] += bias[0, h, t]
+        s[P:] = s[P:].masked_fill(~mask[b, t], float("-inf"))
+        out[b, h, t] = torch.softmax(s, 0) @ values
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_against_naive_attention(attention, gated, kind):
+    """Values and gradients of queries, keys, prefixes and scores; grouped heads; masks of all kinds."""
+    model = get_peft_model(BACKBONES["llama"].build(attention), LayerPrefixConfig())
+    module = model.base_model.model.model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
+    p_k, p_v = torch.randn(2, 2, P, 8), torch.randn(2, 2, P, 8)
+    scores = torch.randn(2, 1, T, P) if gated else None
+    allowed = torch.ones(T, T).tril().bool().expand(2, T, T).clone()
+    mask = None
+    if kind != "none":
+        allowed[1, :, 0] = False
+        allowed[1, 0, 0] = True
+        mask = allowed[:, None]
+    if kind == "float" or (attention == "eager" and kind == "bool"):
+        mask = torch.where(allowed[:, None], 0.0, torch.finfo(torch.float32).min)
+    if kind == "none" and attention == "eager":
+        allowed = torch.ones(2, T, T).bool()  # eager leaves causality to the mask
+    tensors = [t.requires_grad_() for t in (q, k, v, p_k, p_v, *([scores] if gated else []))]
+    ours, _ = prefix_attention(module, q, k, v, mask, (p_k, p_v, scores), scaling=0.3)
+    naive = naive_attention(q, k, v, allowed, p_k, p_v, scores, None, 0.3)
+    torch.testing.assert_close(ours, naive)
+    weight = torch.randn_like(naive)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), tensors),
+        torch.autograd.grad((naive * weight).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_position_bias_leaves_the_prefix_alone(attention):
+    """T5's bias is for keys; the prefix gets none."""
+    model = get_peft_model(BACKBONES["t5"].build(attention), LayerPrefixConfig())
+    module = model.base_model.model.encoder.block[0].layer[0].SelfAttention
+    q, k, v = (torch.randn(2, 4, T, 8) for _ in range(3))
+    p_k, p_v, bias = torch.randn(2, 4, P, 8), torch.randn(2, 4, P, 8), torch.randn(1, 4, T, T)
+    ours, _ = prefix_attention(module, q, k, v, None, (p_k, p_v, None), position_bias=bias, scaling=1.0)
+    everything = torch.ones(2, T, T).bool()
+    torch.testing.assert_close(ours, naive_attention(q, k, v, everything, p_k, p_v, None, bias, 1.0))
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2", "qwen2", "opt"])
+def test_equals_peft_prefix_tuning(backbone):
+    """The same vectors in peft's cache give the same logits, once its shift of positions is made up for."""
+    family = BACKBONES[backbone]
+    theirs = get_peft_model(family.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
+    ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, InAttention)]
+    heads, _, d = layers[0].keys.shape
+    with torch.no_grad():
+        table.normal_(0, 0.5)
+        vectors = table.view(P, 2 * len(layers), heads, d).permute(1, 2, 0, 3)
+        for i, prefix in enumerate(layers):
+            prefix.keys.copy_(vectors[2 * i])
+            prefix.values.copy_(vectors[2 * i + 1])
+        inputs = family.inputs(padding="none")
+        positions = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"]) + P
+        expected = output(theirs, inputs)  # peft counts positions from P on
+        torch.testing.assert_close(output(ours, inputs, position_ids=positions), expected, rtol=1e-4, atol=1e-4)
+        with ours.disable_adapter():
+            assert (output(ours, inputs, position_ids=positions) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "unipelt_nogate", "mam", "composed"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_eager_and_sdpa_agree(method, backbone):
+    family = BACKBONES[backbone]
+    results = []
+    for attention in ("eager", "sdpa"):
+        model = get_peft_model(family.build(attention), METHODS[method]())
+        randomise(model)
+        with torch.no_grad():
+            results.append([output(model.eval(), family.inputs(padding=side)) for side in ("right", "none")])
+    real = family.inputs()["attention_mask"].bool()
+    real = torch.ones(results[0][0].shape[:2]).bool() if family.kind == "seq2seq" else real
+    torch.testing.assert_close(results[0][0][real], results[1][0][real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backbone", ["bert", "distilbert", "modernbert", "t5", "bart"])
+def test_padding_changes_nothing_in_encoders(method, backbone):
+    """A padded example and the same example alone: the same states, mean gates included."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), METHODS[method]())
+    randomise(model)
+    padded = family.inputs()
+    alone = {key: value[1:2] for key, value in padded.items()}
+    alone |= {key: alone[key][:, :6] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        wide, narrow = output(model.eval(), padded)[1:2], output(model, alone)
+    torch.testing.assert_close(wide[:, : narrow.shape[1]], narrow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backbone", ["llama", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padding_changes_nothing_in_decoders(method, backbone, attention):
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(attention), METHODS[method]())
+    randomise(model)
+    padded = family.inputs(padding="left")
+    positions = (padded["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    alone = {key: value[1:2, 3:] for key, value in padded.items()}
+    with torch.no_grad():
+        wide = output(model.eval(), padded, position_ids=positions)[1:2, 3:]
+        narrow = output(model, alone, position_ids=positions[1:2, 3:])
+    torch.testing.assert_close(wide, narrow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "mam"])
+@pytest.mark.parametrize("backbone", ["llama", "gpt2", "gemma2", "mistral"])
+def test_static_cache_and_sampling(method, backbone):
+    """The static cache, and sampling from the same seed, give the tokens of the dynamic cache and of none."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), METHODS[method]())
+    randomise(model)
+    model.eval()
+    inputs = family.inputs(padding="left")
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    greedy = model.generate(**inputs, **options, do_sample=False)
+    static = model.generate(**inputs, **options, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert torch.equal(greedy, static)
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        samples.append(model.generate(**inputs, **options, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*samples)
+
+
+def test_packed_sequences():
+    """Sequences packed in one row by position_ids: the same logits as one by one."""
+    model = get_peft_model(BACKBONES["llama"].build(), UniPELTConfig(bottleneck_size=4))
+    randomise(model)
+    model.eval()
+    one, two = torch.randint(3, 60, (1, 4)), torch.randint(3, 60, (1, 5))
+    packed = torch.cat([one, two], dim=1)
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    with torch.no_grad():
+        together = model(input_ids=packed, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(together[:, :4], model(input_ids=one).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[:, 4:], model(input_ids=two).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_switching_the_implementation_and_reading_attentions():
+    """set_attn_implementation works after injection; attentions keep their shape, without the prefix's columns."""
+    family = BACKBONES["bert"]
+    model = get_peft_model(family.build("sdpa"), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    randomise(model)
+    inputs = family.inputs()
+    with torch.no_grad():
+        before = output(model, inputs)
+        model.base_model.model.set_attn_implementation("eager")
+        result = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(result.last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    assert result.attentions[0].shape == (3, 4, 9, 9)
+    assert (result.attentions[0].sum(-1) < 1).all()  # the rest went to the prefix
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_kernels_that_cannot_take_a_prefix(implementation):
+    """A clear error, before the model is touched or, switched later, before anything wrong is computed."""
+    model = BACKBONES["llama"].build()
+    model.config._attn_implementation_internal = implementation
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=f"`attn_implementation` \\(='{implementation}'\\) cannot take a prefix"):
+        get_peft_model(model, LayerPrefixConfig())
+    assert names == [name for name, _ in model.named_parameters()]
+    model.config._attn_implementation_internal = "sdpa"
+    tuned = get_peft_model(model, LayerPrefixConfig())
+    model.config._attn_implementation_internal = implementation
+    with pytest.raises(ValueError, match="cannot take a prefix"):
+        tuned(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4).bool())

@@ -1,0 +1,170 @@
+"""Each sub-layer against the naive formula, values and gradients; the fused sum against the plain one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix, ProjectedPrefix, Projection
+
+BATCH, LENGTH, D = 3, 5, 6
+VISIBLE = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
+
+
+def filled(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def gate_of(gate, x, visible):
+    """sigmoid(w x + b) for each token; for "mean", averaged over the tokens that are not padding, one by one."""
+    g = torch.sigmoid((x * gate.weight[0]).sum(-1, keepdim=True) + gate.bias)
+    if gate.pooling == "token":
+        return g
+    rows = [g[i][visible[i]].mean() if visible is not None else g[i].mean() for i in range(len(g))]
+    return torch.stack(rows)[:, None, None]
+
+
+def assert_same(module, naive, *inputs):
+    """Equal outputs, and equal gradients of inputs and parameters."""
+    inputs = [t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    wanted = [t for t in inputs if t.requires_grad] + list(module.parameters())
+    results = []
+    for function in (module, naive):
+        out = function(*inputs)
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append((out, torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+@pytest.mark.parametrize("visible", [None, VISIBLE], ids=["dense", "padded"])
+def test_low_rank(pooling, visible):
+    module = filled(LowRank(D, 4, r=2, alpha=3, gate=Gate(D, pooling) if pooling else None))
+
+    def naive(x):
+        delta = 3 / 2 * torch.einsum("or,ri,bti->bto", module.B, module.A, x)
+        return delta if pooling is None else gate_of(module.gate, x, visible) * delta
+
+    assert_same(lambda_module(module, visible), naive, torch.randn(BATCH, LENGTH, D))
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+@pytest.mark.parametrize("scaling", [1.0, 4.0, "learned"])
+def test_bottleneck(pooling, scaling):
+    module = filled(Bottleneck(D, r=3, scaling=scaling, gate=Gate(D, pooling) if pooling else None))
+    s = module.scaling
+
+    def naive(x):
+        f = s * (torch.relu(x @ module.down.weight.T + module.down.bias) @ module.up.weight.T + module.up.bias)
+        return f if pooling is None else gate_of(module.gate, x, VISIBLE) * f
+
+    assert_same(lambda_module(module, VISIBLE), naive, torch.randn(BATCH, LENGTH, D))
+
+
+def lambda_module(module, visible):
+    """The module, called with the padding."""
+
+    class Called(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            return self.inner(x, visible)
+
+    return Called()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LowRank(D, D, r=2),
+        LowRank(D, D, r=2, gate=Gate(D)),
+        Bottleneck(D, r=3),
+        Bottleneck(D, r=3, gate=Gate(D, "token")),
+        Bias(D),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_is_the_sum(module, dtype):
+    """add(y, x) = y + forward(x), in the type of y."""
+    filled(module)
+    x, y = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, D).to(dtype)
+    total = module.add(y, x, VISIBLE)
+    assert total.dtype == dtype
+    torch.testing.assert_close(total, y + module(x, VISIBLE).to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                               atol=1e-5)  # fmt: skip
+
+
+def test_low_rank_in_a_fused_projection():
+    """With `rows`, only these rows of the base output change, by B A x."""
+    rows = torch.tensor([1, 4, 5])
+    module = filled(LowRank(D, 3, r=2, alpha=2, rows=rows, width=7))
+    x = torch.randn(BATCH, LENGTH, D)
+    delta = module(x)
+    torch.testing.assert_close(delta[..., rows], x @ module.A.T @ module.B.T)
+    others = [i for i in range(7) if i not in rows]
+    assert not delta[..., others].any()
+    torch.testing.assert_close(F.linear(x, module.delta_weight()), delta)
+
+
+def test_dropout_is_before_the_low_rank_and_not_before_its_gate():
+    module = filled(LowRank(D, D, r=2, dropout=0.5, gate=Gate(D, "token")))
+    x = torch.randn(BATCH, LENGTH, D)
+    seen = []
+    module.gate.register_forward_hook(lambda gate, args, g: seen.append(g))
+    training = module.train()(x)
+    module.eval()(x)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert not torch.equal(training, module(x))
+
+
+def test_prefix_gates():
+    """A mean gate scales keys and values; a token gate adds log g to the scores."""
+    x = torch.randn(BATCH, LENGTH, D)
+    prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "mean")))
+    g = gate_of(prefix.gate, x, VISIBLE)[:, None]
+    keys, values, scores = prefix(x, VISIBLE)
+    torch.testing.assert_close(keys, g * prefix.keys)
+    torch.testing.assert_close(values, g * prefix.values)
+    assert scores is None
+
+    prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "token")))
+    keys, values, scores = prefix(x, VISIBLE)
+    torch.testing.assert_close(keys[0], prefix.keys)
+    torch.testing.assert_close(values[0], prefix.values)
+    expected = gate_of(prefix.gate, x, None).log()[:, None].expand(-1, -1, -1, 3)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_projected_prefix_folds_to_the_same_vectors():
+    """[P_K, P_V] = W_2 tanh(W_1 E), entry by entry; folding keeps it."""
+    projection = filled(Projection(3, D, 7))
+    module = filled(ProjectedPrefix(2, 3, 4, 5, projection))
+    code = torch.tanh(projection.embedding.weight @ projection.hidden.weight.T + projection.hidden.bias)
+    wide = code @ module.last.weight.T + module.last.bias
+    keys, values = module.vectors()
+    for head in range(2):
+        for token in range(3):
+            start = head * 9
+            torch.testing.assert_close(keys[head, token], wide[token, start : start + 4])
+            torch.testing.assert_close(values[head, token], wide[token, start + 4 : start + 9])
+    plain = module.fold()
+    assert isinstance(plain, Prefix)
+    assert not isinstance(plain, ProjectedPrefix)
+    torch.testing.assert_close(plain.keys, keys)
+    torch.testing.assert_close(plain.values, values)
+
+
+def test_a_fixed_gate_is_constant():
+    gate = filled(Gate(D, "token"))
+    assert not gate.is_constant
+    gate.fix(0.3)
+    assert gate.is_constant
+    x = torch.randn(BATCH, LENGTH, D)
+    torch.testing.assert_close(gate(F.linear(x, gate.weight)), torch.full((BATCH, LENGTH, 1), 0.3))
