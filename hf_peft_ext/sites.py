@@ -22,7 +22,7 @@ ROLES = {
     "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj"},
     "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"},
     "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"},
-    "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value", "in_proj"},
+    "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value"},
     "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj"},
 }
 # The leaf of a gated feed-forward network that carries the gate, by its name.

@@ -104,9 +104,13 @@ class Attached(nn.Module, BaseTunerLayer):
 
         Beam search and modules that flatten tokens make several rows of one; they lie side by side.
         """
-        assert self.row_adapters is not None
-        each = batch // len(self.row_adapters)
-        names = [] if self._disable_adapters else [n for n in self.row_adapters for _ in range(each)]
+        adapters = self.row_adapters or []
+        each, rest = divmod(batch, len(adapters))
+        if rest:
+            raise ValueError(
+                f"`adapter_names` (={len(adapters)} names) must have one name for each of the {batch} rows."
+            )
+        names = [] if self._disable_adapters else [name for name in adapters for _ in range(each)]
         for name in dict.fromkeys(names):
             if name in self.sublayer_of:
                 yield name, torch.tensor([i for i, n in enumerate(names) if n == name], device=device)

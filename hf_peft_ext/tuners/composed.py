@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from ..sublayers import Bias, Bottleneck, Gate, LowRank, Prefix, ProjectedPrefix
 from .attach import Attached, OnInput, OnNorm, OnOutput, OnSpan, child_name
 from .attention import InAttention, fold
 from .config import PlacedConfig
-from .plan import plan
+from .plan import excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
     "output": OnOutput,
@@ -102,8 +102,9 @@ class ComposedModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
-        return key in self._plan
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        assert isinstance(peft_config, PlacedConfig)
+        return _ExcludedModule() if excluded(key, peft_config) else key in self._plan
 
     def _create_and_replace(
         self,

@@ -31,10 +31,12 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
             named, targets = targets, []  # one branch on each target, however many sites the method names
             if not named:
                 continue
-        chosen = [site for site in named if wanted(site, placement.layers, config)]
+        chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
             raise ValueError(no_site(model, placement, bool(named)))
         for site in chosen:
+            if excluded(site.host, config):
+                continue
             if site.act == "attention":
                 check_kernel(model.get_submodule(site.host))
             here = found.setdefault(site.host, [])
@@ -42,6 +44,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
             if any(child_name(s.name, p.sublayer) == name for p, s in here):
                 raise ValueError(f"`placements` put `{placement.sublayer}` at `{site.name}` of {site.host} twice.")
             here.append((placement, site))
+    check("exclude_modules", config.exclude_modules, bool(found), "leaves no site for any sub-layer")
     return found
 
 
@@ -77,21 +80,19 @@ def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> l
     return [user_site("target", path, modules, leaves[path], sites) for path in hosts]
 
 
-def wanted(site: Site, layers: list[int] | None, config: PlacedConfig) -> bool:
-    """Whether a site lies in the layers of its placement and is not excluded."""
-    if layers is not None and site.layer not in layers:
-        return False
-    if config.exclude_modules and matches(config.exclude_modules, site.host):
-        return False
-    return not any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", site.host) for name in config.modules_to_save or [])
+def excluded(host: str, config: PlacedConfig) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` names a host or, for the latter, a module it lies in."""
+    if config.exclude_modules and matches(config.exclude_modules, host):
+        return True
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", host) for name in config.modules_to_save or [])
 
 
 def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if elsewhere:
         return (
-            f"`{placement.sublayer}` has its site `{placement.site}` in this model, but not in the chosen layers "
-            f"(={placement.layers}), or it is excluded."
+            f"`layers` (={placement.layers}) holds no layer of this model where `{placement.sublayer}` has its site "
+            f"`{placement.site}`."
         )
     if not layer_paths(model):
         return f"Architecture '{name}' has no attention, so `{placement.sublayer}` has no site; leave it out or pass `sites=`."

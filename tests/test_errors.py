@@ -1,0 +1,202 @@
+"""Bad input: the error names the field, the value and the rule, and nothing has changed."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_peft_ext import (
+    BitFitConfig,
+    BottleneckConfig,
+    ComposedConfig,
+    LayerPrefixConfig,
+    MAMConfig,
+    Placement,
+    UniPELTConfig,
+)
+
+from .backbones import BACKBONES, output
+
+BAD_CONFIGS = [
+    (lambda: UniPELTConfig(bottleneck_siz=3), "`bottleneck_siz` (=3) is not a field of UniPELTConfig; did you mean"),
+    (lambda: UniPELTConfig(r=-1), "`r` (=-1) must be a positive number."),
+    (lambda: UniPELTConfig(r=True), "`r` (=True) must be a positive number."),
+    (lambda: UniPELTConfig(lora_alpha=float("inf")), "`alpha` (=inf) must be a positive number."),
+    (lambda: UniPELTConfig(lora_dropout=1.0), "`dropout` (=1.0) must lie in [0, 1)."),
+    (lambda: UniPELTConfig(methods=()), "`methods` (=[]) must name at least one sub-layer."),
+    (lambda: UniPELTConfig(methods=("lora", "lora")), "`methods` (=['lora', 'lora']) must name a sub-layer once."),
+    (lambda: UniPELTConfig(methods=("loar",)), "`methods` (=['loar']) must hold adapter, prefix, lora, bitfit only."),
+    (lambda: UniPELTConfig(methods=("bitfit",)), "`gated` (=True) needs a sub-layer that can be gated"),
+    (lambda: UniPELTConfig(gate_pooling="max"), "`gate_pooling` (='max') must be"),
+    (lambda: UniPELTConfig(lora_targets=("quary",)), "`site` (='quary') must be a site of `low_rank`: query, key,"),
+    (lambda: UniPELTConfig(bias="all"), "`bias` (='all') must be \"none\"; BitFitConfig trains biases."),
+    (lambda: UniPELTConfig(target_parameters=["x"]), "`target_parameters` (=['x']) must be None"),
+    (lambda: LayerPrefixConfig(num_virtual_tokens=0), "`num_virtual_tokens` (=0) must be a positive number."),
+    (
+        lambda: LayerPrefixConfig(prefix_projection=True, encoder_hidden_size=0),
+        "`encoder_hidden_size` (=0) must be a positive number.",
+    ),
+    (lambda: BottleneckConfig(style="phfeiffer"), "`style` (='phfeiffer') must be one of houlsby, pfeiffer,"),
+    (
+        lambda: BottleneckConfig(r=8, reduction_factor=16),
+        "`r` (=8) must be given, or else `reduction_factor`, and not",
+    ),
+    (lambda: BottleneckConfig(reduction_factor=-2.0), "`reduction_factor` (=-2.0) must be a positive number."),
+    (lambda: BottleneckConfig(activation="relux"), "`activation` (='relux') must be an activation of transformers."),
+    (lambda: BottleneckConfig(scaling="learn"), "`scaling` (='learn') must be a number or \"learned\"."),
+    (lambda: BitFitConfig(target_modules=["q"]), "`target_modules` (=['q']) names leaves for a low-rank branch"),
+    (lambda: MAMConfig(scaling=float("nan")), "`scaling` (=nan) must be a number"),
+    (lambda: ComposedConfig(), "`placements` (=[]) must hold at least one placement."),
+    (lambda: ComposedConfig(placements=[{"sublayer": "bias"}]), "must have `sublayer` and `site`"),
+    (lambda: Placement("lowrank", "query"), "`sublayer` (='lowrank') must be one of bottleneck, low_rank, prefix,"),
+    (lambda: Placement("prefix", "query"), "`site` (='query') must be a site of `prefix`: attention."),
+    (lambda: Placement("bias", "bias", gate="mean"), "`gate` (='mean') must be None: a bias reads no input."),
+    (lambda: Placement("low_rank", "query", gate="yes"), "`gate` (='yes') must be None,"),
+    (lambda: Placement("low_rank", "query", layers=[-1]), "`layers` (=-1) must hold layer indices of 0 or more."),
+    (lambda: Placement("low_rank", "query", options={"rank": 1}), "`options` of `low_rank` has no `rank`; it has r,"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_CONFIGS, ids=[message[:40] for _, message in BAD_CONFIGS])
+def test_bad_config(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_placements_of_a_wrong_kind():
+    with pytest.raises(TypeError, match="`placements` must hold placements or dictionaries, not int"):
+        ComposedConfig(placements=[3])
+
+
+def test_unknown_key_in_a_file(tmp_path):
+    """peft drops unknown keys of a file with a warning; ours are refused."""
+    UniPELTConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gatd": False}))
+    with pytest.raises(
+        ValueError, match=re.escape("`gatd` (=False) is not a field of UniPELTConfig; did you mean `gated`")
+    ):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def state(model):
+    """All that an injection could change."""
+    return (
+        [(n, p.requires_grad, p.sum().item()) for n, p in model.named_parameters()],
+        [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
+        [id(getattr(m, "config", None)) for m in model.modules()],
+    )
+
+
+BAD_INJECTIONS = [
+    (
+        "bert",
+        lambda: UniPELTConfig(layers_to_transform=[0, 5]),
+        "`layers_to_transform` (=[0, 5]) names layer 5, which",
+    ),
+    (
+        "bert",
+        lambda: ComposedConfig(placements=[Placement("prefix", "attention", layers=[2])]),
+        "`layers` (=[2]) names layer 2, which does not exist; this model has layers 0 to 1.",
+    ),
+    ("llama", lambda: UniPELTConfig(target_modules=["qproj"]), "`target_modules` (=['qproj']) matches no linear leaf"),
+    (
+        "llama",
+        lambda: UniPELTConfig(sites={"query": ["qq"]}),
+        "`sites` (={'query': ['qq']}) matches no module of Llama",
+    ),
+    ("llama", lambda: UniPELTConfig(sites={"query": ["mlp.act_fn"]}), "which has no linear leaf to take widths from"),
+    ("llama", lambda: UniPELTConfig(sites={"attention": ["mlp"]}), "does not use transformers' AttentionInterface"),
+    (
+        "llama",
+        lambda: LayerPrefixConfig(exclude_modules=r".*self_attn"),
+        "`exclude_modules` (='.*self_attn') leaves no site",
+    ),
+    (
+        "bert",
+        lambda: ComposedConfig(placements=[Placement("low_rank", "ffn_gate")]),
+        "Architecture 'bert' has no place for `low_rank` at `ffn_gate`; leave it out or pass `sites=`.",
+    ),
+    (
+        "bert",
+        lambda: ComposedConfig(placements=[Placement("bias", "bias"), Placement("bias", "bias")]),
+        "`placements` put `bias` at `bias` of embeddings.LayerNorm twice.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("backbone", "make", "message"), BAD_INJECTIONS)
+def test_bad_injection_leaves_the_model_alone(backbone, make, message):
+    model = BACKBONES[backbone].build()
+    before = state(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(model, make())
+    assert state(model) == before
+
+
+def test_architecture_without_attention():
+    config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    before = state(model)
+    message = "Architecture 'mamba' has no attention, so `bottleneck` has no site; leave it out or pass `sites=`."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(model, UniPELTConfig())
+    assert state(model) == before
+
+
+def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
+    """Whatever fails after the first sub-layer is attached, the model and its adapters are as before."""
+    from hf_peft_ext.tuners.composed import ComposedModel
+
+    family = BACKBONES["bert"]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4)).eval()
+    before, build, calls = state(model), ComposedModel.build, []
+
+    def failing(self, placement, site):
+        calls.append(site)
+        if len(calls) == 5:
+            raise RuntimeError("out of memory")
+        return build(self, placement, site)
+
+    monkeypatch.setattr(ComposedModel, "build", failing)
+    with torch.no_grad():
+        expected = output(model, family.inputs())
+        for name in ("second", "third"):
+            calls.clear()
+            with pytest.raises(RuntimeError, match="out of memory"):
+                model.add_adapter(
+                    name, UniPELTConfig(methods=("adapter", "prefix", "lora", "bitfit"), bottleneck_size=4)
+                )
+        assert state(model) == before
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(output(model, family.inputs()), expected)
+
+
+def test_adapter_called_like_a_part_of_a_sublayer():
+    """peft would mix up their keys."""
+    for name in ("A", "gate", "keys"):
+        with pytest.raises(ValueError, match=re.escape(f"`adapter_name` (='{name}') is the name of a part")):
+            get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(), adapter_name=name)
+
+
+def test_bad_adapter_names_in_a_batch():
+    family = BACKBONES["bert"]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4))
+    with pytest.raises(ValueError, match="`adapter_names` can be passed for inference only"):
+        model.train()(**family.inputs(), adapter_names=["default"] * 3)
+    with pytest.raises(ValueError, match=re.escape("`adapter_names` holds ['x'], but the adapters are ['default']")):
+        model.eval()(**family.inputs(), adapter_names=["default", "x", "__base__"])
+    with pytest.raises(
+        ValueError, match=re.escape("`adapter_names` (=2 names) must have one name for each of the 3 rows")
+    ):
+        model.eval()(**family.inputs(), adapter_names=["default", "__base__"])
+
+
+def test_loading_on_a_model_of_another_size(tmp_path):
+    """The error is torch's; the message names the tensors."""
+    get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(bottleneck_size=4)).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(BACKBONES["bert"].build(hidden_size=16), tmp_path)
