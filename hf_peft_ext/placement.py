@@ -15,8 +15,8 @@ from .sublayers import Bottleneck, LowRank, Prefix
 
 GatePooling = Literal["auto", "mean", "token"]
 
-# Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_` forms
-# name cross-attention alone.
+# Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_`
+# forms name cross-attention alone.
 LEAF_SITES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
 SITES: dict[str, tuple[str, ...]] = {
     "bottleneck": ("after_attention", "after_ffn", "after_residual", "parallel_attention", "parallel_ffn"),
@@ -45,8 +45,9 @@ class Placement:
     Args:
         sublayer: "bottleneck", "low_rank", "prefix" or "bias".
         site: where it sits (`SITES` lists what goes where):
-            - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added), "after_residual"
-              (sequential, reads what the block has after residual and norm), "parallel_attention", "parallel_ffn";
+            - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
+              "after_residual" (sequential, reads what the block has after residual and norm), "parallel_attention",
+              "parallel_ffn";
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
@@ -120,7 +121,8 @@ class Placement:
         unknown = value.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown or not {"sublayer", "site"} <= value.keys():
             raise ValueError(
-                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate`, `options`."
+                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate` and "
+                f"`options`."
             )
         return cls(**value)
 

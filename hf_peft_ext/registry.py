@@ -5,6 +5,8 @@ names become real members of that enum: a plain string in peft's tables breaks t
 report, which ask for `.value`.
 """
 
+from typing import Any
+
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -32,7 +34,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
 def add_member(value: str) -> PeftType:
     """The member `value` of peft's `PeftType`, added if it is not there."""
     if value not in PeftType.__members__:
-        member = str.__new__(PeftType, value)
+        member: Any = str.__new__(PeftType, value)
         member._name_ = member._value_ = value
         member._sort_order_ = len(PeftType.__members__)
         member.__objclass__ = PeftType

@@ -1,36 +1,34 @@
-"""Finds, by the structure of a model, the modules that sub-layers read and change.
+"""Finds the modules of a model that sub-layers read and change.
 
 A transformer is one or more stacks of blocks; a block has attention modules, with their query, key, value and output
-leaves, and a feed-forward network with input and output leaves. `find_sites` walks the module tree and says where each
-of these is. What the tree cannot tell stands in the tables at the top.
+leaves, and a feed-forward network with input and output leaves. `find_sites` says where each of these is.
 """
 
-import inspect
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-# What a leaf of an attention module does, by its name.
-ROLES = {
-    "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj"},
-    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"},
-    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"},
-    "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value"},
-    "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj"},
-}
-# The leaf of a gated feed-forward network that carries the gate, by its name.
-FFN_GATES = {"gate_proj", "wi_0", "w1"}
-# Fused projections whose rows go head by head (query, key, value of one head, then of the next). All others are taken
-# to hold all queries, then all keys, then all values.
-FUSED_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+from .structure import (
+    FFN_GATES,
+    FUSED_BY_HEAD,
+    attention_leaves,
+    covers,
+    has_final_norm,
+    innermost,
+    is_attention,
+    is_cross,
+    is_norm,
+    key_shape,
+    layer_of,
+    layer_paths,
+    leaf_size,
+    matches,
+    own_modules,
+    takes_prefix,
+)
 
 Act = Literal["input", "output", "norm", "span", "attention"]
 
@@ -48,7 +46,7 @@ class Site:
             and values inside the host ("attention").
         d_in, d_out: widths of what is read and of what is added.
         causal: whether the tokens of this layer must not see later ones.
-        attention: path of the block's self-attention, which knows the padding; "" outside the blocks.
+        attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
         reads: path of the module whose input is read, for "span".
         rows, width: in a fused projection the rows of this site, out of `width`.
         heads, d_k, d_v: shape of keys and values, for "attention".
@@ -64,7 +62,7 @@ class Site:
     attention: str = ""
     reads: str = ""
     rows: Tensor | None = None
-    width: int | None = None
+    width: int = 0
     heads: int = 0
     d_k: int = 0
     d_v: int = 0
@@ -84,8 +82,8 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
     """The sites, with those named in `overrides` put where the user says.
 
     Args:
-        overrides: site name -> modules, as peft's `target_modules` names them (a regular expression for the whole path,
-            or a list of endings).
+        overrides: site name -> modules, as peft's `target_modules` names them (a regular expression for the whole
+            path, or a list of endings).
 
     Raises:
         ValueError: no module matches, or what matches cannot be such a site.
@@ -102,25 +100,20 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
 
 def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | None, sites: list[Site]) -> Site:
     """The site `name` at the module `path`, with what is known of its layer."""
-    module = modules[path]
+    module: Any = modules[path]
     if layer is None:
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
     near = next((site for site in sites if site.layer == layer and site.attention), None)
-    common = {"layer": layer, "causal": near.causal if near else True, "attention": near.attention if near else ""}
+    common: dict[str, Any] = {
+        "layer": layer,
+        "causal": near.causal if near else True,
+        "attention": near.attention if near else "",
+    }
     if name.removeprefix("cross_") == "attention":
-        leaves = {
-            role: s for role, leaf in attention_leaves(module).items() if (s := leaf_size(modules[f"{path}.{leaf}"]))
-        }
-        heads, d_k = key_shape(module, leaves)
-        if not (takes_prefix(module) and heads):
-            raise ValueError(
-                f"`sites` (={{{name!r}: ...}}) names {path}, which does not use transformers' AttentionInterface."
-            )
-        d = next(iter(leaves.values()))[0]
-        return Site(name, host=path, act="attention", d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_k, **common)
+        return user_attention(name, path, module, common)
     sizes = [size for _, child in own_modules(module, path) if (size := leaf_size(child))]
     if is_norm(module):
-        sizes = [module.weight.shape * 2]
+        sizes = [(len(module.weight), len(module.weight))]
     if not sizes:
         raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which has no linear leaf to take widths from.")
     (d_in, _), (_, d_out) = sizes[0], sizes[-1]
@@ -130,73 +123,15 @@ def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | 
     return Site(name, host=path, act="input", d_in=d_in, d_out=d_out, **common)
 
 
-def matches(pattern: str | Iterable[str], path: str) -> bool:
-    """peft's rule for `target_modules`: a string must match the whole path, a list names endings."""
-    if isinstance(pattern, str):
-        return match_target_against_key(pattern, path) is not None
-    return any(path == ending or path.endswith(f".{ending}") for ending in pattern)
-
-
-def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of blocks that have attention somewhere, encoder before decoder."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and any(is_attention(m) for m in module.modules()):
-            found.append(name)
-            yield name, module
-
-
-def leaf_size(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear leaf, quantised or not, wrapped by a tuner or not; None for other modules."""
-    module = unwrapped(module)
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    for d_in, d_out in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        if hasattr(module, d_in) and hasattr(module, d_out):
-            return getattr(module, d_in), getattr(module, d_out)
-    return None
-
-
-def is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
-
-
-def is_attention(module: nn.Module) -> bool:
-    """An attention module owns a fused projection, or a query and a value."""
-    roles = attention_leaves(module)
-    return "fused" in roles or {"query", "value"} <= roles.keys()
-
-
-def attention_leaves(module: nn.Module) -> dict[str, str]:
-    """Role -> name of the linear leaves directly in an attention module."""
-    leaves = [name for name, child in module.named_children() if leaf_size(child)]
-    return {role: name for role, names in ROLES.items() for name in leaves if name.lower() in names}
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """named_modules, without what tuners have put in."""
-    yield prefix, model
-    if isinstance(model, BaseTunerLayer):
-        return
-    for name, child in model.named_children():
-        if not (isinstance(child, BaseTunerLayer) and not hasattr(child, "base_layer")):
-            yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def has_final_norm(model: nn.Module, stack: str) -> bool:
-    """Whether a norm stands beside the stack or above it. A stack without one normalises after each residual."""
-    while stack:
-        stack = stack.rpartition(".")[0]
-        children = model.get_submodule(stack).named_children()
-        if any(is_norm(child) and "emb" not in name for name, child in children):
-            return True
-    return False
+def user_attention(name: str, path: str, attention: nn.Module, common: dict[str, Any]) -> Site:
+    leaves = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
+    sizes = {role: size for role, size in leaves.items() if size}
+    heads, d_k = key_shape(attention, sizes)
+    if not (takes_prefix(attention) and heads):
+        raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it does not use "
+                         "transformers' AttentionInterface.")  # fmt: skip
+    d = sizes["query" if "query" in sizes else "fused"][0]
+    return Site(name, host=path, act="attention", d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_k, **common)
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:
@@ -205,22 +140,13 @@ def bias_sites(model: nn.Module) -> Iterator[Site]:
     start = next((name for name, module in model.named_modules() if module is backbone), "")
     layers = layer_paths(model)
     leaves = [(path, module) for path, module in own_modules(backbone, start) if leaf_size(module) or is_norm(module)]
-    biases = {path: b for path, m in leaves if isinstance(b := getattr(unwrapped(m), "bias", None), nn.Parameter)}
+    biases = {path: b for path, m in leaves if isinstance(b := getattr(innermost(m), "bias", None), nn.Parameter)}
     for path, module in leaves:
         size, layer = leaf_size(module), layer_of(path, layers)
         if path in biases:
             yield Site("bias", layer, path, "output", 0, biases[path].numel())
         elif not biases and size and layer is not None:
             yield Site("bias", layer, path, "output", 0, size[1])
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """Paths of all blocks; a block's place in the list is its layer index."""
-    return [f"{name}.{index}" for name, stack in stacks(model) for index in range(len(stack))]
-
-
-def layer_of(path: str, layers: list[str]) -> int | None:
-    return next((i for i, layer in enumerate(layers) if covers((layer,), path)), None)
 
 
 class BlockSites:
@@ -247,7 +173,8 @@ class BlockSites:
             leaves["output"] = output
         for role in ("query", "key", "value"):
             if role in leaves:
-                yield self.leaf_site(cross + role, leaves[role])
+                reads_encoder = cross and role != "query"
+                yield self.leaf_site(cross + role, leaves[role], **({"attention": name} if reads_encoder else {}))
         heads, d_k = key_shape(attention, {role: self.size(leaf) for role, leaf in leaves.items()})
         if "fused" in leaves and heads:
             yield from self.fused_sites(cross, leaves["fused"], attention, heads, d_k)
@@ -264,7 +191,7 @@ class BlockSites:
             yield Site(f"{cross}parallel_attention", host=leaves["output"], act="span", d_in=d, d_out=d_out,
                        reads=name, **self.common)  # fmt: skip
 
-    def fused_sites(self, cross: str, leaf: str, attention: nn.Module, heads: int, d_k: int) -> Iterator[Site]:
+    def fused_sites(self, cross: str, leaf: str, attention: Any, heads: int, d_k: int) -> Iterator[Site]:
         d_in, width = self.size(leaf)
         if getattr(attention, "config", None) and attention.config.model_type in FUSED_BY_HEAD:
             rows = torch.arange(width).view(heads, 3, d_k).transpose(0, 1).flatten(1)
@@ -287,8 +214,8 @@ class BlockSites:
                 gate = name.rpartition(".")[2] in FFN_GATES
                 yield self.leaf_site("ffn_gate" if gate else "ffn_input", name)
         if len(parts) == 1:
-            for site, act in (("after_ffn", "output"), ("parallel_ffn", "input")):
-                yield Site(site, host=parts[0], act=act, d_in=d, d_out=d, **self.common)
+            yield Site("after_ffn", host=parts[0], act="output", d_in=d, d_out=d, **self.common)
+            yield Site("parallel_ffn", host=parts[0], act="input", d_in=d, d_out=d, **self.common)
         elif leaves and self.size(leaves[-1])[1] == d:
             yield Site("after_ffn", host=leaves[-1], act="output", d_in=d, d_out=d, **self.common)
             yield Site("parallel_ffn", host=leaves[-1], act="span", reads=leaves[0], d_in=d, d_out=d, **self.common)
@@ -334,43 +261,11 @@ class BlockSites:
         leaf = attention_leaves(attention).get("output")
         return f"{name}.{leaf}" if leaf else self.output_beside(name) or self.ffn_parts()[-1]
 
-    def leaf_site(self, site: str, leaf: str) -> Site:
+    def leaf_site(self, site: str, leaf: str, **kwargs: Any) -> Site:
         d_in, d_out = self.size(leaf)
-        return Site(site, host=leaf, act="input", d_in=d_in, d_out=d_out, **self.common)
+        return Site(site, host=leaf, act="input", d_in=d_in, d_out=d_out, **{**self.common, **kwargs})
 
     def size(self, leaf: str) -> tuple[int, int]:
         size = leaf_size(self.modules[leaf])
         assert size is not None
         return size
-
-
-def covers(roots: tuple[str, ...], name: str) -> bool:
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
-
-
-def is_cross(path: str) -> bool:
-    """Whether an attention module, by its path in the block, is cross-attention."""
-    last = path.rpartition(".layers.")[2].lower()
-    return "cross" in last or "encdec" in last or "encoder_attn" in last
-
-
-def takes_prefix(attention: nn.Module) -> bool:
-    """Whether the module hands its keys and values to transformers' AttentionInterface, keywords included."""
-    source = sys.modules[type(attention).__module__]
-    kinds = {p.kind for p in inspect.signature(attention.forward).parameters.values()}
-    interface = hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward")
-    return interface and inspect.Parameter.VAR_KEYWORD in kinds and hasattr(attention, "config")
-
-
-def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Number of key and value heads, and the width of one; (0, 0) if unknown."""
-    owners = (attention, getattr(attention, "config", None))
-    d_k = next((d for owner in owners for name in HEAD_WIDTHS if (d := getattr(owner, name, None))), None)
-    if d_k is None:
-        return 0, 0
-    if "key" in sizes:
-        return sizes["key"][1] // d_k, d_k
-    if "fused" in sizes and "output" in sizes:
-        queries = 0 if "query" in sizes else sizes["output"][0]
-        return (sizes["fused"][1] - queries) // (2 * d_k), d_k
-    return 0, 0

@@ -17,8 +17,10 @@ from hf_peft_ext import (
     Placement,
     UniPELTConfig,
 )
+from hf_peft_ext.tuners.composed import PARTS
 
 from .backbones import BACKBONES, output
+from .methods import METHODS
 
 BAD_CONFIGS = [
     (lambda: UniPELTConfig(bottleneck_siz=3), "`bottleneck_siz` (=3) is not a field of UniPELTConfig; did you mean"),
@@ -48,6 +50,7 @@ BAD_CONFIGS = [
     (lambda: BottleneckConfig(activation="relux"), "`activation` (='relux') must be an activation of transformers."),
     (lambda: BottleneckConfig(scaling="learn"), "`scaling` (='learn') must be a number or \"learned\"."),
     (lambda: BitFitConfig(target_modules=["q"]), "`target_modules` (=['q']) names leaves for a low-rank branch"),
+    (lambda: UniPELTConfig(sites={"qury": ["q"]}), "`sites` (='qury') must name sites: after_attention,"),
     (lambda: MAMConfig(scaling=float("nan")), "`scaling` (=nan) must be a number"),
     (lambda: ComposedConfig(), "`placements` (=[]) must hold at least one placement."),
     (lambda: ComposedConfig(placements=[{"sublayer": "bias"}]), "must have `sublayer` and `site`"),
@@ -109,7 +112,7 @@ BAD_INJECTIONS = [
         "`sites` (={'query': ['qq']}) matches no module of Llama",
     ),
     ("llama", lambda: UniPELTConfig(sites={"query": ["mlp.act_fn"]}), "which has no linear leaf to take widths from"),
-    ("llama", lambda: UniPELTConfig(sites={"attention": ["mlp"]}), "does not use transformers' AttentionInterface"),
+    ("llama", lambda: UniPELTConfig(sites={"attention": ["mlp"]}), "names model.layers.0.mlp, which takes no prefix"),
     (
         "llama",
         lambda: LayerPrefixConfig(exclude_modules=r".*self_attn"),
@@ -149,19 +152,19 @@ def test_architecture_without_attention():
 
 def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
     """Whatever fails after the first sub-layer is attached, the model and its adapters are as before."""
-    from hf_peft_ext.tuners.composed import ComposedModel
+    from hf_peft_ext.tuners import composed
 
     family = BACKBONES["bert"]
     model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4)).eval()
-    before, build, calls = state(model), ComposedModel.build, []
+    before, build, calls = state(model), composed.build, []
 
-    def failing(self, placement, site):
+    def failing(placement, site, projections):
         calls.append(site)
         if len(calls) == 5:
             raise RuntimeError("out of memory")
-        return build(self, placement, site)
+        return build(placement, site, projections)
 
-    monkeypatch.setattr(ComposedModel, "build", failing)
+    monkeypatch.setattr(composed, "build", failing)
     with torch.no_grad():
         expected = output(model, family.inputs())
         for name in ("second", "third"):
@@ -176,7 +179,12 @@ def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
 
 
 def test_adapter_called_like_a_part_of_a_sublayer():
-    """peft would mix up their keys."""
+    """peft would mix up their keys. The list of such names is complete."""
+    model = get_peft_model(BACKBONES["bert"].build(), METHODS["unipelt"](prefix_projection=True))
+    model.add_adapter("x", METHODS["unipelt"]())
+    parts = {part for n, p in model.named_parameters() if "sublayer_of" in n
+             for part in n.partition("sublayer_of.")[2].split(".")[1:]}  # fmt: skip
+    assert parts | {"scaling", "b"} == PARTS
     for name in ("A", "gate", "keys"):
         with pytest.raises(ValueError, match=re.escape(f"`adapter_name` (='{name}') is the name of a part")):
             get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(), adapter_name=name)

@@ -35,15 +35,22 @@ def test_gate_values(backbone):
             assert value.shape == (3, inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1])
 
 
-@pytest.mark.parametrize("backbone", ["bert", "llama"])
+@pytest.mark.parametrize("backbone", ["bert", "llama", "t5", "bart"])
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_pooling_can_be_chosen(backbone, pooling):
-    """Both forms of the gate on both kinds of model."""
+    """Both forms of the gate on all kinds of model; padding never counts."""
     family = BACKBONES[backbone]
     model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4, gate_pooling=pooling))
     randomise(model)
-    for value in gate_values(model, family.inputs()).values():
-        assert value.shape == ((3,) if pooling == "mean" else (3, 9))
+    inputs = family.inputs()
+    values = gate_values(model, inputs)
+    for value in values.values():
+        assert value.shape == (3,) if pooling == "mean" else value.shape in ((3, 9), (3, 7))
+    alone = {key: value[1:2] for key, value in inputs.items()}
+    alone |= {key: alone[key][:, :6] for key in ("input_ids", "attention_mask")}
+    for name, value in gate_values(model, alone).items():
+        if pooling == "mean":
+            torch.testing.assert_close(value, values[name][1:2])
 
 
 def test_a_mean_gate_is_the_mean_of_the_token_gates_without_padding():

@@ -6,7 +6,8 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, ComposedConfig, MAMConfig, Placement, UniPELTConfig
-from hf_peft_ext.sites import find_sites, layer_paths
+from hf_peft_ext.sites import find_sites
+from hf_peft_ext.structure import layer_paths
 from hf_peft_ext.sublayers import Bias, LowRank
 from hf_peft_ext.tuners.composed import attached
 

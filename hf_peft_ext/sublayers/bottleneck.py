@@ -14,8 +14,8 @@ class Bottleneck(Additive):
     """f(x) = g(x) s (W_up phi(W_down x + b_down) + b_up),  W_down: (r, d), W_up: (d, r); g = 1 without a gate.
 
     Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751), Figure 2; Pfeiffer et al. 2021
-    (https://arxiv.org/abs/2005.00247); scaled and in parallel, He et al. 2022 (https://arxiv.org/abs/2110.04366), Table
-    1. Whether it is sequential, y + f(y), or parallel, y + f(x), is a matter of the site.
+    (https://arxiv.org/abs/2005.00247); scaled and in parallel, He et al. 2022 (https://arxiv.org/abs/2110.04366),
+    Table 1. Whether it is sequential, y + f(y), or parallel, y + f(x), is a matter of the site.
 
     Args:
         d: width of x and of the output.

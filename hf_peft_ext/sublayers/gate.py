@@ -12,8 +12,8 @@ class Gate(nn.Module):
     """g(x) = sigmoid(w x + b), one for each token, or their mean over the tokens of an example.
 
     UniPELT, Mao et al. 2022 (https://arxiv.org/abs/2110.07577), section 3.2. The paper takes the mean, padding
-    included; here padding is left out. `"token"` keeps one gate for each token: where attention is causal, a mean would
-    let a token see the tokens after it.
+    included; here padding is left out. `"token"` keeps one gate for each token: where attention is causal, a mean
+    would let a token see the tokens after it.
 
     Args:
         d: width of x.
@@ -30,7 +30,7 @@ class Gate(nn.Module):
     def forward(
         self,
         score: Tensor,  # shape: (batch, length, 1): w x, taken together with whatever else reads x
-        visible: Tensor | None = None,  # shape: (batch, length): False at padding
+        visible: Tensor | None = None,  # shape: (batch, keys): False at padding; the tokens of x are the last ones
     ) -> Tensor:  # shape: (batch, 1, 1) for the mean, (batch, length, 1) for tokens
         g = torch.sigmoid(score + self.bias)
         if self.pooling == "token":
@@ -42,7 +42,7 @@ class Gate(nn.Module):
             )
         if visible is None:
             return g.mean(1, keepdim=True)
-        weight = visible.unsqueeze(-1).to(g.dtype)
+        weight = visible[:, -g.shape[1] :, None].to(g.dtype)
         return (g * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
 
     @property

@@ -40,7 +40,7 @@ class LowRank(Additive):
         init_lora_weights: Literal[True, "gaussian"] = True,
         gate: Gate | None = None,
         rows: Tensor | None = None,
-        width: int | None = None,
+        width: int = 0,
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))

@@ -3,9 +3,9 @@
 from ..registry import register
 from .bitfit import BitFitConfig as BitFitConfig
 from .bottleneck import BottleneckConfig as BottleneckConfig
-from .composed import ComposedConfig as ComposedConfig
 from .composed import ComposedModel as ComposedModel
 from .composed import fold_prefixes as fold_prefixes
+from .config import ComposedConfig as ComposedConfig
 from .gates import fix_gates as fix_gates
 from .gates import gate_values as gate_values
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig

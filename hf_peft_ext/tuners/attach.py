@@ -1,11 +1,11 @@
 """The tuner layer: a child of the module it changes, acting through a hook.
 
-Nothing of the base model is replaced. Its parameter names stay as they are, so nesting, unloading, quantised leaves and
-mixture-of-experts blocks need no code of their own.
+Nothing of the base model is replaced. Its parameter names stay as they are, so nesting, unloading, quantised leaves
+and mixture-of-experts blocks need no code of their own.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ..sites import Site
+from ..structure import innermost
 from ..sublayers import Bias, LowRank
 
 
@@ -29,12 +30,14 @@ class Attached(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("sublayer_of",)
 
+    sublayer_of: Any  # adapter name -> sub-layer
+
     def __init__(self, model: nn.Module, site: Site):
         super().__init__()
         self.sublayer_of = nn.ModuleDict()
         self.site = site
         self.row_adapters: list[str] | None = None  # the adapter of each row, in a batch that mixes them
-        self.visible: Tensor | None = None  # shape: (batch, length), False at padding
+        self.visible: Tensor | None = None  # shape: (batch, keys), False at padding
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
@@ -59,11 +62,11 @@ class Attached(nn.Module, BaseTunerLayer):
 
     def put(self, adapter_name: str, sublayer: nn.Module) -> None:
         """Add the sub-layer of an adapter, on the device and in the type of the host."""
-        weight = next((p for p in self.host.parameters() if p.dtype.is_floating_point), None)
-        if not any(p.is_meta for p in sublayer.parameters()):
-            dtype = getattr(self.host, "compute_dtype", None) or (weight.dtype if weight is not None else None)
-            device = next(self.host.parameters()).device
-            sublayer = sublayer.to(device, dtype)
+        weights = [p for p in self.host.parameters() if not p.is_meta]
+        if weights and not any(p.is_meta for p in sublayer.parameters()):
+            types = [p.dtype for p in weights if p.dtype.is_floating_point]
+            dtype = getattr(self.host, "compute_dtype", None) or next(iter(types), None)
+            sublayer = sublayer.to(weights[0].device, dtype)
         self.sublayer_of[adapter_name] = sublayer
 
     def remove(self) -> None:
@@ -124,27 +127,28 @@ class Attached(nn.Module, BaseTunerLayer):
         if sublayers:
             keyword, position = self._mask
             mask = kwargs.get(keyword, args[position] if len(args) > position else None)
-            self.visible = visible_tokens(mask, hidden_states(args, kwargs).shape[1])
+            self.visible = visible_tokens(mask)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the sub-layers into the weight or bias of the host.
 
         Raises:
-            ValueError: a sub-layer is not linear in its input, or `safe_merge` finds values that are not finite.
+            ValueError: `safe_merge` finds values that are not finite.
         """
         for name in adapter_names or self.active_adapters:
             if name in self.sublayer_of and name not in self.merged_adapters:
                 self._fold(self.sublayer_of[name], sign=1, safe=safe_merge)
                 self.merged_adapters = [*self.merged_adapters, name]
 
-    def unmerge(self) -> None:
-        while self.merged_adapters:
-            *self.merged_adapters, name = self.merged_adapters
+    def unmerge(self, keep: Sequence[str] = ()) -> None:
+        """Take merged sub-layers out of the host again, all but those of the adapters in `keep`."""
+        for name in [name for name in self.merged_adapters if name not in keep]:
             self._fold(self.sublayer_of[name], sign=-1, safe=False)
+            self.merged_adapters = [other for other in self.merged_adapters if other != name]
 
     @torch.no_grad()
     def _fold(self, sublayer: nn.Module, sign: int, safe: bool) -> None:
-        base = innermost(self.host)
+        base: Any = innermost(self.host)
         if isinstance(sublayer, Bias):
             bias = torch.zeros_like(sublayer.b) if base.bias is None else base.bias
             base.bias = nn.Parameter(finite(bias + sign * sublayer.b.to(bias), safe), requires_grad=False)
@@ -153,65 +157,6 @@ class Attached(nn.Module, BaseTunerLayer):
             weight = self.get_base_weight()
             delta = sublayer.delta_weight().to(weight)
             self.set_base_weight(finite(weight + sign * (delta.T if isinstance(base, Conv1D) else delta), safe))
-        else:
-            raise ValueError(f"A {type(sublayer).__name__} is not linear in its input, so it cannot be merged.")
-
-
-class OnOutput(Attached):
-    """y = host(x) becomes y + f(y): sequential adapters and biases."""
-
-    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        # first of the host's hooks: a norm's bias belongs to the norm, whatever else sits there
-        return [self.host.register_forward_hook(self.after, prepend=self.site.name == "bias")]
-
-    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return on_first(output, lambda y: self.add(y, y))
-
-
-class OnInput(Attached):
-    """y = host(x) becomes y + f(x): low-rank updates of a leaf, adapters parallel to a module."""
-
-    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        return [self.host.register_forward_hook(self.after, with_kwargs=True)]
-
-    def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return on_first(output, lambda y: self.add(y, hidden_states(args, kwargs)))
-
-
-class OnNorm(Attached):
-    """norm(s) becomes norm(s + f(norm(s))): Pfeiffer's place, where s is the FFN's output plus the residual."""
-
-    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        return [self.host.register_forward_hook(self.after)]
-
-    def after(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        s = self.add(args[0], output)
-        if s is args[0]:
-            return output
-        output = norm.forward(s)
-        bias = getattr(norm, child_name("bias", "bias"), None)  # the norm's own trained bias stands beside this layer
-        return output if bias is None else bias.after(norm, args, output)
-
-
-class OnSpan(Attached):
-    """y = last(... first(x)) becomes y + f(x), where x enters one module and y leaves another."""
-
-    x: Tensor | None = None
-
-    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        first = model.get_submodule(self.site.reads)
-        return [
-            first.register_forward_pre_hook(self.before, with_kwargs=True),
-            self.host.register_forward_hook(self.after),
-        ]
-
-    def before(self, first: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = hidden_states(args, kwargs)
-
-    def after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        x, self.x = self.x, None
-        assert x is not None
-        return on_first(output, lambda y: self.add(y, x))
 
 
 def child_name(site: str, sublayer: str) -> str:
@@ -224,11 +169,6 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a change to a module's output, or to the first element of a tuple."""
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-
 def mask_position(attention: nn.Module) -> tuple[str, int]:
     """Name and position of the mask among the arguments of an attention module."""
     names = list(inspect.signature(attention.forward).parameters)
@@ -236,16 +176,15 @@ def mask_position(attention: nn.Module) -> tuple[str, int]:
     return keyword, names.index(keyword) if keyword in names else len(names)
 
 
-def visible_tokens(mask: Any, length: int) -> Tensor | None:
-    """The tokens that some query may attend to, all but padding.
+def visible_tokens(mask: Any) -> Tensor | None:
+    """The keys that some query may attend to, all but padding.
 
     Args:
         mask: None, or a mask of shape (batch, 1, queries, keys), True or 0 where attention is allowed, or of shape
             (batch, keys).
-        length: number of tokens, the last ones of the keys.
 
     Returns:
-        Booleans of shape (batch, length); None if there is no mask.
+        Booleans of shape (batch, keys); None if there is no mask.
     """
     if mask is None:
         return None
@@ -254,15 +193,9 @@ def visible_tokens(mask: Any, length: int) -> Tensor | None:
             f"`gate_pooling` (='mean') cannot read a mask of type {type(mask).__name__}; use sdpa or eager."
         )
     if mask.ndim == 2:
-        return mask.bool()[:, -length:]
+        return mask.bool()
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=2).any(dim=1)[:, -length:]
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
+    return seen.any(dim=2).any(dim=1)
 
 
 def finite(value: Tensor, safe: bool) -> Tensor:

@@ -1,15 +1,15 @@
 """Prefixes inside attention, through transformers' AttentionInterface.
 
-Every attention module of transformers 5 looks its kernel up by name in its config. A module with a prefix gets a shallow
-copy of the config that names the function below; the model's own config goes on saying "sdpa" or "eager", so masks are
-made and the implementation is switched as ever. The function puts the prefix in front of keys and values, after rotary
-embedding and cache, and calls the kernel that the model's config names.
+Every attention module of transformers 5 looks its kernel up by name in its config. A module with a prefix gets a
+shallow copy of the config that names the function below; the model's own config goes on saying "sdpa" or "eager", so
+masks are made and the implementation is switched as ever. The function puts the prefix in front of keys and values,
+after rotary embedding and cache, and calls the kernel that the model's config names.
 """
 
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..sublayers import Prefix
 from .attach import Attached, hidden_states
 
 NAME = "hf_peft_ext_prefix"
@@ -33,7 +32,7 @@ class InAttention(Attached):
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         self._config = (self.host.config,)
-        routed = copy.copy(self.host.config)
+        routed: Any = copy.copy(self.host.config)
         routed._attn_implementation_internal = NAME
         self.host.config = routed
         return [self.host.register_forward_pre_hook(self.before, with_kwargs=True)]
@@ -58,7 +57,8 @@ class InAttention(Attached):
         parts: list[States] = [self.sublayer_of[name](x, self.visible) for name in self.present]
         if len(parts) < 2:
             return parts[0] if parts else None
-        keys, values = (torch.cat([p[i].expand(len(x), -1, -1, -1) for p in parts], dim=2) for i in (0, 1))
+        keys = torch.cat([keys.expand(len(x), -1, -1, -1) for keys, _, _ in parts], dim=2)
+        values = torch.cat([values.expand(len(x), -1, -1, -1) for _, values, _ in parts], dim=2)
         if all(scores is None for _, _, scores in parts):
             return keys, values, None
         return keys, values, torch.cat([shown(part, x) for part in parts], dim=-1)
@@ -171,7 +171,7 @@ def widened(
     elif mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
     shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]
-    parts = [part.to(dtype).expand(*shape, -1) for part in (scores, cast(Tensor, mask))]
+    parts = [part.to(dtype).expand(*shape, -1) for part in (scores, mask)]
     return torch.cat(parts, dim=-1)
 
 
@@ -179,17 +179,10 @@ def padded(mask: Tensor, n_tokens: int) -> Tensor:
     """The mask with n_tokens visible keys in front. All layers are given the same mask, so it remembers the result."""
     if torch.compiler.is_compiling():
         return F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
-    known = mask.__dict__.setdefault("padded_by_prefix", {})
+    known: dict[int, Tensor] = vars(mask).setdefault("padded_by_prefix", {})
     if n_tokens not in known:
         known[n_tokens] = F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
     return known[n_tokens]
 
 
 AttentionInterface.register(NAME, prefix_attention)
-
-
-def fold(layer: InAttention, adapter_name: str) -> None:
-    """Put the plain prefix in place of a reparameterised one."""
-    prefix = layer.sublayer_of[adapter_name]
-    if hasattr(prefix, "fold"):
-        layer.sublayer_of[adapter_name] = cast(Prefix, prefix.fold())

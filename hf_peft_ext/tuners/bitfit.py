@@ -10,8 +10,8 @@ from .config import PlacedConfig
 class BitFitConfig(PlacedConfig):
     """Train the biases of linear leaves and norms below the head (`sublayers.Bias`).
 
-    Ben Zaken et al. 2022 (https://arxiv.org/abs/2106.10199). Where a model has none (T5, Llama), each linear leaf of its
-    blocks is given one, zero at the start. The adapter holds what is added to the base model's biases.
+    Ben Zaken et al. 2022 (https://arxiv.org/abs/2106.10199). Where a model has none (T5, Llama), each linear leaf of
+    its blocks is given one, zero at the start. The adapter holds what is added to the base model's biases.
 
     Raises:
         ValueError: a value breaks a rule.

@@ -4,20 +4,20 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..placement import Placement
-from ..sites import Site
-from ..sublayers import Bias, Bottleneck, Gate, LowRank, Prefix, ProjectedPrefix, Projection
-from .attach import Attached, OnInput, OnNorm, OnOutput, OnSpan, child_name
-from .attention import InAttention, fold
+from ..placement import check
+from ..sublayers import Bias, LowRank, ProjectedPrefix
+from .attach import Attached, child_name
+from .attention import InAttention
+from .build import Projections, build
 from .config import PlacedConfig
+from .layers import OnInput, OnNorm, OnOutput, OnSpan
 from .plan import excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
@@ -27,41 +27,11 @@ LAYERS: dict[str, type[Attached]] = {
     "span": OnSpan,
     "attention": InAttention,
 }
-
-
-@dataclass
-class ComposedConfig(PlacedConfig):
-    """A method of one's own: any sub-layers at any sites.
-
-    Args:
-        placements: the sub-layers (`Placement`, or dictionaries with its fields).
-
-    Example:
-        >>> ComposedConfig(placements=[
-        ...     Placement("low_rank", "query", layers=[0, 1], gate="auto", options={"r": 4}),
-        ...     Placement("bottleneck", "parallel_ffn", options={"reduction_factor": 16, "init": "lora"}),
-        ... ])  # doctest: +SKIP
-    """
-
-    method = "composed"
-
-    placements: list[Any] = field(default_factory=list, metadata={"help": "The sub-layers and where they sit."})
-
-    def __post_init__(self) -> None:
-        self.placements = [Placement.of(p) for p in self.placements]
-        if not self.placements:
-            raise ValueError("`placements` (=[]) must hold at least one placement.")
-        super().__post_init__()
-
-    def to_placements(self) -> list[Placement]:
-        return self.placements
-
-    def stored(self) -> PlacedConfig:
-        if not any(p.options.get("encoder_hidden_size") for p in self.placements):
-            return self
-        plain = [replace(p, options={k: v for k, v in p.options.items() if k != "encoder_hidden_size"})
-                 for p in self.placements]  # fmt: skip
-        return replace(self, placements=plain)
+# peft tells adapters apart by a part of the key, so none may be called like a part of a sub-layer.
+PARTS = frozenset(
+    {"A", "B", "b", "bias", "down", "embedding", "gate", "hidden", "keys", "last", "projection", "scaling", "up"}
+    | {"values", "weight"}
+)
 
 
 class ComposedModel(BaseTuner):
@@ -69,20 +39,19 @@ class ComposedModel(BaseTuner):
 
     prefix = "sublayer_"  # begins the name of `Attached.sublayer_of`; transformers looks for it when it loads
     tuner_layer_cls = Attached
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the sub-layers of an adapter. Whatever fails, the model is left as it was.
 
         Raises:
-            ValueError: a placement has no site in this model, a layer does not exist, or the adapter's name is one that
-                a part of a sub-layer has.
+            ValueError: a placement has no site in this model, a layer does not exist, or the adapter's name is one
+                that a part of a sub-layer has.
         """
-        check_adapter_name(adapter_name)
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, PlacedConfig)
-        self._plan = plan(model, config)
-        self._projections: dict[Any, Projection] = {}
+        rule = f"is the name of a part of a sub-layer; take another than {', '.join(sorted(PARTS))}"
+        check("adapter_name", adapter_name, adapter_name not in PARTS, rule)
+        self._plan = plan(model, cast(PlacedConfig, self.peft_config[adapter_name]))
+        self._projections: Projections = {}
         keep_4bit_trainable(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         before = attached(model)
@@ -102,8 +71,7 @@ class ComposedModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
-        assert isinstance(peft_config, PlacedConfig)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         return _ExcludedModule() if excluded(key, peft_config) else key in self._plan
 
     def _create_and_replace(
@@ -120,30 +88,7 @@ class ComposedModel(BaseTuner):
             name = child_name(site.name, placement.sublayer)
             if not hasattr(target, name):
                 target.add_module(name, LAYERS[site.act](self.model, site))
-            getattr(target, name).put(adapter_name, self.build(placement, site))
-
-    def build(self, placement: Placement, site: Site) -> nn.Module:
-        """The sub-layer of a placement, in the widths of a site."""
-        gate, options = None, dict(placement.options)
-        if placement.gate:
-            auto = "token" if site.causal else "mean"
-            gate = Gate(site.d_in, auto if placement.gate == "auto" else placement.gate)
-        if placement.sublayer == "bias":
-            return Bias(site.d_out)
-        if placement.sublayer == "low_rank":
-            return LowRank(site.d_in, site.d_out, gate=gate, rows=site.rows, width=site.width, **options)
-        if placement.sublayer == "bottleneck":
-            factor = options.pop("reduction_factor", None)
-            options["r"] = options.get("r") or max(1, round(site.d_in / factor))
-            return Bottleneck(site.d_in, gate=gate, **options)
-        n_tokens, hidden = options.get("num_virtual_tokens", 10), options.get("encoder_hidden_size")
-        shape = (site.heads, n_tokens, site.d_k, site.d_v)
-        if hidden is None:
-            return Prefix(*shape, gate=gate)
-        key = (n_tokens, site.d_in, hidden)
-        if key not in self._projections:
-            self._projections[key] = Projection(*key)
-        return ProjectedPrefix(*shape, self._projections[key], gate=gate)
+            getattr(target, name).put(adapter_name, build(placement, site, self._projections))
 
     # Saving and loading
 
@@ -162,14 +107,12 @@ class ComposedModel(BaseTuner):
         **kw: Any,
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
-        for path, layer in model.named_modules():
-            prefix = layer.sublayer_of[adapter_name] if is_projected(layer, adapter_name) else None
-            if isinstance(prefix, ProjectedPrefix):
-                root = f"{path}.sublayer_of.{adapter_name}."
-                for part in ("projection.", "last."):
-                    state = {key: value for key, value in state.items() if not key.startswith(root + part)}
+        for path, prefix in model.named_modules():
+            if isinstance(prefix, ProjectedPrefix) and path.endswith(f".sublayer_of.{adapter_name}"):
+                network = (f"{path}.projection.", f"{path}.last.")
+                state = {key: value for key, value in state.items() if not key.startswith(network)}
                 keys, values = prefix.vectors()
-                state |= {f"{root}keys": keys.detach().contiguous(), f"{root}values": values.detach().contiguous()}
+                state |= {f"{path}.keys": keys.detach().contiguous(), f"{path}.values": values.detach().contiguous()}
         return state
 
     @classmethod
@@ -224,20 +167,34 @@ class ComposedModel(BaseTuner):
 
     # Merging and unloading
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights, all sub-layers or, if one cannot be folded, none.
+
+        Raises:
+            ValueError: a sub-layer has no weight that equals it, or `safe_merge` finds values that are not finite.
+        """
+        self._check_merge_allowed()
+        names, layers = adapter_names or self.active_adapters, attached(self.model)
         refused = [
-            f"{layer.site.host} ({type(sublayer).__name__})"
-            for layer in attached(self.model)
-            for name, sublayer in layer.sublayer_of.items()
-            if name in layer.active_adapters and not can_merge(sublayer)
+            f"{layer.site.host} ({type(layer.sublayer_of[name]).__name__})"
+            for layer in layers
+            for name in names
+            if name in layer.sublayer_of and not can_merge(layer.sublayer_of[name])
         ]
         if refused:
-            listed = ", ".join(refused[:4]) + (f" and {len(refused) - 4} more" if len(refused) > 4 else "")
             raise ValueError(
-                f"{len(refused)} sub-layers cannot be merged into weights: {listed}. Bottlenecks and prefixes never can; a "
-                "gated low-rank branch can once its gate is a constant (see `fix_gates`)."
+                f"{len(refused)} sub-layers cannot be merged into weights: {', '.join(refused[:4])}"
+                f"{', ...' if len(refused) > 4 else ''}. Bottlenecks and prefixes never can; a gated low-rank branch "
+                f"can once its gate is a constant (see `fix_gates`)."
             )
+        merged = {layer: layer.merged_adapters for layer in layers}
+        try:
+            for layer in layers:
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+        except ValueError:
+            for layer in layers:
+                layer.unmerge(keep=merged[layer])
+            raise
 
     def _unload_and_optionally_merge(
         self,
@@ -247,12 +204,11 @@ class ComposedModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
+            self.merge_adapter(adapter_names, safe_merge)
         for layer in attached(self.model):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer.remove()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return self.model
 
 
 def attached(model: nn.Module) -> list[Attached]:
@@ -266,33 +222,19 @@ def can_merge(sublayer: nn.Module) -> bool:
     return isinstance(sublayer, Bias)
 
 
-def is_projected(layer: nn.Module, adapter_name: str) -> bool:
-    return isinstance(layer, InAttention) and isinstance(
-        dict(layer.sublayer_of.items()).get(adapter_name), ProjectedPrefix
-    )
-
-
 def fold_prefixes(model: nn.Module, adapter_name: str = "default") -> int:
     """Replace the reparameterised prefixes of an adapter by plain ones with the same vectors, in place.
 
     Returns:
         The number of prefixes that were replaced.
     """
-    layers = [layer for layer in attached(model) if is_projected(layer, adapter_name)]
-    for layer in layers:
-        fold(layer, adapter_name)
-    return len(layers)
-
-
-def check_adapter_name(name: str) -> None:
-    """peft tells adapters apart by a part of the key, so an adapter must not be called like a part of a sub-layer."""
-    kinds = (LowRank(1, 1, 1, gate=Gate(1)), Bottleneck(1, 1, scaling="learned"), Bias(1),
-             ProjectedPrefix(1, 1, 1, 1, Projection(1, 1, 1)), Prefix(1, 1, 1, 1))  # fmt: skip
-    parts = {part for kind in kinds for key, _ in kind.named_parameters() for part in key.split(".")}
-    if name in parts:
-        raise ValueError(
-            f"`adapter_name` (={name!r}) is the name of a part of a sub-layer; take another than {sorted(parts)}."
-        )
+    folded = 0
+    for layer in attached(model):
+        prefix = layer.sublayer_of[adapter_name] if adapter_name in layer.sublayer_of else None
+        if isinstance(prefix, ProjectedPrefix):
+            layer.sublayer_of[adapter_name] = prefix.fold()
+            folded += 1
+    return folded
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:
@@ -300,6 +242,7 @@ def keep_4bit_trainable(model: nn.Module) -> None:
 
     There the first forward in evaluation repacks them, after which training silently has no gradients.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False

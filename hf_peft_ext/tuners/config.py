@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
-from ..placement import Placement, check
+from ..placement import SITES, Placement, check
 
 
 @dataclass
@@ -15,8 +15,8 @@ class PlacedConfig(PeftConfig):
     """Base of the configs: a method is the list of placements that `to_placements` returns.
 
     Args:
-        target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a list
-            of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
+        target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a
+            list of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
         exclude_modules: modules to leave alone, named in the same way.
         layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for all.
         modules_to_save: modules trained and saved whole, such as a classification head.
@@ -53,16 +53,19 @@ class PlacedConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType(self.method.upper())
         check("bias", self.bias, self.bias == "none", 'must be "none"; BitFitConfig trains biases')
-        check("target_parameters", self.target_parameters, not self.target_parameters, "must be None: no sub-layer of "
-              "this package acts on a bare parameter")  # fmt: skip
+        rule = "must be None: no sub-layer of this package acts on a bare parameter"
+        check("target_parameters", self.target_parameters, not self.target_parameters, rule)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
+        for name in self.sites or {}:
+            known = [site for sites in SITES.values() for site in sites]
+            check("sites", name, name.removeprefix("cross_") in known, f"must name sites: {', '.join(known)}")
         placements = self.to_placements()
         low_rank = any(p.sublayer == "low_rank" for p in placements)
-        check("target_modules", self.target_modules, low_rank or not self.target_modules,
-              f"names leaves for a low-rank branch, which {type(self).__name__} does not have here; see `sites`")  # fmt: skip
+        rule = f"names leaves for a low-rank branch, which {type(self).__name__} does not have here; see `sites`"
+        check("target_modules", self.target_modules, low_rank or not self.target_modules, rule)
 
     @abstractmethod
     def to_placements(self) -> list[Placement]:
@@ -86,8 +89,8 @@ class PrefixedConfig(PlacedConfig):
 
     Args:
         num_virtual_tokens: number of prefix vectors in a layer.
-        prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network is
-            dropped when the adapter is saved, so training cannot be resumed from such a checkpoint; see
+        prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network
+            is dropped when the adapter is saved, so training cannot be resumed from such a checkpoint; see
             `fold_prefixes`.
         encoder_hidden_size: width of that network.
     """
@@ -103,3 +106,38 @@ class PrefixedConfig(PlacedConfig):
 
     def stored(self) -> PlacedConfig:
         return replace(self, prefix_projection=False) if self.prefix_projection else self
+
+
+@dataclass
+class ComposedConfig(PlacedConfig):
+    """A method of one's own: any sub-layers at any sites.
+
+    Args:
+        placements: the sub-layers (`Placement`, or dictionaries with its fields).
+
+    Example:
+        >>> ComposedConfig(placements=[
+        ...     Placement("low_rank", "query", layers=[0, 1], gate="auto", options={"r": 4}),
+        ...     Placement("bottleneck", "parallel_ffn", options={"reduction_factor": 16, "init": "lora"}),
+        ... ])  # doctest: +SKIP
+    """
+
+    method = "composed"
+
+    placements: list[Any] = field(default_factory=list, metadata={"help": "The sub-layers and where they sit."})
+
+    def __post_init__(self) -> None:
+        self.placements = [Placement.of(p) for p in self.placements]
+        if not self.placements:
+            raise ValueError("`placements` (=[]) must hold at least one placement.")
+        super().__post_init__()
+
+    def to_placements(self) -> list[Placement]:
+        return self.placements
+
+    def stored(self) -> PlacedConfig:
+        if not any(p.options.get("encoder_hidden_size") for p in self.placements):
+            return self
+        plain = [replace(p, options={k: v for k, v in p.options.items() if k != "encoder_hidden_size"})
+                 for p in self.placements]  # fmt: skip
+        return replace(self, placements=plain)

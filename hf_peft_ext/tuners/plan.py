@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import nn
 
 from ..placement import Placement, check
-from ..sites import Site, find_sites, layer_of, layer_paths, leaf_size, matches, override_sites, own_modules, user_site
+from ..sites import Site, find_sites, override_sites, user_site
+from ..structure import layer_of, layer_paths, leaf_size, matches, own_modules
 from .attach import child_name
 from .attention import check_kernel
 from .config import PlacedConfig
@@ -95,8 +96,7 @@ def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:
             f"`{placement.site}`."
         )
     if not layer_paths(model):
-        return f"Architecture '{name}' has no attention, so `{placement.sublayer}` has no site; leave it out or pass `sites=`."
-    return (
-        f"Architecture '{name}' has no place for `{placement.sublayer}` at `{placement.site}`; leave it out or pass "
-        f"`sites=`."
-    )
+        lack = f"has no attention, so `{placement.sublayer}` has no site"
+    else:
+        lack = f"has no place for `{placement.sublayer}` at `{placement.site}`"
+    return f"Architecture '{name}' {lack}; leave it out or pass `sites=`."

@@ -17,11 +17,13 @@ class UniPELTConfig(PrefixedConfig):
     bottleneck 48, LoRA of rank 8 and alpha 16. Where we differ:
 
     - the code lets LoRA's gate take the place of alpha / r; here it multiplies it (`lora_alpha=r` gives the code's);
-    - the mean of the gates leaves padding out, and where attention is causal each token has its own gate (`gate_pooling`);
+    - the mean of the gates leaves padding out, and where attention is causal each token has its own gate
+      (`gate_pooling`);
     - the prefixes are plain by default (`prefix_projection=True` for the code's network, 512 wide).
 
     Args:
-        methods: which sub-layers: "adapter", "prefix", "lora", "bitfit". AP, APL and APLB of the paper are these, in order.
+        methods: which sub-layers: "adapter", "prefix", "lora", "bitfit". The paper's AP, APL and APLB are these, in
+            order.
         gated: False for the paper's ablation without gates.
         gate_pooling: "mean" over the tokens of an example (the paper), "token", or "auto": token where attention is
             causal.
@@ -54,8 +56,10 @@ class UniPELTConfig(PrefixedConfig):
         check("methods", self.methods, len(set(self.methods)) == len(self.methods), "must name a sub-layer once")
         gates = not self.gated or self.methods != ["bitfit"]
         check("gated", self.gated, gates, "needs a sub-layer that can be gated; a bias reads no input")
-        check("gate_pooling", self.gate_pooling, self.gate_pooling in ("auto", "mean", "token"),
-              'must be "auto", "mean" or "token"')  # fmt: skip
+        poolings = ("auto", "mean", "token")
+        check(
+            "gate_pooling", self.gate_pooling, self.gate_pooling in poolings, f"must be one of {', '.join(poolings)}"
+        )
         super().__post_init__()
 
     def to_placements(self) -> list[Placement]:
