@@ -38,12 +38,19 @@ def add_member(value: str) -> PeftType:
         member._name_ = member._value_ = value
         member._sort_order_ = len(PeftType.__members__)
         member.__objclass__ = PeftType
-        type.__setattr__(PeftType, value, member)
-        PeftType._member_names_.append(value)
-        PeftType._member_map_[value] = member
-        PeftType._value2member_map_[value] = member
-    if PeftType(value) is not PeftType[value] or PeftType[value].value != value:
-        raise RuntimeError(
-            f"This version of peft does not take {value} as a new PeftType; see the supported versions."
-        )
+        try:
+            PeftType._value2member_map_[value] = member  # first: where it is read-only, nothing is half done
+            PeftType._member_map_[value] = member
+            PeftType._member_names_.append(value)
+            type.__setattr__(PeftType, value, member)
+        except (AttributeError, TypeError) as error:
+            raise closed(value) from error
+    if PeftType._value2member_map_.get(value) is not PeftType.__members__.get(value):
+        raise closed(value)
     return PeftType[value]
+
+
+def closed(value: str) -> RuntimeError:
+    return RuntimeError(
+        f"`name` (={value.lower()!r}) cannot become a PeftType in this peft; see the supported versions."
+    )
