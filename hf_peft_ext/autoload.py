@@ -13,21 +13,31 @@ CODE = '''"""Imports hf_peft_ext right after peft. Written by hf_peft_ext.instal
 
 import importlib.util
 import sys
+import warnings
 
 
 class AfterPeft:
+    looking = False
+
     def find_spec(self, name, path=None, target=None):
-        if name != "peft":
+        if name != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or importlib.util.find_spec("hf_peft_ext") is None:
+        self.looking = True  # the next line asks this finder, too
+        try:
+            spec = importlib.util.find_spec(name)
+            ours = importlib.util.find_spec("hf_peft_ext")
+        finally:
+            self.looking = False
+        if spec is None or ours is None:
             return spec
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            importlib.import_module("hf_peft_ext")
+            try:
+                importlib.import_module("hf_peft_ext")
+            except ImportError as error:
+                warnings.warn(f"hf_peft_ext could not be imported after peft: {error}")
 
         spec.loader.exec_module = exec_module
         return spec

@@ -4,14 +4,11 @@ Every method of this package is a list of placements; `ComposedConfig` takes suc
 """
 
 import dataclasses
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers.activations import ACT2FN
-
-from .sublayers import Bottleneck, LowRank, Prefix
 
 GatePooling = Literal["auto", "mean", "token"]
 
@@ -25,17 +22,12 @@ SITES: dict[str, tuple[str, ...]] = {
     "bias": ("bias",),
 }
 # The arguments of a sub-layer that a user sets; the model gives the others.
-OPTIONS: dict[str, dict[str, Any]] = {
-    name: {
-        key: parameter.default
-        for key, parameter in inspect.signature(cls).parameters.items()
-        if key not in ("d", "d_in", "d_out", "heads", "d_k", "d_v", "n_tokens", "gate", "rows", "width")
-    }
-    for name, cls in {"bottleneck": Bottleneck, "low_rank": LowRank, "prefix": Prefix}.items()
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
+    "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
+    "prefix": ("num_virtual_tokens", "encoder_hidden_size"),
+    "bias": (),
 }
-OPTIONS["bottleneck"] |= {"r": None, "reduction_factor": None}
-OPTIONS["prefix"] |= {"num_virtual_tokens": 10, "encoder_hidden_size": None}
-OPTIONS["bias"] = {}
 
 
 @dataclass
@@ -79,7 +71,7 @@ class Placement:
             self.layers = list(self.layers)
             for layer in self.layers:
                 check("layers", layer, type(layer) is int and layer >= 0, "must hold layer indices of 0 or more")
-        unknown = self.options.keys() - OPTIONS[self.sublayer].keys()
+        unknown = self.options.keys() - set(OPTIONS[self.sublayer])
         if unknown:
             raise ValueError(
                 f"`options` of `{self.sublayer}` has no {', '.join(f'`{key}`' for key in sorted(unknown))}; "
@@ -88,28 +80,33 @@ class Placement:
         self._check_options()
 
     def _check_options(self) -> None:
-        o = self.options
-        for key in ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size"):
-            if o.get(key) is not None:
-                whole = type(o[key]) is int or (key == "reduction_factor" and isinstance(o[key], float))
-                check(key, o[key], whole and o[key] > 0, "must be a positive number")
+        # None stands for "not given" where there is another way to say it
+        o = {key: value for key, value in self.options.items()
+             if value is not None or key not in ("r", "reduction_factor", "encoder_hidden_size")}  # fmt: skip
+        for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size"}:
+            check_count(key, o[key])
+        for key in o.keys() & {"reduction_factor", "alpha"}:
+            check_positive(key, o[key])
         if "dropout" in o:
-            check("dropout", o["dropout"], is_number(o["dropout"]) and 0 <= o["dropout"] < 1, "must lie in [0, 1)")
-        if "alpha" in o:
-            check("alpha", o["alpha"], is_number(o["alpha"]) and o["alpha"] > 0, "must be a positive number")
+            check_dropout("dropout", o["dropout"])
         if "activation" in o:
             check("activation", o["activation"], o["activation"] in ACT2FN, "must be an activation of transformers")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')
         if "init" in o:
-            check("init", o["init"], is_number(o["init"]) or o["init"] == "lora", 'must be a number or "lora"')
+            number = is_number(o["init"]) and cast(float, o["init"]) >= 0
+            check("init", o["init"], number or o["init"] == "lora", 'must be a number of 0 or more, or "lora"')
         if "init_lora_weights" in o:
             init = o["init_lora_weights"]
             check("init_lora_weights", init, init is True or init == "gaussian", 'must be True or "gaussian"')
         if self.sublayer == "bottleneck":
-            both = (o.get("r") is None) == (o.get("reduction_factor") is None)
-            check("r", o.get("r"), not both, "must be given, or else `reduction_factor`, and not both")
+            one = ("r" in o) != ("reduction_factor" in o)
+            check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
+        if self.sublayer == "low_rank":
+            check(
+                "r", self.options.get("r", 8), self.options.get("r", 8) is not None, "must be a positive whole number"
+            )
 
     @classmethod
     def of(cls, value: "Placement | Mapping[str, Any]") -> "Placement":
@@ -129,6 +126,27 @@ class Placement:
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def check_count(name: str, value: object) -> None:
+    check(name, value, type(value) is int and value > 0, "must be a positive whole number")
+
+
+def check_positive(name: str, value: object) -> None:
+    check(name, value, is_number(value) and cast(float, value) > 0, "must be a positive number")
+
+
+def check_dropout(name: str, value: object) -> None:
+    check(name, value, is_number(value) and 0 <= cast(float, value) < 1, "must lie in [0, 1)")
+
+
+def check_names(name: str, value: Sequence[str], known: Sequence[str], empty: bool = False) -> list[str]:
+    """A list of names out of `known`, each at most once; raises otherwise."""
+    check(name, value, not isinstance(value, str), "must be a list of names, not a single string")
+    check(name, value, empty or len(value) > 0, "must hold at least one name")
+    check(name, value, set(value) <= set(known), f"must hold {', '.join(known)} only")
+    check(name, value, len(set(value)) == len(value), "must hold a name once")
+    return list(value)
 
 
 def check(name: str, value: object, holds: bool, rule: str) -> None:

@@ -48,6 +48,7 @@ class Site:
         causal: whether the tokens of this layer must not see later ones.
         attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
         reads: path of the module whose input is read, for "span".
+        of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
         rows, width: in a fused projection the rows of this site, out of `width`.
         heads, d_k, d_v: shape of keys and values, for "attention".
     """
@@ -61,6 +62,7 @@ class Site:
     causal: bool = False
     attention: str = ""
     reads: str = ""
+    of_encoder: bool = False
     rows: Tensor | None = None
     width: int = 0
     heads: int = 0
@@ -103,11 +105,13 @@ def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | 
     module: Any = modules[path]
     if layer is None:
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
-    near = next((site for site in sites if site.layer == layer and site.attention), None)
+    known = [site for site in sites if site.layer == layer and site.attention]
+    near = next((site for site in known if site.host == path), known[0] if known else None)
     common: dict[str, Any] = {
         "layer": layer,
         "causal": near.causal if near else True,
         "attention": near.attention if near else "",
+        "of_encoder": near.of_encoder if near else False,
     }
     if name.removeprefix("cross_") == "attention":
         return user_attention(name, path, module, common)
@@ -161,20 +165,22 @@ class BlockSites:
     def find(self) -> list[Site]:
         if not self.attentions:
             return []
-        name, attention = next((a for a in self.attentions if not is_cross(a[0])), self.attentions[0])
+        name, attention = next(
+            (a for a in self.attentions if not is_cross(a[0][len(self.path) :])), self.attentions[0]
+        )
         self.common |= {"causal": bool(getattr(attention, "is_causal", True)), "attention": name}
         sites = [site for name, module in self.attentions for site in self.attention_sites(name, module)]
         return sites + list(self.ffn_sites()) + [self.residual_site()]
 
     def attention_sites(self, name: str, attention: nn.Module) -> Iterator[Site]:
-        cross = "cross_" if is_cross(name) else ""
+        cross = "cross_" if is_cross(name[len(self.path) :]) else ""
         leaves = {role: f"{name}.{leaf}" for role, leaf in attention_leaves(attention).items()}
         if "output" not in leaves and (output := self.output_beside(name)):
             leaves["output"] = output
         for role in ("query", "key", "value"):
             if role in leaves:
-                reads_encoder = cross and role != "query"
-                yield self.leaf_site(cross + role, leaves[role], **({"attention": name} if reads_encoder else {}))
+                of_encoder = {"attention": name, "of_encoder": True} if cross and role != "query" else {}
+                yield self.leaf_site(cross + role, leaves[role], **of_encoder)
         heads, d_k = key_shape(attention, {role: self.size(leaf) for role, leaf in leaves.items()})
         if "fused" in leaves and heads:
             yield from self.fused_sites(cross, leaves["fused"], attention, heads, d_k)

@@ -108,8 +108,7 @@ def covers(roots: tuple[str, ...], name: str) -> bool:
 
 def is_cross(path: str) -> bool:
     """Whether an attention module, by its path in the block, is cross-attention."""
-    last = path.rpartition(".layers.")[2].lower()
-    return "cross" in last or "encdec" in last or "encoder_attn" in last
+    return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
 
 
 def takes_prefix(attention: nn.Module) -> bool:

@@ -102,6 +102,8 @@ torch.save(y, {str(tmp_path / "y.pt")!r})
     [
         "import hf_peft_ext, peft",
         "import transformers, peft",
+        "import importlib.util; importlib.util.find_spec('peft'); import peft",
+        "from transformers import Trainer; import peft",
         "from peft.tuners.lora import LoraConfig",
         "import importlib; importlib.import_module('peft.utils')",
     ],

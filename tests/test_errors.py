@@ -24,22 +24,40 @@ from .methods import METHODS
 
 BAD_CONFIGS = [
     (lambda: UniPELTConfig(bottleneck_siz=3), "`bottleneck_siz` (=3) is not a field of UniPELTConfig; did you mean"),
-    (lambda: UniPELTConfig(r=-1), "`r` (=-1) must be a positive number."),
-    (lambda: UniPELTConfig(r=True), "`r` (=True) must be a positive number."),
-    (lambda: UniPELTConfig(lora_alpha=float("inf")), "`alpha` (=inf) must be a positive number."),
-    (lambda: UniPELTConfig(lora_dropout=1.0), "`dropout` (=1.0) must lie in [0, 1)."),
-    (lambda: UniPELTConfig(methods=()), "`methods` (=[]) must name at least one sub-layer."),
-    (lambda: UniPELTConfig(methods=("lora", "lora")), "`methods` (=['lora', 'lora']) must name a sub-layer once."),
-    (lambda: UniPELTConfig(methods=("loar",)), "`methods` (=['loar']) must hold adapter, prefix, lora, bitfit only."),
+    (lambda: UniPELTConfig(r=-1), "`r` (=-1) must be a positive whole number."),
+    (lambda: UniPELTConfig(r=True), "`r` (=True) must be a positive whole number."),
+    (lambda: UniPELTConfig(lora_alpha=float("inf")), "`lora_alpha` (=inf) must be a positive number."),
+    (lambda: UniPELTConfig(lora_dropout=1.0), "`lora_dropout` (=1.0) must lie in [0, 1)."),
+    (lambda: UniPELTConfig(methods=()), "`methods` (=()) must hold at least one name."),
+    (lambda: UniPELTConfig(methods=("lora", "lora")), "`methods` (=('lora', 'lora')) must hold a name once."),
+    (lambda: UniPELTConfig(methods=("loar",)), "`methods` (=('loar',)) must hold adapter, prefix, lora, bitfit only."),
     (lambda: UniPELTConfig(methods=("bitfit",)), "`gated` (=True) needs a sub-layer that can be gated"),
     (lambda: UniPELTConfig(gate_pooling="max"), "`gate_pooling` (='max') must be"),
-    (lambda: UniPELTConfig(lora_targets=("quary",)), "`site` (='quary') must be a site of `low_rank`: query, key,"),
+    (lambda: UniPELTConfig(lora_targets=("quary",)), "`lora_targets` (=('quary',)) must hold query, key, value,"),
     (lambda: UniPELTConfig(bias="all"), "`bias` (='all') must be \"none\"; BitFitConfig trains biases."),
     (lambda: UniPELTConfig(target_parameters=["x"]), "`target_parameters` (=['x']) must be None"),
-    (lambda: LayerPrefixConfig(num_virtual_tokens=0), "`num_virtual_tokens` (=0) must be a positive number."),
+    (lambda: UniPELTConfig(bottleneck_size=0), "`bottleneck_size` (=0) must be a positive whole number."),
+    (lambda: UniPELTConfig(methods="lora"), "`methods` (='lora') must be a list of names, not a single string."),
+    (lambda: UniPELTConfig(lora_targets=()), "`lora_targets` (=()) must hold at least one name."),
+    (
+        lambda: UniPELTConfig(layers_to_transform=["0"]),
+        "`layers_to_transform` (=['0']) must be a layer index or a list",
+    ),
+    (lambda: UniPELTConfig(layers_to_transform=[]), "`layers_to_transform` (=[]) must be a layer index or a list"),
+    (lambda: MAMConfig(bottleneck_size=0), "`bottleneck_size` (=0) must be a positive whole number."),
+    (lambda: Placement("low_rank", "query", options={"r": None}), "`r` (=None) must be a positive whole number."),
+    (
+        lambda: Placement("bottleneck", "after_ffn", options={"r": 1, "init": -1.0}),
+        '`init` (=-1.0) must be a number of 0 or more, or "lora".',
+    ),
+    (
+        lambda: Placement("prefix", "attention", options={"num_virtual_tokens": None}),
+        "`num_virtual_tokens` (=None) must be a positive whole number.",
+    ),
+    (lambda: LayerPrefixConfig(num_virtual_tokens=0), "`num_virtual_tokens` (=0) must be a positive whole number."),
     (
         lambda: LayerPrefixConfig(prefix_projection=True, encoder_hidden_size=0),
-        "`encoder_hidden_size` (=0) must be a positive number.",
+        "`encoder_hidden_size` (=0) must be a positive whole number.",
     ),
     (lambda: BottleneckConfig(style="phfeiffer"), "`style` (='phfeiffer') must be one of houlsby, pfeiffer,"),
     (
@@ -114,6 +132,12 @@ BAD_INJECTIONS = [
     ("llama", lambda: UniPELTConfig(sites={"query": ["mlp.act_fn"]}), "which has no linear leaf to take widths from"),
     ("llama", lambda: UniPELTConfig(sites={"attention": ["mlp"]}), "names model.layers.0.mlp, which takes no prefix"),
     (
+        "bert",
+        lambda: UniPELTConfig(modules_to_save=["LayerNorm"]),
+        "`modules_to_save` (=['LayerNorm']) holds every place of `bottleneck` at `after_residual`",
+    ),
+    ("bert", lambda: MAMConfig(modules_to_save=["intermediate"]), "`modules_to_save` (=['intermediate']) holds every"),
+    (
         "llama",
         lambda: LayerPrefixConfig(exclude_modules=r".*self_attn"),
         "`exclude_modules` (='.*self_attn') leaves no site",
@@ -185,8 +209,10 @@ def test_adapter_called_like_a_part_of_a_sublayer():
     parts = {part for n, p in model.named_parameters() if "sublayer_of" in n
              for part in n.partition("sublayer_of.")[2].split(".")[1:]}  # fmt: skip
     assert parts | {"scaling", "b"} == PARTS
-    for name in ("A", "gate", "keys"):
-        with pytest.raises(ValueError, match=re.escape(f"`adapter_name` (='{name}') is the name of a part")):
+    for name in ("A", "gate", "keys", "query", "0", "encoder"):
+        with pytest.raises(
+            ValueError, match=re.escape(f"`adapter_name` (='{name}') is the name of a part of the model")
+        ):
             get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(), adapter_name=name)
 
 
@@ -197,10 +223,10 @@ def test_bad_adapter_names_in_a_batch():
         model.train()(**family.inputs(), adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match=re.escape("`adapter_names` holds ['x'], but the adapters are ['default']")):
         model.eval()(**family.inputs(), adapter_names=["default", "x", "__base__"])
-    with pytest.raises(
-        ValueError, match=re.escape("`adapter_names` (=2 names) must have one name for each of the 3 rows")
-    ):
-        model.eval()(**family.inputs(), adapter_names=["default", "__base__"])
+    for names in (["default", "__base__"], [], ["default"]):
+        message = f"`adapter_names` (={names!r}) must have one name for each of the 3 rows"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.eval()(**family.inputs(), adapter_names=names)
 
 
 def test_loading_on_a_model_of_another_size(tmp_path):

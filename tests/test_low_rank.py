@@ -98,6 +98,7 @@ def test_fused_projections_change_only_their_rows(backbone):
     assert v.abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings("ignore:The merged model has biases:UserWarning")
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.mergeable])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_merge(method, backbone):

@@ -222,6 +222,7 @@ def test_merge_into_four_bits(method, backbone, device, four_bit):
     assert (unmerged - expected).norm() < 0.5 * (expected - base).norm()
 
 
+@pytest.mark.filterwarnings("ignore:The merged model has biases:UserWarning")
 @every_device
 @pytest.mark.parametrize("method", ["lora_branch", "bitfit"])
 def test_merge_and_unload(method, device, four_bit):

@@ -26,21 +26,24 @@ class Attached(nn.Module, BaseTunerLayer):
     Args:
         model: the base model.
         site: where this layer acts.
+        name: name of this layer among the children of its host.
     """
 
     adapter_layer_names = ("sublayer_of",)
 
     sublayer_of: Any  # adapter name -> sub-layer
 
-    def __init__(self, model: nn.Module, site: Site):
+    def __init__(self, model: nn.Module, site: Site, name: str):
         super().__init__()
         self.sublayer_of = nn.ModuleDict()
         self.site = site
+        self.name = name
         self.row_adapters: list[str] | None = None  # the adapter of each row, in a batch that mixes them
         self.visible: Tensor | None = None  # shape: (batch, keys), False at padding
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        self._unbiased = False  # whether merging gave the host a bias that it did not have
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
         self._handles: list[RemovableHandle] = []
         if site.attention:
@@ -53,6 +56,18 @@ class Attached(nn.Module, BaseTunerLayer):
         """Hook this layer to the modules that its site reads and changes."""
         raise NotImplementedError
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself, for hosts that run their children in turn."""
+        return x
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self.passing}
+
+    @property
+    def passing(self) -> dict[str, None]:
+        """What a forward notes here for itself; copies go without."""
+        return {"visible": None}
+
     @property
     def host(self) -> nn.Module:
         return self._host[0]
@@ -62,19 +77,27 @@ class Attached(nn.Module, BaseTunerLayer):
 
     def put(self, adapter_name: str, sublayer: nn.Module) -> None:
         """Add the sub-layer of an adapter, on the device and in the type of the host."""
-        weights = [p for p in self.host.parameters() if not p.is_meta]
-        if weights and not any(p.is_meta for p in sublayer.parameters()):
-            types = [p.dtype for p in weights if p.dtype.is_floating_point]
-            dtype = getattr(self.host, "compute_dtype", None) or next(iter(types), None)
-            sublayer = sublayer.to(weights[0].device, dtype)
         self.sublayer_of[adapter_name] = sublayer
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        own = [p for name, p in base_layer.named_parameters() if "sublayer_of." not in name and not p.is_meta]
+        types = (p.dtype for p in own if p.dtype.is_floating_point)
+        dtype = getattr(base_layer, "compute_dtype", None) or next(types, None)
+        return (own[0].device, dtype) if own else (None, None)
 
     def remove(self) -> None:
         """Take this layer off its host."""
         for handle in self._handles:
             handle.remove()
-        name = next(name for name, child in self.host.named_children() if child is self)
-        delattr(self.host, name)
+        delattr(self.host, self.name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     @property
     def present(self) -> list[str]:
@@ -98,9 +121,11 @@ class Attached(nn.Module, BaseTunerLayer):
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.clone()
         for name, rows in self.rows_by_adapter(len(x), x.device):
-            visible = None if self.visible is None else self.visible.expand(len(x), -1)[rows]
-            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], visible)
+            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], self.visible_rows(rows, len(x)))
         return y
+
+    def visible_rows(self, rows: Tensor, batch: int) -> Tensor | None:
+        return None if self.visible is None else self.visible.expand(batch, -1)[rows]
 
     def rows_by_adapter(self, batch: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Each adapter of a mixed batch that has a sub-layer here, with its rows.
@@ -108,11 +133,7 @@ class Attached(nn.Module, BaseTunerLayer):
         Beam search and modules that flatten tokens make several rows of one; they lie side by side.
         """
         adapters = self.row_adapters or []
-        each, rest = divmod(batch, len(adapters))
-        if rest:
-            raise ValueError(
-                f"`adapter_names` (={len(adapters)} names) must have one name for each of the {batch} rows."
-            )
+        each = batch // len(adapters)
         names = [] if self._disable_adapters else [name for name in adapters for _ in range(each)]
         for name in dict.fromkeys(names):
             if name in self.sublayer_of:
@@ -123,11 +144,13 @@ class Attached(nn.Module, BaseTunerLayer):
 
         Read inside the block, so that a block recomputed by gradient checkpointing sees its own mask again.
         """
-        sublayers = [s for s in self.sublayer_of.values() if s.gate is not None and s.gate.pooling == "mean"]
-        if sublayers:
+        self.visible = None
+        if any(s.gate is not None and s.gate.pooling == "mean" for s in self.sublayer_of.values()):
             keyword, position = self._mask
-            mask = kwargs.get(keyword, args[position] if len(args) > position else None)
-            self.visible = visible_tokens(mask)
+            visible = visible_tokens(kwargs.get(keyword, args[position] if len(args) > position else None))
+            if visible is not None and not self.site.of_encoder:  # behind the tokens a cache may have empty keys
+                visible = visible[:, : cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]]
+            self.visible = visible
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the sub-layers into the weight or bias of the host.
@@ -150,8 +173,11 @@ class Attached(nn.Module, BaseTunerLayer):
     def _fold(self, sublayer: nn.Module, sign: int, safe: bool) -> None:
         base: Any = innermost(self.host)
         if isinstance(sublayer, Bias):
+            self._unbiased = self._unbiased or base.bias is None
             bias = torch.zeros_like(sublayer.b) if base.bias is None else base.bias
             base.bias = nn.Parameter(finite(bias + sign * sublayer.b.to(bias), safe), requires_grad=False)
+            if self._unbiased and sign < 0 and len(self.merged_adapters) == 1:
+                base.bias = None  # as it was before the first was merged
         elif isinstance(sublayer, LowRank):
             self.quantization_backend = resolve_quantization_backend(base)
             weight = self.get_base_weight()
@@ -167,6 +193,12 @@ def child_name(site: str, sublayer: str) -> str:
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The tensor that a module reads: its first argument, however it was passed."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def cached_tokens(attention: Any, kwargs: dict[str, Any]) -> int:
+    """Number of tokens in the cache before this forward."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    return 0 if cache is None else int(cache.get_seq_length(attention.layer_idx))
 
 
 def mask_position(attention: nn.Module) -> tuple[str, int]:

@@ -66,12 +66,7 @@ class InAttention(Attached):
     def states_by_row(self, x: Tensor) -> States | None:
         """Each row its own prefix. Shorter ones, and rows without one, are filled up with vectors no token sees."""
         parts = [
-            (
-                rows,
-                self.sublayer_of[name](
-                    x[rows], None if self.visible is None else self.visible.expand(len(x), -1)[rows]
-                ),
-            )
+            (rows, self.sublayer_of[name](x[rows], self.visible_rows(rows, len(x))))
             for name, rows in self.rows_by_adapter(len(x), x.device)
         ]
         if not parts:
@@ -132,6 +127,7 @@ def prefix_attention(
     """softmax(Q [P_K, K]^T + [scores, mask]) [P_V, V], by the kernel that the model uses."""
     name, attend = kernel(module)
     if prefix_states is None:
+        check_handed_on(module)
         return attend(module, query, key, value, attention_mask, **kwargs)
     p_k, p_v, scores = prefix_states
     batch, n_tokens = len(query), p_k.shape[2]
@@ -146,6 +142,16 @@ def prefix_attention(
     value = torch.cat([p_v.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     output, weights = attend(module, query, key, value, mask, **kwargs)
     return output, None if weights is None else weights[..., n_tokens:]
+
+
+def check_handed_on(module: nn.Module) -> None:
+    """Notice an attention module that takes keywords and does not hand them to its kernel."""
+    layer = next(child for child in module.children() if isinstance(child, InAttention))
+    if layer.row_adapters is None and layer.present:
+        raise ValueError(
+            f"`prefix` has no effect in {type(module).__name__}, which keeps its keywords from the attention kernel; "
+            "leave the prefix out."
+        )
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # shape: (1, 1, length, keys)
@@ -164,7 +170,7 @@ def widened(
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
     if scores is None:
-        return None if mask is None else padded(mask, n_tokens)
+        return None if mask is None else F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
     dtype = query.dtype
     if mask is None:
         mask = query.new_zeros(1, 1, 1, key.shape[2])
@@ -173,16 +179,6 @@ def widened(
     shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]
     parts = [part.to(dtype).expand(*shape, -1) for part in (scores, mask)]
     return torch.cat(parts, dim=-1)
-
-
-def padded(mask: Tensor, n_tokens: int) -> Tensor:
-    """The mask with n_tokens visible keys in front. All layers are given the same mask, so it remembers the result."""
-    if torch.compiler.is_compiling():
-        return F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
-    known: dict[int, Tensor] = vars(mask).setdefault("padded_by_prefix", {})
-    if n_tokens not in known:
-        known[n_tokens] = F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
-    return known[n_tokens]
 
 
 AttentionInterface.register(NAME, prefix_attention)

@@ -1,24 +1,24 @@
 """One tuner for every method: it carries out a list of placements."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..placement import check
 from ..sublayers import Bias, LowRank, ProjectedPrefix
-from .attach import Attached, child_name
+from .attach import Attached, child_name, hidden_states
 from .attention import InAttention
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
-from .plan import excluded, plan
+from .plan import Plan, excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
     "output": OnOutput,
@@ -27,7 +27,7 @@ LAYERS: dict[str, type[Attached]] = {
     "span": OnSpan,
     "attention": InAttention,
 }
-# peft tells adapters apart by a part of the key, so none may be called like a part of a sub-layer.
+# The names of the parts of sub-layers.
 PARTS = frozenset(
     {"A", "B", "b", "bias", "down", "embedding", "gate", "hidden", "keys", "last", "projection", "scaling", "up"}
     | {"values", "weight"}
@@ -48,17 +48,20 @@ class ComposedModel(BaseTuner):
             ValueError: a placement has no site in this model, a layer does not exist, or the adapter's name is one
                 that a part of a sub-layer has.
         """
-        rule = f"is the name of a part of a sub-layer; take another than {', '.join(sorted(PARTS))}"
-        check("adapter_name", adapter_name, adapter_name not in PARTS, rule)
-        self._plan = plan(model, cast(PlacedConfig, self.peft_config[adapter_name]))
-        self._projections: Projections = {}
+        config = cast(PlacedConfig, self.peft_config[adapter_name])
+        self._plan, self._projections = plan(model, config), Projections()
+        check_adapter_name(adapter_name, self._plan)
+        target_modules = config.target_modules
+        if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
+            config.target_modules = [host for host, pairs in self._plan.items() if pairs[0][1].name == "target"]
         keep_4bit_trainable(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         before = attached(model)
         kwargs.pop("state_dict", None)  # the placements say everything; peft would look for its own key format
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+        except BaseException:
+            config.target_modules = target_modules
             for layer in attached(model):
                 if adapter_name in layer.sublayer_of:
                     layer.sublayer_of.pop(adapter_name)
@@ -67,6 +70,8 @@ class ComposedModel(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad = requires_grad
             raise
+        finally:
+            del self._plan, self._projections
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -87,14 +92,15 @@ class ComposedModel(BaseTuner):
         for placement, site in self._plan[current_key]:
             name = child_name(site.name, placement.sublayer)
             if not hasattr(target, name):
-                target.add_module(name, LAYERS[site.act](self.model, site))
+                target.add_module(name, LAYERS[site.act](self.model, site, name))
             getattr(target, name).put(adapter_name, build(placement, site, self._projections))
 
     # Saving and loading
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"\.sublayer_of\.{re.escape(adapter_name)}\.", ".sublayer_of.", key)
+        host, mark, part = key.partition(f".sublayer_of.{adapter_name}.")
+        return host.replace(".base_layer.", ".") + ".sublayer_of." + part if mark else key
 
     @classmethod
     def _get_adapter_state_dict(
@@ -135,12 +141,12 @@ class ComposedModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_row_adapters(names)
+        self._check_row_adapters(names, args, kwargs)
         layers = attached(self.model)
         wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
         def pass_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            each = len(args[0]) // len(names)
+            each = len(hidden_states(args, kwargs)) // len(names)
             return args, {**kwargs, "adapter_names": [n for n in names for _ in range(each)]}
 
         handles = [wrapper.register_forward_pre_hook(pass_names, with_kwargs=True) for wrapper in wrappers]
@@ -154,9 +160,13 @@ class ComposedModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_row_adapters(self, names: list[str]) -> None:
+    def _check_row_adapters(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.training:
             raise ValueError("`adapter_names` can be passed for inference only; call model.eval() first.")
+        inputs = (*args, *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds")))
+        rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), len(names))
+        rule = f"must have one name for each of the {rows} rows"
+        check("adapter_names", names, bool(names) and len(names) == rows, rule)
         unknown = set(names) - {"__base__", *self.peft_config}
         if unknown:
             raise ValueError(
@@ -191,7 +201,7 @@ class ComposedModel(BaseTuner):
         try:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
-        except ValueError:
+        except BaseException:
             for layer in layers:
                 layer.unmerge(keep=merged[layer])
             raise
@@ -205,10 +215,37 @@ class ComposedModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
+            warn_of_new_biases(self.model)
         for layer in attached(self.model):
+            if not merge:
+                layer.unmerge()
             layer.remove()
-        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, name = _get_submodules(self.model, path)
+                plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                self._replace_module(parent, name, plain, module)
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            del self.model.peft_config  # other tuners in the model keep theirs
         return self.model
+
+
+def check_adapter_name(name: str, plan: Plan) -> None:
+    """peft tells adapters apart by a part of the key, so none may be called like another part."""
+    parts = PARTS | {"base_model", "model", "sublayer_of"} | {part for host in plan for part in host.split(".")}
+    check(
+        "adapter_name", name, name not in parts, "is the name of a part of the model or of a sub-layer; take another"
+    )
+
+
+def warn_of_new_biases(model: nn.Module) -> None:
+    """Say that a merged bias is lost on saving where the model's class has none."""
+    if any(layer._unbiased for layer in attached(model)):
+        warnings.warn(
+            "The merged model has biases that its class does not build: they work in memory, but its save_pretrained "
+            "and from_pretrained lose them. Save the adapter instead.",
+            stacklevel=4,
+        )
 
 
 def attached(model: nn.Module) -> list[Attached]:
@@ -222,18 +259,28 @@ def can_merge(sublayer: nn.Module) -> bool:
     return isinstance(sublayer, Bias)
 
 
-def fold_prefixes(model: nn.Module, adapter_name: str = "default") -> int:
-    """Replace the reparameterised prefixes of an adapter by plain ones with the same vectors, in place.
+def fold_prefixes(model: nn.Module, adapter_name: str | None = None) -> int:
+    """Replace reparameterised prefixes by plain ones with the same vectors, in place.
+
+    Args:
+        model: a model with adapters, a `PeftModel` or not.
+        adapter_name: whose prefixes; None for those of all adapters.
 
     Returns:
         The number of prefixes that were replaced.
+
+    Raises:
+        ValueError: the model has no such adapter.
     """
+    layers = attached(model)
+    known = {name for layer in layers for name in layer.sublayer_of}
+    check("adapter_name", adapter_name, adapter_name in {None, *known}, f"must be one of {sorted(known)}")
     folded = 0
-    for layer in attached(model):
-        prefix = layer.sublayer_of[adapter_name] if adapter_name in layer.sublayer_of else None
-        if isinstance(prefix, ProjectedPrefix):
-            layer.sublayer_of[adapter_name] = prefix.fold()
-            folded += 1
+    for layer in layers:
+        for name, prefix in layer.sublayer_of.items():
+            if isinstance(prefix, ProjectedPrefix) and adapter_name in (None, name):
+                layer.sublayer_of[name] = prefix.fold()
+                folded += 1
     return folded
 
 

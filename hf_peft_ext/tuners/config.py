@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
-from ..placement import SITES, Placement, check
+from ..placement import SITES, Placement, check, check_count
 
 
 @dataclass
@@ -57,8 +57,12 @@ class PlacedConfig(PeftConfig):
         check("target_parameters", self.target_parameters, not self.target_parameters, rule)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            self.layers_to_transform = [layers] if isinstance(layers, int) else list(layers)
+            valid = all(type(layer) is int and layer >= 0 for layer in self.layers_to_transform)
+            check("layers_to_transform", layers, valid and self.layers_to_transform != [],
+                  "must be a layer index or a list of them, 0 or more")  # fmt: skip
         for name in self.sites or {}:
             known = [site for sites in SITES.values() for site in sites]
             check("sites", name, name.removeprefix("cross_") in known, f"must name sites: {', '.join(known)}")
@@ -98,6 +102,11 @@ class PrefixedConfig(PlacedConfig):
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prefix vectors in a layer."})
     prefix_projection: bool = field(default=False, metadata={"help": "Reparameterise the prefixes in training."})
     encoder_hidden_size: int = field(default=512, metadata={"help": "Width of the reparameterisation."})
+
+    def __post_init__(self) -> None:
+        check_count("num_virtual_tokens", self.num_virtual_tokens)
+        check_count("encoder_hidden_size", self.encoder_hidden_size)
+        super().__post_init__()
 
     def prefix(self, gate: Any = None) -> Placement:
         hidden = self.encoder_hidden_size if self.prefix_projection else None

@@ -9,7 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..placement import check
 from ..sublayers import Gate
-from .attach import child_name
 from .composed import attached
 
 
@@ -18,13 +17,10 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     found: dict[str, Gate] = {}
     for layer in attached(model):
         for adapter in layer.present:
-            sublayer = layer.sublayer_of[adapter]
-            if isinstance(sublayer.gate, Gate):
-                kind = {"Bottleneck": "bottleneck", "LowRank": "low_rank"}.get(type(sublayer).__name__, "prefix")
-                name = f"{layer.site.layer}.{child_name(layer.site.name, kind)}"
-                if len(layer.present) > 1:
-                    name = f"{adapter}.{name}"
-                found[name if name not in found else f"{name}.{layer.site.host.rpartition('.')[2]}"] = sublayer.gate
+            place = layer.site.host if layer.site.name == "target" else layer.site.layer
+            name = f"{place}.{layer.name}" if len(layer.present) == 1 else f"{adapter}.{place}.{layer.name}"
+            if isinstance(gate := layer.sublayer_of[adapter].gate, Gate):
+                found[name] = gate
     return found
 
 
@@ -41,9 +37,10 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
         means over tokens, (batch, length) for gates of single tokens.
 
     Raises:
-        ValueError: no active adapter of the model has a gate.
+        ValueError: no active adapter of the model has a gate, or the batch mixes adapters.
     """
     found = gates(model)
+    check("batch", sorted(batch), "adapter_names" not in batch, "must not mix adapters; set the adapter to look at")
     check("model", type(model).__name__, bool(found), "has no active adapter with gates")
     values: dict[str, Tensor] = {}
 
@@ -52,27 +49,34 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
         return gate.register_forward_hook(lambda _, args, g: values.update({name: g.float().squeeze(ones)}))
 
     handles = [keep(name, gate) for name, gate in found.items()]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         model(**batch)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     return {name: values[name] for name in found if name in values}
 
 
 def fix_gates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
-    """Fix every gate to its mean over a batch, in place, so that gated low-rank branches can be merged.
+    """Fix every gate to its mean over a batch, padding left out, so that gated low-rank branches can be merged.
 
     A fixed gate has w = 0 and b = logit(mean): it is saved and loaded like any other.
 
     Returns:
         Layer and sub-layer -> the constant, as `gate_values` names them.
     """
-    means = {name: value.mean().item() for name, value in gate_values(model, batch).items()}
+    masks = [mask for key in ("attention_mask", "decoder_attention_mask") if (mask := batch.get(key)) is not None]
+
+    def mean(value: Tensor) -> float:
+        weight = next((mask for mask in masks if mask.shape == value.shape), torch.ones_like(value))
+        return ((value * weight).sum() / weight.sum()).item()
+
+    means = {name: mean(value) for name, value in gate_values(model, batch).items()}
     found = gates(model)
-    for name, mean in means.items():
-        found[name].fix(mean)
+    for name, constant in means.items():
+        found[name].fix(constant)
     return means

@@ -34,13 +34,14 @@ class OnNorm(Attached):
     """norm(s) becomes norm(s + f(norm(s))): Pfeiffer's place, where s is the FFN's output plus the residual."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        return [self.host.register_forward_hook(self.after)]
+        return [self.host.register_forward_hook(self.after, with_kwargs=True)]
 
-    def after(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        s = self.add(args[0], output)
-        if s is args[0]:
+    def after(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        s = hidden_states(args, kwargs)
+        changed = self.add(s, output)
+        if changed is s:
             return output
-        output = norm.forward(s)
+        output = norm.forward(changed)
         bias = getattr(norm, child_name("bias", "bias"), None)  # the norm's own trained bias stands beside this layer
         return output if bias is None else bias.after(norm, args, output)
 
@@ -49,6 +50,10 @@ class OnSpan(Attached):
     """y = last(... first(x)) becomes y + f(x), where x enters one module and y leaves another."""
 
     x: Tensor | None = None
+
+    @property
+    def passing(self) -> dict[str, None]:
+        return {**super().passing, "x": None}
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         first = model.get_submodule(self.site.reads)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..placement import Placement
+from ..placement import Placement, check_count
 from .config import PrefixedConfig
 
 
@@ -31,6 +31,10 @@ class MAMConfig(PrefixedConfig):
     bottleneck_size: int = field(default=512, metadata={"help": "Width of the adapter."})
     scaling: Any = field(default=4.0, metadata={"help": 'Factor on the adapter, a number or "learned".'})
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapter."})
+
+    def __post_init__(self) -> None:
+        check_count("bottleneck_size", self.bottleneck_size)
+        super().__post_init__()
 
     @classmethod
     def glue(cls, **kwargs: Any) -> "MAMConfig":

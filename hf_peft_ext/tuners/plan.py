@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
@@ -35,9 +36,13 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
         chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
             raise ValueError(no_site(model, placement, bool(named)))
-        for site in chosen:
+        free = [site for site in chosen if not saved_whole(site, config)]
+        rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
+        check("modules_to_save", config.modules_to_save, bool(free), rule)
+        for site in free:
             if excluded(site.host, config):
                 continue
+            check_gate(model, placement, site)
             if site.act == "attention":
                 check_kernel(model.get_submodule(site.host))
             here = found.setdefault(site.host, [])
@@ -51,12 +56,12 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
 
 def limited(config: PlacedConfig, n_layers: int) -> list[Placement]:
     """The config's placements, limited to `layers_to_transform`."""
-    chosen, placements = config.layers_to_transform, config.to_placements()
+    chosen, placements = cast(list[int] | None, config.layers_to_transform), config.to_placements()
     for name, layers in [("layers_to_transform", chosen), *(("layers", p.layers) for p in placements)]:
-        for layer in layers if isinstance(layers, list) else []:
+        for layer in layers or []:
             rule = f"names layer {layer}, which does not exist; this model has layers 0 to {n_layers - 1}"
             check(name, layers, 0 <= layer < max(n_layers, 1), rule)
-    if not isinstance(chosen, list):
+    if chosen is None:
         return placements
     return [
         replace(p, layers=[i for i in (chosen if p.layers is None else p.layers) if i in chosen]) for p in placements
@@ -82,10 +87,23 @@ def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> l
 
 
 def excluded(host: str, config: PlacedConfig) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` names a host or, for the latter, a module it lies in."""
-    if config.exclude_modules and matches(config.exclude_modules, host):
-        return True
-    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", host) for name in config.modules_to_save or [])
+    return bool(config.exclude_modules) and matches(config.exclude_modules, host)
+
+
+def saved_whole(site: Site, config: PlacedConfig) -> bool:
+    """Whether a module that the site reads or changes lies in one that `modules_to_save` copies."""
+    roots = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in config.modules_to_save or []]
+    return any(re.match(root, path) for root in roots for path in (site.host, site.reads, site.attention))
+
+
+def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
+    """Refuse means over tokens where a site does not see the tokens of whole examples, or not which are padding."""
+    if placement.gate == "mean" or (placement.gate == "auto" and not site.causal):
+        rule = f"cannot take means at {site.host}, which lies in no block with attention; use 'token'"
+        check("gate_pooling", placement.gate, bool(site.attention), rule)
+        chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
+        rule = "must be 0: gates cannot take means over chunks of an example; use gate_pooling='token'"
+        check("chunk_size_feed_forward", chunk, not chunk, rule)
 
 
 def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:

@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..placement import GatePooling, Placement, check
+from ..placement import (
+    LEAF_SITES,
+    GatePooling,
+    Placement,
+    check,
+    check_count,
+    check_dropout,
+    check_names,
+    check_positive,
+)
 from .config import PrefixedConfig
 
 METHODS = ("adapter", "prefix", "lora", "bitfit")
@@ -49,11 +58,12 @@ class UniPELTConfig(PrefixedConfig):
     lora_targets: Sequence[str] = field(default=("query", "value"), metadata={"help": "Where LoRA sits."})
 
     def __post_init__(self) -> None:
-        self.methods, self.lora_targets = list(self.methods), list(self.lora_targets)
-        check("methods", self.methods, bool(self.methods), "must name at least one sub-layer")
-        for name in self.methods:
-            check("methods", self.methods, name in METHODS, f"must hold {', '.join(METHODS)} only")
-        check("methods", self.methods, len(set(self.methods)) == len(self.methods), "must name a sub-layer once")
+        self.methods = check_names("methods", self.methods, METHODS)
+        self.lora_targets = check_names("lora_targets", self.lora_targets, LEAF_SITES)
+        check_count("bottleneck_size", self.bottleneck_size)
+        check_count("r", self.r)
+        check_positive("lora_alpha", self.lora_alpha)
+        check_dropout("lora_dropout", self.lora_dropout)
         gates = not self.gated or self.methods != ["bitfit"]
         check("gated", self.gated, gates, "needs a sub-layer that can be gated; a bias reads no input")
         poolings = ("auto", "mean", "token")
