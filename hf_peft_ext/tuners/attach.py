@@ -5,6 +5,7 @@ and mixture-of-experts blocks need no code of their own.
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,9 @@ class Attached(nn.Module, BaseTunerLayer):
             self._handles.append(attention.register_forward_pre_hook(self.see_padding, with_kwargs=True))
         self._handles += self.hooks(model)
 
+    @abstractmethod
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook this layer to the modules that its site reads and changes."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself, for hosts that run their children in turn."""

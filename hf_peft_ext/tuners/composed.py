@@ -49,11 +49,12 @@ class ComposedModel(BaseTuner):
                 that a part of a sub-layer has.
         """
         config = cast(PlacedConfig, self.peft_config[adapter_name])
-        self._plan, self._projections = plan(model, config), Projections()
-        check_adapter_name(adapter_name, self._plan)
+        planned = plan(model, config)
+        check_adapter_name(adapter_name, planned)
+        self._plan, self._projections = planned, Projections()
         target_modules = config.target_modules
         if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
-            config.target_modules = [host for host, pairs in self._plan.items() if pairs[0][1].name == "target"]
+            config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
         keep_4bit_trainable(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         before = attached(model)
