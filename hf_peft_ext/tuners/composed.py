@@ -195,8 +195,8 @@ class ComposedModel(BaseTuner):
         if refused:
             raise ValueError(
                 f"{len(refused)} sub-layers cannot be merged into weights: {', '.join(refused[:4])}"
-                f"{', ...' if len(refused) > 4 else ''}. Bottlenecks and prefixes never can; a gated low-rank branch "
-                f"can once its gate is a constant (see `fix_gates`)."
+                f"{f' and {len(refused) - 4} more' if len(refused) > 4 else ''}. Bottlenecks and prefixes never can; a "
+                f"gated low-rank branch can once its gate is a constant (see `fix_gates`)."
             )
         merged = {layer: layer.merged_adapters for layer in layers}
         try:
