@@ -195,8 +195,9 @@ class ComposedModel(BaseTuner):
         if refused:
             more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
             raise ValueError(
-                f"{len(refused)} sub-layers cannot be merged into weights: {', '.join(refused[:4])}{more}. Bottlenecks "
-                f"and prefixes never can; a gated low-rank branch can once its gate is a constant (see `fix_gates`)."
+                f"{len(refused)} sub-layers cannot be merged into weights: {', '.join(refused[:4])}{more}. "
+                "Bottlenecks and prefixes never can; a gated low-rank branch can once its gate is a constant "
+                "(see `fix_gates`)."
             )
         merged = {layer: layer.merged_adapters for layer in layers}
         try:
