@@ -72,7 +72,7 @@ def test_without_it_peft_does_not_know_them(tmp_path):
 
 @pytest.mark.slow
 def test_loading_needs_it(tmp_path):
-    """Loading a saved adapter fails with peft's KeyError without the package; with autoload it gives equal outputs."""
+    """Loading a saved adapter fails with peft's KeyError without the package; with autoload it works."""
     family, site = BACKBONES["bert"], tmp_path / "site"
     model = get_peft_model(family.build(), METHODS["unipelt"]())
     randomise(model)
@@ -93,7 +93,8 @@ torch.save(y, {str(tmp_path / "y.pt")!r})
     install_autoload(site)
     python(site, load)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "y.pt"), output(model.eval(), family.inputs()))
+        # another process, another number of threads: the last bit may differ
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), output(model.eval(), family.inputs()))
 
 
 @pytest.mark.slow
