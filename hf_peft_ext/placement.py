@@ -6,11 +6,11 @@ Every method of this package is a list of placements; `ComposedConfig` takes suc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from transformers.activations import ACT2FN
 
-GatePooling = Literal["auto", "mean", "token"]
+GatePooling = Literal["auto", "mean", "mean_padded", "token"]
 
 # Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_`
 # forms name cross-attention alone.
@@ -43,7 +43,8 @@ class Placement:
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
-        gate: None, or how the gate is taken over tokens: "mean", "token", or "auto" (token where attention is causal).
+        gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
+            "auto" (token where attention is causal, else mean).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
             `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes).
@@ -63,9 +64,9 @@ class Placement:
         sites = SITES[self.sublayer]
         known = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"
         check("site", self.site, known, f"must be a site of `{self.sublayer}`: {', '.join(sites)}")
-        check(
-            "gate", self.gate, self.gate in (None, "auto", "mean", "token"), 'must be None, "auto", "mean" or "token"'
-        )
+        poolings = get_args(GatePooling)
+        rule = f"must be None or one of {', '.join(poolings)}"
+        check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
         check("gate", self.gate, self.gate is None or self.sublayer != "bias", "must be None: a bias reads no input")
         if self.layers is not None:
             self.layers = list(self.layers)

@@ -75,7 +75,7 @@ BAD_CONFIGS = [
     (lambda: Placement("lowrank", "query"), "`sublayer` (='lowrank') must be one of bottleneck, low_rank, prefix,"),
     (lambda: Placement("prefix", "query"), "`site` (='query') must be a site of `prefix`: attention."),
     (lambda: Placement("bias", "bias", gate="mean"), "`gate` (='mean') must be None: a bias reads no input."),
-    (lambda: Placement("low_rank", "query", gate="yes"), "`gate` (='yes') must be None,"),
+    (lambda: Placement("low_rank", "query", gate="yes"), "`gate` (='yes') must be None or"),
     (lambda: Placement("low_rank", "query", layers=[-1]), "`layers` (=-1) must hold layer indices of 0 or more."),
     (lambda: Placement("low_rank", "query", options={"rank": 1}), "`options` of `low_rank` has no `rank`; it has r,"),
 ]

@@ -22,7 +22,8 @@ def gate_of(gate, x, visible):
     g = torch.sigmoid((x * gate.weight[0]).sum(-1, keepdim=True) + gate.bias)
     if gate.pooling == "token":
         return g
-    rows = [g[i][visible[i]].mean() if visible is not None else g[i].mean() for i in range(len(g))]
+    masked = visible is not None and gate.pooling == "mean"
+    rows = [g[i][visible[i]].mean() if masked else g[i].mean() for i in range(len(g))]
     return torch.stack(rows)[:, None, None]
 
 
@@ -40,7 +41,7 @@ def assert_same(module, naive, *inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+@pytest.mark.parametrize("pooling", [None, "mean", "mean_padded", "token"])
 @pytest.mark.parametrize("visible", [None, VISIBLE], ids=["dense", "padded"])
 def test_low_rank(pooling, visible):
     module = filled(LowRank(D, 4, r=2, alpha=3, gate=Gate(D, pooling) if pooling else None))
@@ -52,7 +53,7 @@ def test_low_rank(pooling, visible):
     assert_same(lambda_module(module, visible), naive, torch.randn(BATCH, LENGTH, D))
 
 
-@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+@pytest.mark.parametrize("pooling", [None, "mean", "mean_padded", "token"])
 @pytest.mark.parametrize("scaling", [1.0, 4.0, "learned"])
 def test_bottleneck(pooling, scaling):
     module = filled(Bottleneck(D, r=3, scaling=scaling, gate=Gate(D, pooling) if pooling else None))

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Pooling = Literal["mean", "token"]
+Pooling = Literal["mean", "mean_padded", "token"]
 
 
 class Gate(nn.Module):
@@ -17,7 +17,7 @@ class Gate(nn.Module):
 
     Args:
         d: width of x.
-        pooling: `"mean"` or `"token"`.
+        pooling: `"mean"`, `"mean_padded"` (padding included, as in the paper's code and AdapterHub's) or `"token"`.
     """
 
     def __init__(self, d: int, pooling: Pooling = "mean"):
@@ -37,10 +37,10 @@ class Gate(nn.Module):
             return g
         if score.ndim != 3:
             raise ValueError(
-                f"`gate_pooling` (='mean') needs hidden states of shape (batch, length, d), this module reads "
+                f"`gate_pooling` (={self.pooling!r}) needs hidden states of shape (batch, length, d), this module reads "
                 f"{score.ndim} dimensions; use gate_pooling='token'."
             )
-        if visible is None:
+        if visible is None or self.pooling == "mean_padded":
             return g.mean(1, keepdim=True)
         weight = visible[:, -g.shape[1] :, None].to(g.dtype)
         return (g * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)

@@ -47,7 +47,7 @@ class Prefix(nn.Module):
         if self.gate is None:
             return p_k, p_v, None
         g = self.gate(F.linear(cast(x, self.gate.weight), self.gate.weight), visible).unsqueeze(1)
-        if self.gate.pooling == "mean":
+        if self.gate.pooling != "token":
             return g * p_k, g * p_v, None
         log_g = g.clamp_min(torch.finfo(g.dtype).tiny).log()
         return p_k, p_v, log_g.expand(-1, -1, -1, p_k.shape[2])

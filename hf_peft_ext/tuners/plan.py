@@ -98,7 +98,7 @@ def saved_whole(site: Site, config: PlacedConfig) -> bool:
 
 def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
     """Refuse means over tokens where a site does not see the tokens of whole examples, or not which are padding."""
-    if placement.gate == "mean" or (placement.gate == "auto" and not site.causal):
+    if placement.gate in ("mean", "mean_padded") or (placement.gate == "auto" and not site.causal):
         rule = f"cannot take means at {site.host}, which lies in no block with attention; use 'token'"
         check("gate_pooling", placement.gate, bool(site.attention), rule)
         chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from ..placement import (
     LEAF_SITES,
@@ -34,8 +35,8 @@ class UniPELTConfig(PrefixedConfig):
         methods: which sub-layers: "adapter", "prefix", "lora", "bitfit". The paper's AP, APL and APLB are these, in
             order.
         gated: False for the paper's ablation without gates.
-        gate_pooling: "mean" over the tokens of an example (the paper), "token", or "auto": token where attention is
-            causal.
+        gate_pooling: "mean" over the tokens of an example (the paper), "mean_padded" (over its padding too, as in the
+            paper's code), "token", or "auto": token where attention is causal, else mean.
         bottleneck_size: width of the adapter.
         r: rank of LoRA.
         lora_alpha: numerator of LoRA's scaling.
@@ -50,7 +51,7 @@ class UniPELTConfig(PrefixedConfig):
 
     methods: Sequence[str] = field(default=("adapter", "prefix", "lora"), metadata={"help": "Which sub-layers."})
     gated: bool = field(default=True, metadata={"help": "Whether gates scale the sub-layers."})
-    gate_pooling: GatePooling = field(default="auto", metadata={"help": 'Gates over tokens: "mean", "token", "auto".'})
+    gate_pooling: GatePooling = field(default="auto", metadata={"help": "Gates over tokens: mean, token..."})
     bottleneck_size: int = field(default=48, metadata={"help": "Width of the adapter."})
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: float = field(default=16, metadata={"help": "Numerator of LoRA's scaling."})
@@ -66,7 +67,7 @@ class UniPELTConfig(PrefixedConfig):
         check_dropout("lora_dropout", self.lora_dropout)
         gates = not self.gated or self.methods != ["bitfit"]
         check("gated", self.gated, gates, "needs a sub-layer that can be gated; a bias reads no input")
-        poolings = ("auto", "mean", "token")
+        poolings = get_args(GatePooling)
         check(
             "gate_pooling", self.gate_pooling, self.gate_pooling in poolings, f"must be one of {', '.join(poolings)}"
         )
