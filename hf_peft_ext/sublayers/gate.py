@@ -37,8 +37,8 @@ class Gate(nn.Module):
             return g
         if score.ndim != 3:
             raise ValueError(
-                f"`gate_pooling` (={self.pooling!r}) needs hidden states of shape (batch, length, d), this module reads "
-                f"{score.ndim} dimensions; use gate_pooling='token'."
+                f"`gate_pooling` (={self.pooling!r}) needs hidden states of shape (batch, length, d), this module "
+                f"reads {score.ndim} dimensions; use gate_pooling='token'."
             )
         if visible is None or self.pooling == "mean_padded":
             return g.mean(1, keepdim=True)
