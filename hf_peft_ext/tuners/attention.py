@@ -126,6 +126,8 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor | None]:  # shapes: (batch, length, heads, d_v), (batch, heads, length, keys)
     """softmax(Q [P_K, K]^T + [scores, mask]) [P_V, V], by the kernel that the model uses."""
     name, attend = kernel(module)
+    if (indices := kwargs.pop("indices", None)) is not None:
+        attention_mask = selected(attention_mask, indices)
     if prefix_states is None:
         check_handed_on(module)
         return attend(module, query, key, value, attention_mask, **kwargs)
@@ -157,6 +159,18 @@ def check_handed_on(module: nn.Module) -> None:
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # shape: (1, 1, length, keys)
     """What sdpa's `is_causal` stands for: query t sees keys 0 to t; keys beyond the queries are an empty cache."""
     return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+
+
+def selected(
+    mask: Tensor,  # shape: (batch or 1, 1, length, keys)
+    indices: Tensor,  # shape: (batch, length, selected keys)
+) -> Tensor:  # shape: (batch, 1, length, keys)
+    """The mask, with only the selected keys let through: sparse attention of models whose code does this itself for
+    kernels that it knows by name.
+    """
+    shape = (len(indices), *mask.shape[2:])
+    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, indices.long(), False).unsqueeze(1)
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
 
 
 def widened(
