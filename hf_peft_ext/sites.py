@@ -18,6 +18,7 @@ from .structure import (
     has_final_norm,
     innermost,
     is_attention,
+    is_causal,
     is_cross,
     is_norm,
     key_shape,
@@ -26,10 +27,10 @@ from .structure import (
     leaf_size,
     matches,
     own_modules,
-    takes_prefix,
+    prefix_act,
 )
 
-Act = Literal["input", "output", "norm", "span", "attention"]
+Act = Literal["input", "output", "norm", "span", "attention", "cache"]
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Site:
         host: path of the module whose call is changed.
         act: what is read and changed: the host's input and output ("input"), its output alone ("output"), a norm's
             input through its output ("norm"), the input of `reads` and the output of the host ("span"), or the keys
-            and values inside the host ("attention").
+            and values inside the host, through AttentionInterface ("attention") or through the cache ("cache").
         d_in, d_out: widths of what is read and of what is added.
         causal: whether the tokens of this layer must not see later ones.
         attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
         reads: path of the module whose input is read, for "span".
         of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
         rows, width: in a fused projection the rows of this site, out of `width`.
-        heads, d_k, d_v: shape of keys and values, for "attention".
+        heads, d_k, d_v: shape of keys and values, for "attention" and "cache".
     """
 
     name: str
@@ -130,11 +131,12 @@ def user_attention(name: str, path: str, attention: nn.Module, common: dict[str,
     leaves = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
     sizes = {role: size for role, size in leaves.items() if size}
     heads, d_k, d_v = key_shape(attention, sizes)
-    if not (takes_prefix(attention) and heads):
+    act = prefix_act(attention)
+    if not (act and heads):
         raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it does not use "
                          "transformers' AttentionInterface.")  # fmt: skip
     d = sizes["query" if "query" in sizes else "fused"][0]
-    return Site(name, host=path, act="attention", d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **common)
+    return Site(name, host=path, act=act, d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **common)
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:
@@ -167,7 +169,10 @@ class BlockSites:
         name, attention = next(
             (a for a in self.attentions if not is_cross(a[0][len(self.path) :])), self.attentions[0]
         )
-        self.common |= {"causal": bool(getattr(attention, "is_causal", True)), "attention": name}
+        self.common |= {
+            "causal": is_causal(attention),
+            "attention": name,
+        }
         sites = [site for name, module in self.attentions for site in self.attention_sites(name, module)]
         return sites + list(self.ffn_sites()) + [self.residual_site()]
 
@@ -184,9 +189,14 @@ class BlockSites:
         fused = leaves.get("fused") or leaves.get("latent")
         if fused and heads:
             yield from self.fused_sites(cross, fused, attention, shape)
-        d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(leaves.get("fused") or leaves["query"])[0]
-        if takes_prefix(attention) and heads:
-            yield Site(f"{cross}attention", host=name, act="attention", d_in=d, d_out=d, **self.common,
+        d = (
+            self.size(leaves["output"])[1]
+            if "latent" in leaves
+            else self.size(leaves.get("fused") or leaves["query"])[0]
+        )
+        act = prefix_act(attention)
+        if heads and (act == "attention" or (act == "cache" and not cross)):
+            yield Site(f"{cross}attention", host=name, act=act, d_in=d, d_out=d, **self.common,
                        heads=heads, d_k=d_k, d_v=d_v)  # fmt: skip
         if "output" in leaves:
             d_out = self.size(leaves["output"])[1]

@@ -6,7 +6,7 @@ What the module tree cannot tell stands in the tables at the top.
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,8 +30,9 @@ FFN_GATES = {"gate_proj", "wi_0", "w1"}
 # Fused projections whose rows go group by group: the queries that share a key, that key, its value. All others are
 # taken to hold all queries, then all keys, then all values.
 FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
-# Their attention makes its mask by the name of the kernel, which a prefix changes.
-WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next"}
+# Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
+WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
+CACHES = ("layer_past", "past_key_values")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
@@ -134,14 +135,18 @@ def is_cross(path: str) -> bool:
     return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
 
 
-def takes_prefix(attention: nn.Module) -> bool:
-    """Whether the module hands its keys and values to transformers' AttentionInterface, keywords included."""
-    source = sys.modules[type(attention).__module__]
-    kinds = {p.kind for p in inspect.signature(attention.forward).parameters.values()}
+def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
+    """How a prefix gets into an attention module: through transformers' AttentionInterface, which the module hands its
+    keys, values and keywords, or else through its cache. None if neither is possible.
+    """
+    source, parameters = sys.modules[type(attention).__module__], inspect.signature(attention.forward).parameters
     if family(attention) in WITHOUT_PREFIX:
-        return False
-    interface = hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward")
-    return interface and inspect.Parameter.VAR_KEYWORD in kinds and hasattr(attention, "config")
+        return None
+    if hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward"):
+        takes_keywords = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        return "attention" if takes_keywords and hasattr(attention, "config") else None
+    updates = any(f"{name}.update(" in inspect.getsource(type(attention)) for name in CACHES)
+    return "cache" if updates and any(name in parameters for name in CACHES) else None
 
 
 def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
@@ -161,6 +166,12 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
         queries = 0 if "query" in sizes else sizes["output"][0]
         return (sizes["fused"][1] - queries) // (2 * d_k), d_k, d_k
     return 0, 0, 0
+
+
+def is_causal(attention: nn.Module) -> bool:
+    """Whether tokens must not see later ones. True where nothing tells, which never lets a gate look ahead."""
+    bidirectional = prefix_act(attention) == "cache" and getattr(attention, "is_decoder", True) is False
+    return bool(getattr(attention, "is_causal", not bidirectional))
 
 
 def width(attention: nn.Module, *names: str) -> int:
