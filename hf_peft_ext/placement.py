@@ -16,7 +16,10 @@ GatePooling = Literal["auto", "mean", "mean_padded", "token"]
 # forms name cross-attention alone.
 LEAF_SITES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
 SITES: dict[str, tuple[str, ...]] = {
-    "bottleneck": ("after_attention", "after_ffn", "after_residual", "parallel_attention", "parallel_ffn"),
+    "bottleneck": (
+        *("after_attention", "after_ffn", "after_residual"),
+        *("parallel_attention", "parallel_ffn", "parallel_residual"),
+    ),
     "low_rank": LEAF_SITES,
     "prefix": ("attention",),
     "bias": ("bias",),
@@ -39,7 +42,8 @@ class Placement:
         site: where it sits (`SITES` lists what goes where):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
               "after_residual" (sequential, reads what the block has after residual and norm), "parallel_attention",
-              "parallel_ffn";
+              "parallel_ffn", "parallel_residual" (beside the FFN too, but reads the residual stream in front of the
+              FFN's norm; only in models that have one there);
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
