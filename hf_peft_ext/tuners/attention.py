@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attach import Attached, hidden_states
+from ..placement import check
+from .attach import Attached, cached_tokens, hidden_states
 
 NAME = "hf_peft_ext_prefix"
 KERNELS = ("eager", "sdpa")
@@ -44,8 +45,26 @@ class InAttention(Attached):
     def before(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        states = self.states(hidden_states(args, kwargs))
-        return None if states is None else (args, {**kwargs, "prefix_states": states})
+        x = hidden_states(args, kwargs)
+        states = self.states(x)
+        if states is None:
+            return None
+        kwargs = {**kwargs, "prefix_states": states}
+        if self.counts_positions and hasattr(attention, "relative_attention_bias"):  # other layers are handed this one
+            kwargs["position_bias"] = counted_bias(attention, x.shape[1], states[0].shape[2], kwargs)
+        return args, kwargs
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether relative positions count the prefix.
+
+        Raises:
+            ValueError: they would have to for some rows of a batch and not for others.
+        """
+        counts = {prefix.counts_positions for prefix in self.sublayer_of.values()}
+        rule = "cannot be mixed in one batch with prefixes that count positions"
+        check("adapter_names", self.row_adapters, self.row_adapters is None or True not in counts, rule)
+        return any(self.sublayer_of[name].counts_positions for name in self.present)
 
     def states(
         self,
@@ -81,6 +100,16 @@ class InAttention(Attached):
             keys[rows, :, :n], values[rows, :, :n] = p_k.to(like), p_v.to(like)
             scores[rows, :, :, :n] = shown((p_k, p_v, score), x[rows]).to(like)
         return keys, values, scores
+
+
+def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, Any]) -> Tensor:
+    """T5's bias for keys that stand n_tokens further on, behind the prefix, while the queries stay where they are.
+
+    Shape: (1, heads, length, n_tokens + keys).
+    """
+    cache = kwargs.get("past_key_values")
+    keys = length if cache is None else cache.get_mask_sizes(length, attention.layer_idx)[0]
+    return attention.compute_bias(cached_tokens(attention, kwargs) + length, n_tokens + keys)[:, :, -length:]
 
 
 def shown(states: States, x: Tensor) -> Tensor:  # shape: (batch, 1, length, n_tokens)
@@ -136,8 +165,9 @@ def prefix_attention(
     if name == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = causal_mask(query, key)
     mask = widened(attention_mask, scores, query, key, n_tokens)
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n_tokens, 0))
+    bias = kwargs.get("position_bias")
+    if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
+        kwargs["position_bias"] = F.pad(bias, (n_tokens, 0))
     key = torch.cat([p_k.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([p_v.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     output, weights = attend(module, query, key, value, mask, **kwargs)
