@@ -62,7 +62,7 @@ def adapterhub_table(terminalreporter):
     families, methods = (list(dict.fromkeys(cell[i] for cell in found)) for i in (0, 1))
     if found:
         terminalreporter.section("adapterhub: largest difference of a logit")
-        terminalreporter.write_line("\n".join(["| |" + "|".join(families) + "|", "|---|" + "---|" * len(families)]))
+        terminalreporter.write_line(f"| | {' | '.join(families)} |\n|---|{'---|' * len(families)}")
         for method in methods:
-            cells = [f"{found[f, method]:.0e}" if (f, method) in found else "" for f in families]
-            terminalreporter.write_line(f"| `{method}` | " + " | ".join(cells) + " |")
+            cells = [f"{found[f, method]:.0e}" if (f, method) in found else "-" for f in families]
+            terminalreporter.write_line(f"| {method} | " + " | ".join(cells) + " |")

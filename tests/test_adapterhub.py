@@ -214,6 +214,12 @@ def test_other_folders(checkpoints, tmp_path):
         from_adapterhub(folder, BACKBONES["opt"].build())
 
 
+def test_prefixes_in_some_layers_of_t5(checkpoints, tmp_path):
+    folder = edited(checkpoints / "t5" / "prefix_tuning", tmp_path / "some", leave_out=[0])
+    with pytest.raises(ValueError, match=re.escape("`leave_out` (=[0]) must be empty for prefixes in T5")):
+        from_adapterhub(folder, build("t5"))
+
+
 def test_other_shapes(checkpoints):
     """A model of the same hidden size whose FFN or number of layers is another."""
     config = build("bert").config

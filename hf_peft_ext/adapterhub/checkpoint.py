@@ -47,7 +47,7 @@ class Checkpoint:
         check("path", str(path), not peft, "holds an adapter of peft; load it with PeftModel.from_pretrained")
         known = isinstance(saved.get("config"), dict) and "name" in saved
         check("path", str(path), known, "holds no adapter that AdapterHub's library has saved")
-        family = model.config.model_type
+        family = getattr(getattr(model, "config", None), "model_type", None)
         check("model", family, family in FAMILIES, f"must be one of {', '.join(FAMILIES)}")
         for key in ("model_type", "hidden_size"):
             value, own = saved.get(key), getattr(model.config, key)
