@@ -160,10 +160,19 @@ ERRORS = {
     "residual": ("seq_bn", {"residual_before_ln": "post_add"}, "`residual_before_ln` (='post_add') must be True with"),
     "twice": ("seq_bn", {"mh_adapter": True}, "`mh_adapter` (=True) must be False with `is_parallel` or"),
     "channel": ("seq_bn", {"scaling": "channel"}, "`scaling` (='channel') must be a number or \"learned\"."),
-    "activation": ("seq_bn", {"non_linearity": "tan"}, "`activation` (='tan') must be an activation of transformers."),
+    "activation": (
+        "seq_bn",
+        {"non_linearity": "tan"},
+        "`non_linearity` (='tan') must be an activation of transformers.",
+    ),
     "dora": ("lora", {"use_dora": True}, "`use_dora` (=True) must be False."),
     "vera": ("lora", {"vera_d": 0.1}, "`vera_d` (=0.1) must be None."),
     "gated_ia3": ("ia3", {"use_gating": True}, "`use_gating` (=True) must be False for (IA)^3."),
+    "ia3_union": (
+        "mam",
+        {"configs": [{"architecture": "lora", "composition_mode": "scale"}, {}]},
+        "`composition_mode` (='scale') must be 'add' in a union.",
+    ),
     "two_gates": ("prefix_tuning", {"shared_gating": False}, "`shared_gating` (=False) must be True."),
     "length": (
         "prefix_tuning",
@@ -171,6 +180,12 @@ ERRORS = {
         "`size of self_prefix` (=192) must be 5 x 2 x 2 x 2 x 8: tokens",
     ),
     "empty": ("seq_bn", {"leave_out": [0, 1]}, "`leave_out` (=[0, 1]) leaves no layer."),
+    "nothing": ("seq_bn", {"output_adapter": False}, "`architecture` (=None) has no place in this model with these"),
+    "no_matrix": (
+        "ia3",
+        {"attn_matrices": [], "intermediate_lora": False},
+        "`attn_matrices` (=[]) has no place in this",
+    ),
     "lacking": (
         "lora",
         {"attn_matrices": ["q", "k", "v"]},

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
@@ -31,25 +32,30 @@ class Filled:
     site: Site
     gate: GatePooling | None
     options: dict[str, Any]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
 
-    def placement(self, layers: list[int] | None = None) -> Placement:
-        return Placement(self.sublayer, self.site.name.removeprefix("cross_"), layers, self.gate, self.options)
+    def placement(self) -> Placement:
+        return Placement(self.sublayer, self.site.name.removeprefix("cross_"), gate=self.gate, options=self.options)
 
     def __post_init__(self) -> None:
-        for name, expected in build(self.placement(), self.site, {}).state_dict().items():
+        with torch.device("meta"):
+            sublayer = build(self.placement(), self.site, {})
+        for name, expected in sublayer.state_dict().items():
             shape, rule = tuple(self.tensors[name].shape), f"must be {tuple(expected.shape)}, as at {self.site.host}"
             check(f"shape of {self.sublayer} {name}", shape, shape == expected.shape, rule)
 
 
-def fill(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[Filled]:
+def fill(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> list[Filled]:
     """The sites of a method. Takes their tensors from the checkpoint.
 
     Raises:
         ValueError: a setting has no counterpart here, or a tensor is missing or of another shape.
     """
     readers = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
-    return readers[method.get("architecture")](method, checkpoint, model, kept(method, sites))
+    kind = method.get("architecture")
+    filled = list(readers[kind](method, checkpoint, model, kept(method, sites)))
+    check("architecture", kind, bool(filled), "has no place in this model with these settings")
+    return filled
 
 
 def kept(method: Settings, sites: list[Site]) -> list[Site]:
@@ -68,8 +74,19 @@ def gate_of(method: Settings) -> GatePooling | None:
     return "mean_padded" if method.get("use_gating") else None
 
 
-def linear(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
-    return {f"{part}.{kind}": checkpoint.take(f"{name}.{kind}") for kind in ("weight", "bias")}
+def activation_of(method: Settings) -> str:
+    name = method["non_linearity"].lower().replace("leakyrelu", "leaky_relu")
+    check("non_linearity", name, name in ACT2FN, "must be an activation of transformers")
+    return name
+
+
+def linear(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+    return checkpoint.take(f"{name}.weight"), checkpoint.take(f"{name}.bias")
+
+
+def named(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
+    weight, bias = linear(checkpoint, name)
+    return {f"{part}.weight": weight, f"{part}.bias": bias}
 
 
 # Bottlenecks
@@ -77,16 +94,16 @@ def linear(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
 
 def bottlenecks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[Filled]:
     names = bottleneck_sites(method, any(site.name == "parallel_residual" for site in sites))
-    options = {"activation": method["non_linearity"].lower().replace("leakyrelu", "leaky_relu")}
-    options |= {"dropout": method.get("dropout", 0.0), "scaling": method.get("scaling", 1.0)}
-    check("scaling", options["scaling"], options["scaling"] != "channel", 'must be a number or "learned"')
+    dropout, scaling = method.get("dropout", 0.0), method.get("scaling", 1.0)
+    check("scaling", scaling, scaling != "channel", 'must be a number or "learned"')
+    options = {"activation": activation_of(method), "dropout": dropout, "scaling": scaling}
     for site in (site for site in sites if site.name in names):
         name = bottleneck_name(model, site)
-        tensors = linear(checkpoint, f"{name}.adapter_down.0", "down") | linear(checkpoint, f"{name}.adapter_up", "up")
-        if options["scaling"] == "learned":
+        tensors = named(checkpoint, f"{name}.adapter_down.0", "down") | named(checkpoint, f"{name}.adapter_up", "up")
+        if scaling == "learned":
             tensors["scaling"] = checkpoint.take(f"{name}.scaling").reshape(())
         if method.get("use_gating"):
-            tensors |= linear(checkpoint, f"{name}.gate", "gate")
+            tensors |= named(checkpoint, f"{name}.gate", "gate")
         r = len(tensors["down.bias"])
         yield Filled("bottleneck", site, gate_of(method), {"r": r, **options}, tensors)
 
@@ -101,7 +118,7 @@ def bottleneck_sites(method: Settings, pre_norm: bool) -> list[str]:
         names = {"output_adapter": "after_residual"}
     else:
         names = {"mh_adapter": "after_attention", "cross_adapter": "cross_after_attention"}
-        names["output_adapter"] = "after_ffn"
+        names |= {"output_adapter": "after_ffn"}
     for key in ("mh_adapter", "cross_adapter"):
         rule = "must be False with `is_parallel` or `original_ln_before`"
         check(key, method.get(key), not method.get(key) or key in names, rule)
@@ -115,7 +132,8 @@ def bottleneck_name(model: Any, site: Site) -> str:
     role = {"after_attention": "attention", "cross_after_attention": "cross_attention"}.get(site.name, "output")
     if family == "t5":
         last = len(model.get_submodule(path).layer) - 1
-        return f"{path}.layer.{ {'attention': 0, 'cross_attention': 1, 'output': last}[role] }.adapters"
+        index = {"attention": 0, "cross_attention": 1, "output": last}[role]
+        return f"{path}.layer.{index}.adapters"
     if family in ("bert", "roberta"):
         return f"{path}.{'attention.output' if role == 'attention' else 'output'}.adapters"
     return f"{path}.{role}_adapters.adapters"
@@ -141,7 +159,7 @@ def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[
     for host, group in low_rank_sites(method, model, sites):
         tensors = {"A": checkpoint.take(f"{host}.loras.lora_A"), "B": checkpoint.take(f"{host}.loras.lora_B")}
         if gated:
-            tensors |= linear(checkpoint, f"{host}.loras.gate", "gate")
+            tensors |= named(checkpoint, f"{host}.loras.gate", "gate")
         parts = {name: tensor.tensor_split(len(group)) for name, tensor in tensors.items()}
         for index, site in enumerate(group):
             own = {name: chunks[index] for name, chunks in parts.items()}
@@ -163,13 +181,12 @@ def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[S
     for place, found in places.items():
         if not method.get(place, True):  # `encoder_prefix` and `cross_prefix` are settings too
             continue
-        n_tokens = method["prefix_length"]
-        options = {"num_virtual_tokens": n_tokens, "counts_positions": t5}
+        options = {"num_virtual_tokens": method["prefix_length"], **({"counts_positions": True} if t5 else {})}
         keys, values = prefix_vectors(method, checkpoint, place, found)
         for site, p_k, p_v in zip(found, keys, values, strict=True):
             tensors = {"keys": p_k, "values": p_v}
             if method.get("use_gating"):
-                tensors |= linear(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
+                tensors |= named(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
             yield Filled("prefix", site, gate_of(method), options, tensors)
 
 
@@ -190,9 +207,8 @@ def prefix_vectors(
     if method.get("flat"):
         p = checkpoint.take(f"{name}.control_trans")
     else:
-        first, second = (linear(checkpoint, f"{name}.control_trans.{part}", "p").values() for part in (0, 2))
-        hidden = F.linear(checkpoint.take(f"{name}.wte.weight"), *first)
-        p = F.linear(ACT2FN[method["non_linearity"].lower()](hidden), *second)
+        hidden = F.linear(checkpoint.take(f"{name}.wte.weight"), *linear(checkpoint, f"{name}.control_trans.0"))
+        p = F.linear(ACT2FN[activation_of(method)](hidden), *linear(checkpoint, f"{name}.control_trans.2"))
     shape = (method["prefix_length"], len(sites), 2, sites[0].heads, sites[0].d_k)
     rule = f"must be {' x '.join(map(str, shape))}: tokens, layers, keys and values, heads, width of a head"
     check(f"size of {place}", p.numel(), p.numel() == math.prod(shape), rule)

@@ -68,7 +68,7 @@ def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[
         config, state = stock_ia3(methods[0], checkpoint, model, sites)
     else:
         filled = [one for method in methods for one in fill(method, checkpoint, model, sites)]
-        if all(one.sublayer == "low_rank" and one.gate is None for one in filled):
+        if len(methods) == 1 and filled[0].sublayer == "low_rank" and filled[0].gate is None:
             config, state = stock_lora(filled, model)
         else:
             config, state = config_of(filled, model, sites), state_of(filled)

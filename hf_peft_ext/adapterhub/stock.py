@@ -61,9 +61,10 @@ def stock_ia3(
     """peft's (IA)^3. The library scales outputs, also those of the FFN's first leaf; alpha is a factor on them.
 
     Raises:
-        ValueError: a tensor is missing or of another size.
+        ValueError: no leaf is named, or a tensor is missing or of another size.
     """
     leaves = low_rank_sites(method, model, kept(method, sites))
+    check("attn_matrices", method["attn_matrices"], bool(leaves), "has no place in this model with these settings")
     state = {}
     for host, group in leaves:
         name = f"{host}.loras.lora_B"

@@ -109,9 +109,8 @@ def save(family, name, config, folder, safetensors):
 def main():
     for family in FAMILIES:
         results = {"base": logits(build(family), batch(family))}
-        methods = (
-            METHODS | (SEQ2SEQ_METHODS if family in ("t5", "bart") else {}) | (NOT_IN_T5 if family != "t5" else {})
-        )
+        methods = METHODS | (SEQ2SEQ_METHODS if family in ("t5", "bart") else {})
+        methods |= NOT_IN_T5 if family != "t5" else {}
         with tempfile.TemporaryDirectory() as folder:
             for number, (name, config) in enumerate(methods.items()):
                 # with prefixes adapters 1.3.0 fails to write safetensors: it finds them in every layer
