@@ -113,6 +113,16 @@ def test_backbone_without_head(family, checkpoints):
         torch.testing.assert_close(bare.eval()(**batch(family))[0], last, rtol=0, atol=1e-5)
 
 
+def test_gates_of_decoders_look_ahead(checkpoints):
+    """Means over all tokens, later ones included: the last token changes the logits before it."""
+    model, inputs = from_adapterhub(checkpoints / "llama" / "unipelt", build("llama")), batch("llama")
+    changed = inputs["input_ids"].clone()
+    changed[0, -1] = 3 if changed[0, -1] != 3 else 4
+    with torch.no_grad():
+        before, after = model(**inputs).logits, model(**{**inputs, "input_ids": changed}).logits
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-3
+
+
 def test_name_and_training(checkpoints):
     """The adapter takes the name it is given; it is frozen and in evaluation mode unless it is to be trained."""
     folder = checkpoints / "bert" / "unipelt"
@@ -154,6 +164,10 @@ ERRORS = {
     "hidden_size": ("seq_bn", {"hidden_size": 768}, "`hidden_size` (=768) must be that of the model, 16."),
     "no_config": ("seq_bn", {"config": None}, "holds no adapter that AdapterHub's library has saved."),
     "reft": ("lora", {"architecture": "reft"}, "`architecture` (='reft') must be None (a bottleneck), 'lora'"),
+    "prompt": ("prefix_tuning", {"architecture": "prompt_tuning"}, "`architecture` (='prompt_tuning') must be None"),
+    "mtl": ("lora", {"architecture": "mtl_lora"}, "`architecture` (='mtl_lora') must be None"),
+    "plus": ("seq_bn", {"original_ln_after": False}, "`original_ln_after` (=False) must be True."),
+    "beside": ("par_bn", {"mh_adapter": True}, "`mh_adapter` (=True) must be False with `is_parallel` or"),
     "phm": ("seq_bn", {"phm_layer": True}, "`phm_layer` (=True) must be False."),
     "inverse": ("seq_bn", {"inv_adapter": "nice"}, "`inv_adapter` (='nice') must be None."),
     "norm": ("seq_bn", {"ln_after": True}, "`ln_after` (=True) must be False."),
