@@ -147,4 +147,4 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
 def meaning(placement: Placement) -> tuple[Any, ...]:
     """What a placement does once its weights are loaded."""
     options = {key: value for key, value in placement.options.items() if value is not None and key != "init"}
-    return placement.sublayer, placement.site, placement.gate, DEFAULTS[placement.sublayer] | options
+    return placement.sublayer, placement.site, placement.layers, placement.gate, DEFAULTS[placement.sublayer] | options

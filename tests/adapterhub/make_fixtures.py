@@ -59,7 +59,10 @@ METHODS = {
     ),
 }
 # In T5 a prefix in some layers only is not imported: the layers share one bias, which then fits none of them.
-NOT_IN_T5 = {"prefix_tuning_some_layers": PrefixTuningConfig(leave_out=[0], **PREFIX)}
+NOT_IN_T5 = {
+    "prefix_tuning_some_layers": PrefixTuningConfig(leave_out=[0], **PREFIX),
+    "mam_some_layers": MAMConfig(PrefixTuningConfig(leave_out=[0], **PREFIX), ParBnConfig(reduction_factor=4)),
+}
 # where encoder and decoder differ
 SEQ2SEQ_METHODS = {
     "double_seq_bn_cross": DoubleSeqBnConfig(reduction_factor=5, cross_adapter=True),
