@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .structure import (
     FFN_GATES,
-    FUSED_BY_HEAD,
     attention_leaves,
     covers,
+    fused_rows,
     has_final_norm,
     innermost,
     is_attention,
+    is_causal,
     is_cross,
     is_norm,
     key_shape,
@@ -27,10 +27,10 @@ from .structure import (
     leaf_size,
     matches,
     own_modules,
-    takes_prefix,
+    prefix_act,
 )
 
-Act = Literal["input", "output", "norm", "span", "attention"]
+Act = Literal["input", "output", "norm", "span", "attention", "cache"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Site:
         host: path of the module whose call is changed.
         act: what is read and changed: the host's input and output ("input"), its output alone ("output"), a norm's
             input through its output ("norm"), the input of `reads` and the output of the host ("span"), or the keys
-            and values inside the host ("attention").
+            and values inside the host, through AttentionInterface ("attention") or through the cache ("cache").
         d_in, d_out: widths of what is read and of what is added.
         causal: whether the tokens of this layer must not see later ones.
         attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
         reads: path of the module whose input is read, for "span".
         of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
         rows, width: in a fused projection the rows of this site, out of `width`.
-        heads, d_k, d_v: shape of keys and values, for "attention".
+        heads, d_k, d_v: shape of keys and values, for "attention" and "cache".
     """
 
     name: str
@@ -130,12 +130,13 @@ def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | 
 def user_attention(name: str, path: str, attention: nn.Module, common: dict[str, Any]) -> Site:
     leaves = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
     sizes = {role: size for role, size in leaves.items() if size}
-    heads, d_k = key_shape(attention, sizes)
-    if not (takes_prefix(attention) and heads):
+    heads, d_k, d_v = key_shape(attention, sizes)
+    act = prefix_act(attention)
+    if not (act and heads):
         raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it does not use "
                          "transformers' AttentionInterface.")  # fmt: skip
     d = sizes["query" if "query" in sizes else "fused"][0]
-    return Site(name, host=path, act="attention", d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_k, **common)
+    return Site(name, host=path, act=act, d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **common)
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:
@@ -168,7 +169,10 @@ class BlockSites:
         name, attention = next(
             (a for a in self.attentions if not is_cross(a[0][len(self.path) :])), self.attentions[0]
         )
-        self.common |= {"causal": bool(getattr(attention, "is_causal", True)), "attention": name}
+        self.common |= {
+            "causal": is_causal(attention),
+            "attention": name,
+        }
         sites = [site for name, module in self.attentions for site in self.attention_sites(name, module)]
         return sites + list(self.ffn_sites()) + [self.residual_site()]
 
@@ -181,13 +185,18 @@ class BlockSites:
             if role in leaves:
                 of_encoder = {"attention": name, "of_encoder": True} if cross and role != "query" else {}
                 yield self.leaf_site(cross + role, leaves[role], **of_encoder)
-        heads, d_k = key_shape(attention, {role: self.size(leaf) for role, leaf in leaves.items()})
-        if "fused" in leaves and heads:
-            yield from self.fused_sites(cross, leaves["fused"], attention, heads, d_k)
-        d = self.size(leaves.get("fused") or leaves["query"])[0]
-        if takes_prefix(attention) and heads:
-            d_v = self.size(leaves["value"])[1] // heads if "value" in leaves else d_k
-            yield Site(f"{cross}attention", host=name, act="attention", d_in=d, d_out=d, **self.common,
+        heads, d_k, d_v = shape = key_shape(attention, {role: self.size(leaf) for role, leaf in leaves.items()})
+        fused = leaves.get("fused") or leaves.get("latent")
+        if fused and heads:
+            yield from self.fused_sites(cross, fused, attention, shape)
+        d = (
+            self.size(leaves["output"])[1]
+            if "latent" in leaves
+            else self.size(leaves.get("fused") or leaves["query"])[0]
+        )
+        act = prefix_act(attention)
+        if heads and (act == "attention" or (act == "cache" and not cross)):
+            yield Site(f"{cross}attention", host=name, act=act, d_in=d, d_out=d, **self.common,
                        heads=heads, d_k=d_k, d_v=d_v)  # fmt: skip
         if "output" in leaves:
             d_out = self.size(leaves["output"])[1]
@@ -197,16 +206,12 @@ class BlockSites:
             yield Site(f"{cross}parallel_attention", host=leaves["output"], act="span", d_in=d, d_out=d_out,
                        reads=name, **self.common)  # fmt: skip
 
-    def fused_sites(self, cross: str, leaf: str, attention: Any, heads: int, d_k: int) -> Iterator[Site]:
+    def fused_sites(self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int]) -> Iterator[Site]:
         d_in, width = self.size(leaf)
-        if getattr(attention, "config", None) and attention.config.model_type in FUSED_BY_HEAD:
-            rows = torch.arange(width).view(heads, 3, d_k).transpose(0, 1).flatten(1)
-        else:
-            rows = torch.arange(width).split([width - 2 * heads * d_k, heads * d_k, heads * d_k])
-        for role, part in zip(("query", "key", "value"), rows, strict=True):
-            if len(part):
-                yield Site(cross + role, host=leaf, act="input", d_in=d_in, d_out=len(part), **self.common,
-                           rows=part.clone(), width=width)  # fmt: skip
+        for role, rows in fused_rows(attention, width, shape).items():
+            if len(rows):
+                yield Site(cross + role, host=leaf, act="input", d_in=d_in, d_out=len(rows), **self.common,
+                           rows=rows.clone(), width=width)  # fmt: skip
 
     def ffn_sites(self) -> Iterator[Site]:
         parts = self.ffn_parts()
@@ -231,7 +236,8 @@ class BlockSites:
 
     def residual_site(self) -> Site:
         d = self.size(self.output_leaf())[1]
-        norms = [name for name, module in self.modules.items() if is_norm(module)]
+        inside = tuple(self.root(name) for name, _ in self.attentions)
+        norms = [name for name, module in self.modules.items() if is_norm(module) and not covers(inside, name)]
         if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
             return Site("after_residual", host=norms[-1], act="norm", d_in=d, d_out=d, **self.common)
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)

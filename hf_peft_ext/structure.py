@@ -6,7 +6,9 @@ What the module tree cannot tell stands in the tables at the top.
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
@@ -14,28 +16,45 @@ from transformers.pytorch_utils import Conv1D
 
 # What a leaf of an attention module does, by its name.
 ROLES = {
-    "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj"},
-    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj"},
-    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj"},
+    "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
+              "project_q", "q_head"},
+    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head"},
+    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj", "project_v", "v_head"},
     "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value"},
-    "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj"},
-}
+    "latent": {"kv_b_proj"},
+    "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj", "attention_out",
+               "post_proj"},
+}  # fmt: skip
 # The leaf of a gated feed-forward network that carries the gate, by its name.
 FFN_GATES = {"gate_proj", "wi_0", "w1"}
-# Fused projections whose rows go head by head (query, key, value of one head, then of the next). All others are taken
-# to hold all queries, then all keys, then all values.
-FUSED_BY_HEAD = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}
+# Fused projections whose rows go group by group: the queries that share a key, that key, its value. All others are
+# taken to hold all queries, then all keys, then all values.
+FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
+# Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
+WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
+CACHES = ("layer_past", "past_key_values")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of blocks that have attention somewhere, encoder before decoder."""
+    """The lists of blocks that have attention somewhere, encoder before decoder."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and any(is_attention(m) for m in module.modules()):
+        if isinstance(module, nn.ModuleList) and not inside and has_attention(module) and not of_stacks(module):
             found.append(name)
             yield name, module
+
+
+def has_attention(module: nn.Module) -> bool:
+    return any(is_attention(m) for m in module.modules())
+
+
+def of_stacks(stack: nn.ModuleList) -> bool:
+    """Whether the blocks are stacks themselves, as in ALBERT's groups: lists of nothing but blocks with attention."""
+    inner = [block if isinstance(block, nn.ModuleList) else next(block.children(), None) for block in stack]
+    lone = all(isinstance(block, nn.ModuleList) or len(list(block.children())) == 1 for block in stack)
+    return lone and all(isinstance(i, nn.ModuleList) and all(has_attention(m) for m in i) for i in inner)
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -64,9 +83,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """An attention module owns a fused projection, or a query and a value."""
+    """An attention module owns a fused projection, or a query and a value, or a query and the latent of both."""
     roles = attention_leaves(module)
-    return "fused" in roles or {"query", "value"} <= roles.keys()
+    return "fused" in roles or ("query" in roles and ("value" in roles or "latent" in roles))
 
 
 def attention_leaves(module: nn.Module) -> dict[str, str]:
@@ -107,31 +126,80 @@ def covers(roots: tuple[str, ...], name: str) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
+def family(module: nn.Module) -> str:
+    """The architecture that a module's code is of: "bloom" for transformers.models.bloom.modeling_bloom."""
+    return type(module).__module__.rpartition("modeling_")[2]
+
+
 def is_cross(path: str) -> bool:
     """Whether an attention module, by its path in the block, is cross-attention."""
     return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
 
 
-def takes_prefix(attention: nn.Module) -> bool:
-    """Whether the module hands its keys and values to transformers' AttentionInterface, keywords included."""
-    source = sys.modules[type(attention).__module__]
-    kinds = {p.kind for p in inspect.signature(attention.forward).parameters.values()}
-    interface = hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward")
-    return interface and inspect.Parameter.VAR_KEYWORD in kinds and hasattr(attention, "config")
+def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
+    """How a prefix gets into an attention module: through transformers' AttentionInterface, which the module hands its
+    keys, values and keywords, or else through its cache. None if neither is possible.
+    """
+    source, parameters = sys.modules[type(attention).__module__], inspect.signature(attention.forward).parameters
+    if family(attention) in WITHOUT_PREFIX:
+        return None
+    if hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward"):
+        takes_keywords = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        return "attention" if takes_keywords and hasattr(attention, "config") else None
+    updates = any(f"{name}.update(" in inspect.getsource(type(attention)) for name in CACHES)
+    return "cache" if updates and any(name in parameters for name in CACHES) else None
 
 
-def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """Number of key and value heads, and the width of one; (0, 0) if unknown."""
-    owners = (attention, getattr(attention, "config", None))
-    d_k = next((d for owner in owners for name in HEAD_WIDTHS if (d := getattr(owner, name, None))), None)
-    if d_k is None:
-        return 0, 0
-    if "key" in sizes:
-        return sizes["key"][1] // d_k, d_k
-    if "fused" in sizes and "output" in sizes:
+def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Number of key and value heads, and the widths of a key and of a value; (0, 0, 0) if unknown.
+
+    Args:
+        sizes: role -> size, of the module's leaves (and of its output, wherever that is).
+    """
+    if "latent" in sizes:
+        d_nope, d_rope, d_v = (width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
+        return (sizes["latent"][1] // (d_nope + d_v), d_nope + d_rope, d_v) if d_nope and d_v else (0, 0, 0)
+    d_k = width(attention, *HEAD_WIDTHS)
+    if "key" in sizes and "value" in sizes and d_k:
+        heads = sizes["key"][1] // d_k
+        return heads, d_k, sizes["value"][1] // heads
+    if "fused" in sizes and "output" in sizes and d_k:
         queries = 0 if "query" in sizes else sizes["output"][0]
-        return (sizes["fused"][1] - queries) // (2 * d_k), d_k
-    return 0, 0
+        return (sizes["fused"][1] - queries) // (2 * d_k), d_k, d_k
+    return 0, 0, 0
+
+
+def is_causal(attention: nn.Module) -> bool:
+    """Whether tokens must not see later ones. True where nothing tells, which never lets a gate look ahead."""
+    bidirectional = prefix_act(attention) == "cache" and getattr(attention, "is_decoder", True) is False
+    return bool(getattr(attention, "is_causal", not bidirectional))
+
+
+def width(attention: nn.Module, *names: str) -> int:
+    """The first of these attributes that the module has, or its config; 0 if neither has one."""
+    owners = (attention, getattr(attention, "config", None))
+    return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)
+
+
+def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Role -> its rows, in a projection of width d_out that makes several at once.
+
+    Args:
+        shape: number of key and value heads, and the widths of a key and of a value.
+    """
+    heads, d_k, d_v = shape
+    rows = torch.arange(d_out)
+    if "latent" in attention_leaves(attention):  # head by head, what of the key has no position, and the value
+        key, value = rows.view(heads, -1).split([d_out // heads - d_v, d_v], dim=1)
+        return {"key": key.flatten(), "value": value.flatten()}
+    if family(attention) == "codegen":  # four parts: queries, values, keys
+        query, value, key = rows.view(4, 3, -1).unbind(1)
+        return {"query": query.flatten(), "key": key.flatten(), "value": value.flatten()}
+    if family(attention) in FUSED_BY_GROUP:
+        rows = rows.view(heads, -1, d_k)
+        return {"query": rows[:, :-2].flatten(), "key": rows[:, -2].flatten(), "value": rows[:, -1].flatten()}
+    query, key, value = rows.split([d_out - 2 * heads * d_k, heads * d_k, heads * d_k])
+    return {"query": query, "key": key, "value": value}
 
 
 def matches(pattern: str | Iterable[str], path: str) -> bool:

@@ -33,8 +33,8 @@ class Backbone:
         auto = {"encoder": AutoModel, "decoder": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}[self.kind]
         config = AutoConfig.for_model(self.model_type, **{"vocab_size": VOCAB, **SPECIAL, **self.config, **overrides})
         torch.manual_seed(0)
-        if self.model_type == "gemma2":
-            attention = "eager"  # sdpa cannot cap scores
+        if self.model_type in ("gemma2", "bloom"):
+            attention = "eager"  # sdpa cannot cap scores, and BLOOM knows nothing else
         model = auto.from_config(config, attn_implementation=attention)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -104,4 +104,26 @@ BACKBONES = {
         {**PLAIN, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
     ),
     "mistral": Backbone("decoder", "mistral", {**PLAIN, "num_key_value_heads": 2, "sliding_window": 4}),
+    "albert": Backbone(
+        "encoder", "albert", {**PLAIN, "embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": LAYERS}
+    ),
+    "falcon": Backbone(
+        "decoder",
+        "falcon",
+        {
+            **{"hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_kv_heads": 2},
+            **{"new_decoder_architecture": True, "ffn_hidden_size": 64},
+        },
+    ),
+    "bloom": Backbone("decoder", "bloom", {"hidden_size": D, "n_layer": LAYERS, "n_head": HEADS}),
+    "deepseek_v3": Backbone(
+        "decoder",
+        "deepseek_v3",
+        {
+            **{**PLAIN, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4},
+            **{"qk_nope_head_dim": 6, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4},
+            **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+            **{"first_k_dense_replace": 1, "head_dim": 4},
+        },
+    ),
 }

@@ -100,6 +100,8 @@ def test_unloads_to_the_base(method, backbone):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_gradient_checkpointing(method, backbone, reentrant):
     """The same gradients with and without checkpointing, of both kinds."""
+    if backbone == "albert":
+        pytest.skip("ALBERT in transformers has no checkpointing")
     model, inputs = tuned(method, backbone)
     model.train()
     for module in model.modules():

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
+from transformers import DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.tuners.attention import InAttention, prefix_attention
+from hf_peft_ext.tuners.attention import WithPrefix, prefix_attention
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -84,7 +85,7 @@ def test_equals_peft_prefix_tuning(backbone):
     theirs = get_peft_model(family.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
     ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
-    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, InAttention)]
+    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, WithPrefix)]
     heads, _, d = layers[0].keys.shape
     with torch.no_grad():
         table.normal_(0, 0.5)
@@ -98,6 +99,24 @@ def test_equals_peft_prefix_tuning(backbone):
         torch.testing.assert_close(output(ours, inputs, position_ids=positions), expected, rtol=1e-4, atol=1e-4)
         with ours.disable_adapter():
             assert (output(ours, inputs, position_ids=positions) - expected).abs().max() > 0.1
+
+
+def test_through_the_cache_equals_a_filled_cache():
+    """Falcon does not use AttentionInterface: the same logits as from a cache that holds the prefixes."""
+    family = BACKBONES["falcon"]
+    model = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    randomise(model)
+    cache = DynamicCache()
+    for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, WithPrefix)):
+        vectors = layer.sublayer_of["default"].vectors()
+        cache.update(*(p.repeat_interleave(2, dim=0).expand(3, -1, -1, -1) for p in vectors), i)  # 4 heads share 2
+    ids = family.inputs()["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        ours = output(model, {"input_ids": ids}, position_ids=positions)
+        with model.disable_adapter():
+            expected = output(model, {"input_ids": ids}, position_ids=positions, past_key_values=cache)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "unipelt_nogate", "mam", "composed"])
@@ -117,7 +136,7 @@ def test_eager_and_sdpa_agree(method, backbone):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backbone", ["bert", "distilbert", "modernbert", "t5", "bart"])
+@pytest.mark.parametrize("backbone", ["bert", "distilbert", "modernbert", "albert", "t5", "bart"])
 def test_padding_changes_nothing_in_encoders(method, backbone):
     """A padded example and the same example alone: the same states, mean gates included."""
     family = BACKBONES[backbone]

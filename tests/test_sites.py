@@ -4,7 +4,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, ComposedConfig, MAMConfig, Placement, UniPELTConfig
 from hf_peft_ext.sites import find_sites
@@ -31,6 +33,24 @@ EXPECTED = {
     "qwen2": ("self_attn.q_proj", "self_attn.o_proj", "mlp", ""),
     "gemma2": ("self_attn.q_proj", "self_attn.o_proj", "mlp", ""),
     "mistral": ("self_attn.q_proj", "self_attn.o_proj", "mlp", ""),
+    "albert": ("attention.query", "attention.dense", "ffn_output", "full_layer_layer_norm"),
+    "falcon": ("self_attention.query_key_value", "self_attention.dense", "mlp", ""),
+    "bloom": ("self_attention.query_key_value", "self_attention.dense", "mlp", ""),
+    "deepseek_v3": ("self_attn.q_b_proj", "self_attn.o_proj", "mlp", ""),
+}
+# model type -> what makes a tiny model with a projection of several roles, and a variant of it
+FUSED = {
+    "gpt2": ({}, {}),
+    "phi3": ({"num_key_value_heads": 2}, {"num_key_value_heads": 4}),
+    "gpt_neox": ({}, {}),
+    "bloom": ({}, {}),
+    "falcon": ({"multi_query": False}, {"multi_query": True}),
+    "falcon_grouped": ({"new_decoder_architecture": True, "num_kv_heads": 2}, {"alibi": True, "multi_query": False}),
+    "mpt": ({}, {}),
+    "codegen": ({"rotary_dim": 4}, {"rotary_dim": 8}),
+    "gpt_bigcode": ({"multi_query": True}, {"multi_query": False}),
+    "persimmon": ({}, {}),
+    "deepseek_v3": (BACKBONES["deepseek_v3"].config, {**BACKBONES["deepseek_v3"].config, "q_lora_rank": None}),
 }
 
 
@@ -78,6 +98,63 @@ def test_causal_layers(backbone):
     causal = {site.layer: site.causal for site in find_sites(BACKBONES[backbone].build()) if site.name == "query"}
     expected = {"encoder": [False] * 2, "decoder": [True] * 2, "seq2seq": [False, False, True, True]}
     assert list(causal.values()) == expected[BACKBONES[backbone].kind]
+
+
+@pytest.mark.parametrize("variant", [0, 1])
+@pytest.mark.parametrize("name", FUSED)
+def test_rows_of_fused_projections(name, variant):
+    """What is written to the rows of the query, key or value reaches that alone: seen in the first layer's cache."""
+    own = {"n_layer": 2, "n_head": 4, "n_embd": 32, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_inner": 64}
+    plain = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model_type = name.removesuffix("_grouped")
+    config = AutoConfig.for_model(model_type)
+    sizes = {k: v for k, v in {**own, **plain}.items() if k in vars(config) or k in config.attribute_map}
+    sizes |= {"vocab_size": 60, "pad_token_id": 0, **FUSED[name][variant]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+    sites = {site.name: site for site in find_sites(model) if site.layer == 0}
+    ids = torch.arange(3, 12)[None]
+
+    def cached():
+        with torch.no_grad():
+            result = model(ids, use_cache=True, output_hidden_states=True)
+        layer = result.past_key_values.layers[0]
+        return layer.keys.clone(), layer.values.clone(), result.logits
+
+    before = cached()
+    for role in ("query", "key", "value"):
+        site = sites[role]
+        weight = model.get_submodule(site.host).weight
+        kept = weight.detach().clone()
+        rows = slice(None) if site.rows is None else site.rows
+        with torch.no_grad():
+            (weight.T if isinstance(model.get_submodule(site.host), Conv1D) else weight)[rows] += 0.5
+        key, value, logits = (not torch.equal(a, b) for a, b in zip(cached(), before, strict=True))
+        latent = name == "deepseek_v3"  # its cache holds what the projection reads
+        assert (key, value, logits) == (role == "key" and not latent, role == "value" and not latent, True), role
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_rows_of_a_latent_projection():
+    """DeepSeek: the rows of the key and of the value, seen in what the kernel is given."""
+    seen = []
+
+    def capture(module, query, key, value, mask, **kwargs):
+        seen.append((query.clone(), key.clone(), value.clone()))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("capture", capture)
+    model = BACKBONES["deepseek_v3"].build("capture")
+    sites = {site.name: site for site in find_sites(model) if site.layer == 0}
+    for i, role in enumerate(("query", "key", "value")):
+        weight, rows = model.get_submodule(sites[role].host).weight, sites[role].rows
+        seen.clear()
+        with torch.no_grad():
+            model(torch.arange(3, 12)[None])
+            weight[slice(None) if rows is None else rows] += 0.5
+            model(torch.arange(3, 12)[None])
+        before, after = seen[0], seen[len(seen) // 2]
+        assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == 0, i == 1, i == 2]
 
 
 def test_post_norm_decoder():

@@ -50,7 +50,7 @@ class Attached(nn.Module, BaseTunerLayer):
         if site.attention:
             attention = model.get_submodule(site.attention)
             self._mask = mask_position(attention)
-            self._handles.append(attention.register_forward_pre_hook(self.see_padding, with_kwargs=True))
+            self._handles.append(attention.register_forward_pre_hook(self.see_padding, prepend=True, with_kwargs=True))
         self._handles += self.hooks(model)
 
     @abstractmethod
@@ -199,7 +199,8 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def cached_tokens(attention: Any, kwargs: dict[str, Any]) -> int:
     """Number of tokens in the cache before this forward."""
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    return 0 if cache is None else int(cache.get_seq_length(attention.layer_idx))
+    layer = getattr(attention, "layer_idx", getattr(attention, "layer_id", 0))
+    return 0 if cache is None else int(cache.get_seq_length(layer))
 
 
 def mask_position(attention: nn.Module) -> tuple[str, int]:

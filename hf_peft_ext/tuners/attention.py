@@ -7,7 +7,9 @@ after rotary embedding and cache, and calls the kernel that the model's config n
 """
 
 import copy
+import inspect
 import sys
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..placement import check
+from ..structure import CACHES
 from .attach import Attached, cached_tokens, hidden_states
 
 NAME = "hf_peft_ext_prefix"
@@ -28,43 +31,23 @@ KERNELS = ("eager", "sdpa")
 States = tuple[Tensor, Tensor, Tensor | None]
 
 
-class InAttention(Attached):
+class WithPrefix(Attached):
     """Attention over [P_K, K] and [P_V, V]."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        self._config = (self.host.config,)
-        routed: Any = copy.copy(self.host.config)
-        routed._attn_implementation_internal = NAME
-        self.host.config = routed
         return [self.host.register_forward_pre_hook(self.before, with_kwargs=True)]
-
-    def remove(self) -> None:
-        self.host.config = self._config[0]
-        super().remove()
 
     def before(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        x = hidden_states(args, kwargs)
-        states = self.states(x)
-        if states is None:
-            return None
-        kwargs = {**kwargs, "prefix_states": states}
-        if self.counts_positions and hasattr(attention, "relative_attention_bias"):  # other layers are handed this one
-            kwargs["position_bias"] = counted_bias(attention, x.shape[1], states[0].shape[2], kwargs)
-        return args, kwargs
+        states = self.states(hidden_states(args, kwargs))
+        return None if states is None else self.passed(states, args, kwargs)
 
-    @property
-    def counts_positions(self) -> bool:
-        """Whether relative positions count the prefix.
-
-        Raises:
-            ValueError: they would have to for some rows of a batch and not for others.
-        """
-        counts = {prefix.counts_positions for prefix in self.sublayer_of.values()}
-        rule = "cannot be mixed in one batch with prefixes that count positions"
-        check("adapter_names", self.row_adapters, self.row_adapters is None or True not in counts, rule)
-        return any(self.sublayer_of[name].counts_positions for name in self.present)
+    @abstractmethod
+    def passed(
+        self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the attention module, with the prefix among them."""
 
     def states(
         self,
@@ -102,6 +85,93 @@ class InAttention(Attached):
         return keys, values, scores
 
 
+class InAttention(WithPrefix):
+    """Through AttentionInterface: the prefix is one more keyword, and the module looks up `prefix_attention`."""
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        self._config = (self.host.config,)
+        routed: Any = copy.copy(self.host.config)
+        routed._attn_implementation_internal = NAME
+        self.host.config = routed
+        return super().hooks(model)
+
+    def remove(self) -> None:
+        self.host.config = self._config[0]
+        super().remove()
+
+    def passed(self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kwargs = {**kwargs, "prefix_states": states}
+        if self.counts_positions and hasattr(self.host, "relative_attention_bias"):  # other layers are handed this one
+            length = hidden_states(args, kwargs).shape[1]
+            kwargs["position_bias"] = counted_bias(self.host, length, states[0].shape[2], kwargs)
+        return args, kwargs
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether relative positions count the prefix.
+
+        Raises:
+            ValueError: they would have to for some rows of a batch and not for others.
+        """
+        counts = {prefix.counts_positions for prefix in self.sublayer_of.values()}
+        rule = "cannot be mixed in one batch with prefixes that count positions"
+        check("adapter_names", self.row_adapters, self.row_adapters is None or True not in counts, rule)
+        return any(self.sublayer_of[name].counts_positions for name in self.present)
+
+
+class InCache(WithPrefix):
+    """Through the cache, in models that do not use AttentionInterface (GPT-J, BLOOM, Falcon): it returns the prefix in
+    front of its keys and values, and the mask is widened before the module runs.
+    """
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        self._signature = inspect.signature(self.host.forward)
+        return super().hooks(model)
+
+    def passed(self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        p_k, p_v, scores = states
+        x, n_tokens = hidden_states(args, kwargs), p_k.shape[2]
+        given = {**kwargs, **dict(zip(self._signature.parameters, args, strict=False))}
+        cache = next(name for name in CACHES if name in self._signature.parameters)
+        mask, past = given.get(self._mask[0]), given.get(cache)
+        if isinstance(past, EncoderDecoderCache):
+            past = past.self_attention_cache
+        n_keys = cached_tokens(self.host, given) + x.shape[1]
+        if mask is None and n_keys > 1 and self.site.causal:
+            mask = causal_mask(x.shape[1], n_keys, x.device)
+        given[self._mask[0]] = widened(mask, scores, n_keys, n_tokens, x.dtype)
+        given[cache] = Cached(past, p_k, p_v)
+        for name in ("alibi", "position_bias"):
+            if given.get(name) is not None:
+                given[name] = F.pad(given[name], (n_tokens, 0))
+        return (), given
+
+
+class Cached:
+    """A cache, or none, that returns keys and values with a prefix in front."""
+
+    def __init__(self, cache: Cache | None, p_k: Tensor, p_v: Tensor):
+        self.cache, self.prefix = cache, (p_k, p_v)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length(*args)
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        states = (key, value) if self.cache is None else self.cache.update(key, value, *args, **kwargs)
+        pairs = zip(self.prefix, states, strict=True)
+        first, second = (torch.cat([repeated(p, state), state], dim=2) for p, state in pairs)
+        return first, second
+
+
+def repeated(p: Tensor, state: Tensor) -> Tensor:  # shape: (batch, heads, n_tokens, d)
+    """The prefix for the batch, and for as many heads as the module has made of the key and value heads."""
+    each = state.shape[1] // p.shape[1]
+    return p.to(state.dtype).repeat_interleave(each, dim=1).expand(len(state), -1, -1, -1)
+
+
 def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, Any]) -> Tensor:
     """T5's bias for keys that stand n_tokens further on, behind the prefix, while the queries stay where they are.
 
@@ -126,8 +196,8 @@ def check_kernel(attention: nn.Module) -> str:
         ValueError: it cannot take a prefix.
     """
     prefix = next((child for child in attention.children() if isinstance(child, InAttention)), None)
-    config: Any = prefix._config[0] if prefix else attention.config
-    name = config._attn_implementation or "eager"
+    config: Any = prefix._config[0] if prefix else getattr(attention, "config", None)
+    name = getattr(config, "_attn_implementation", None) or "eager"
     if name not in KERNELS:
         raise ValueError(
             f"`attn_implementation` (={name!r}) cannot take a prefix; load the model with 'sdpa' or 'eager', or call "
@@ -155,6 +225,8 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor | None]:  # shapes: (batch, length, heads, d_v), (batch, heads, length, keys)
     """softmax(Q [P_K, K]^T + [scores, mask]) [P_V, V], by the kernel that the model uses."""
     name, attend = kernel(module)
+    if (indices := kwargs.pop("indices", None)) is not None:
+        attention_mask = selected(attention_mask, indices)
     if prefix_states is None:
         check_handed_on(module)
         return attend(module, query, key, value, attention_mask, **kwargs)
@@ -163,8 +235,8 @@ def prefix_attention(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if name == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
-        attention_mask = causal_mask(query, key)
-    mask = widened(attention_mask, scores, query, key, n_tokens)
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    mask = widened(attention_mask, scores, key.shape[2], n_tokens, query.dtype)
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
         kwargs["position_bias"] = F.pad(bias, (n_tokens, 0))
@@ -184,26 +256,37 @@ def check_handed_on(module: nn.Module) -> None:
         )
 
 
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:  # shape: (1, 1, length, keys)
+def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:  # shape: (1, 1, length, keys)
     """What sdpa's `is_causal` stands for: query t sees keys 0 to t; keys beyond the queries are an empty cache."""
-    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    return torch.ones(length, keys, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def selected(
+    mask: Tensor,  # shape: (batch or 1, 1, length, keys)
+    indices: Tensor,  # shape: (batch, length, selected keys)
+) -> Tensor:  # shape: (batch, 1, length, keys)
+    """The mask, with only the selected keys let through: sparse attention of models whose code does this itself for
+    kernels that it knows by name.
+    """
+    shape = (len(indices), *mask.shape[2:])
+    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, indices.long(), False).unsqueeze(1)
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
 
 
 def widened(
     mask: Any,  # shape: (batch or 1, heads or 1, length, keys), or None
     scores: Tensor | None,  # shape: (batch or 1, 1, length or 1, n_tokens)
-    query: Tensor,
-    key: Tensor,
+    keys: int,
     n_tokens: int,
+    dtype: torch.dtype,
 ) -> Tensor | None:  # shape: (batch or 1, heads or 1, length, n_tokens + keys)
     """The mask over prefix and keys. Every token sees the prefix, with its score if it has one."""
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
     if scores is None:
         return None if mask is None else F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
-    dtype = query.dtype
     if mask is None:
-        mask = query.new_zeros(1, 1, 1, key.shape[2])
+        mask = scores.new_zeros(1, 1, 1, keys)
     elif mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
     shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..placement import check
 from ..sublayers import Bias, LowRank, ProjectedPrefix
 from .attach import Attached, child_name, hidden_states
-from .attention import InAttention
+from .attention import InAttention, InCache
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
@@ -26,6 +26,7 @@ LAYERS: dict[str, type[Attached]] = {
     "norm": OnNorm,
     "span": OnSpan,
     "attention": InAttention,
+    "cache": InCache,
 }
 # The names of the parts of sub-layers.
 PARTS = frozenset(

@@ -44,7 +44,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
             if excluded(site.host, config):
                 continue
             check_gate(model, placement, site)
-            if site.act == "attention":
+            if placement.sublayer == "prefix":
                 check_kernel(model.get_submodule(site.host))
             here = found.setdefault(site.host, [])
             name = child_name(site.name, placement.sublayer)
