@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .adapterhub import from_adapterhub as from_adapterhub
 from .autoload import install_autoload as install_autoload
 from .autoload import uninstall_autoload as uninstall_autoload
 from .placement import Placement as Placement

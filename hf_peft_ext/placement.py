@@ -16,7 +16,10 @@ GatePooling = Literal["auto", "mean", "mean_padded", "token"]
 # forms name cross-attention alone.
 LEAF_SITES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
 SITES: dict[str, tuple[str, ...]] = {
-    "bottleneck": ("after_attention", "after_ffn", "after_residual", "parallel_attention", "parallel_ffn"),
+    "bottleneck": (
+        *("after_attention", "after_ffn", "after_residual"),
+        *("parallel_attention", "parallel_ffn", "parallel_residual"),
+    ),
     "low_rank": LEAF_SITES,
     "prefix": ("attention",),
     "bias": ("bias",),
@@ -25,7 +28,7 @@ SITES: dict[str, tuple[str, ...]] = {
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
-    "prefix": ("num_virtual_tokens", "encoder_hidden_size"),
+    "prefix": ("num_virtual_tokens", "encoder_hidden_size", "counts_positions"),
     "bias": (),
 }
 
@@ -39,7 +42,8 @@ class Placement:
         site: where it sits (`SITES` lists what goes where):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
               "after_residual" (sequential, reads what the block has after residual and norm), "parallel_attention",
-              "parallel_ffn";
+              "parallel_ffn", "parallel_residual" (beside the FFN too, but reads the residual stream in front of the
+              FFN's norm; only in models that have one there);
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
@@ -47,7 +51,9 @@ class Placement:
             "auto" (token where attention is causal, else mean).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
-            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes).
+            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `counts_positions`
+            (True: T5's relative positions count the prefix, as in AdapterHub's library; it is then needed in every
+            layer of a stack).
 
     Raises:
         ValueError: a value is out of its range, or an option unknown.
@@ -92,6 +98,9 @@ class Placement:
             check_dropout("dropout", o["dropout"])
         if "activation" in o:
             check("activation", o["activation"], o["activation"] in ACT2FN, "must be an activation of transformers")
+        if "counts_positions" in o:
+            counts = o["counts_positions"]
+            check("counts_positions", counts, isinstance(counts, bool), "must be True or False")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')

@@ -230,6 +230,9 @@ class BlockSites:
         elif leaves and self.size(leaves[-1])[1] == d:
             yield Site("after_ffn", host=leaves[-1], act="output", d_in=d, d_out=d, **self.common)
             yield Site("parallel_ffn", host=leaves[-1], act="span", reads=leaves[0], d_in=d, d_out=d, **self.common)
+        if parts and (norm := self.ffn_norm()):
+            host = parts[0] if len(parts) == 1 else leaves[-1]
+            yield Site("parallel_residual", host=host, act="span", reads=norm, d_in=d, d_out=d, **self.common)
 
     def residual_site(self) -> Site:
         d = self.size(self.output_leaf())[1]
@@ -238,6 +241,13 @@ class BlockSites:
         if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
             return Site("after_residual", host=norms[-1], act="norm", d_in=d, d_out=d, **self.common)
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)
+
+    def ffn_norm(self) -> str | None:
+        """The norm that reads the residual stream for the FFN: the last, where each branch has one in front of it."""
+        attentions = tuple(name for name, _ in self.attentions)
+        norms = [name for name, m in self.modules.items() if is_norm(m) and not covers(attentions, name)]
+        before = has_final_norm(self.model, self.path.rpartition(".")[0]) and len(norms) == len(attentions) + 1
+        return norms[-1] if before else None
 
     def ffn_parts(self) -> list[str]:
         """The largest modules outside attention that hold a weight matrix and no norm."""

@@ -113,7 +113,8 @@ def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 def has_final_norm(model: nn.Module, stack: str) -> bool:
     """Whether a norm stands beside the stack or above it. A stack without one normalises after each residual."""
-    while stack:
+    backbone = getattr(model, "base_model_prefix", None)  # above it is the head, which may have a norm of its own
+    while stack and stack != backbone:
         stack = stack.rpartition(".")[0]
         children = model.get_submodule(stack).named_children()
         if any(is_norm(child) and "emb" not in name for name, child in children):

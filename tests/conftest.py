@@ -1,4 +1,4 @@
-"""Quiet, offline, repeatable; and a table of the contract at the end of a run."""
+"""Quiet, offline, repeatable; at the end of a run a table of the contract, and one of AdapterHub's logits and ours."""
 
 import os
 from collections import Counter
@@ -29,6 +29,11 @@ def seed():
 
 
 def pytest_terminal_summary(terminalreporter):
+    contract_table(terminalreporter)
+    adapterhub_table(terminalreporter)
+
+
+def contract_table(terminalreporter):
     """Methods x backbones: how many properties of the contract hold."""
     passed, run = Counter(), Counter()
     for outcome in ("passed", "failed", "error"):
@@ -44,3 +49,20 @@ def pytest_terminal_summary(terminalreporter):
         for method in methods:
             cells = [f"{passed[b, method]}/{run[b, method]}" if run[b, method] else "-" for b in backbones]
             terminalreporter.write_line(f"{method:<17}" + " ".join(f"{cell:>10}" for cell in cells))
+
+
+def adapterhub_table(terminalreporter):
+    """Methods x families: the largest difference of a logit from what AdapterHub's library gives."""
+    found = {
+        tuple(report.nodeid.rpartition("[")[2].rstrip("]").split("-")): dict(report.user_properties)["difference"]
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if "difference" in dict(report.user_properties)
+    }
+    families, methods = (list(dict.fromkeys(cell[i] for cell in found)) for i in (0, 1))
+    if found:
+        terminalreporter.section("adapterhub: largest difference of a logit")
+        terminalreporter.write_line(f"| | {' | '.join(families)} |\n|---|{'---|' * len(families)}")
+        for method in methods:
+            cells = [f"{found[f, method]:.0e}" if (f, method) in found else "-" for f in families]
+            terminalreporter.write_line(f"| {method} | " + " | ".join(cells) + " |")

@@ -1,11 +1,13 @@
 """Prefixes in attention: against a naive attention, against peft's PrefixTuning, and under every mask and cache."""
 
+import re
+
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache
 
-from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
+from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
 from hf_peft_ext.tuners.attention import WithPrefix, prefix_attention
 
 from .backbones import BACKBONES, output
@@ -227,3 +229,45 @@ def test_kernels_that_cannot_take_a_prefix(implementation):
     model.config._attn_implementation_internal = implementation
     with pytest.raises(ValueError, match="cannot take a prefix"):
         tuned(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4).bool())
+
+
+def counting(layers=None):
+    """A prefix that T5's relative positions count."""
+    options = {"num_virtual_tokens": 3, "counts_positions": True}
+    return ComposedConfig(placements=[Placement("prefix", "attention", layers=layers, options=options)])
+
+
+def test_counted_positions_move_the_keys():
+    """T5's bias for query i is B(0 - i) on the first prefix vector and B(j + 3 - i) on key j."""
+    family = BACKBONES["t5"]
+    model, inputs = get_peft_model(family.build("eager"), counting()).eval(), family.inputs()
+    attention = model.get_base_model().encoder.block[0].layer[0].SelfAttention
+    seen = {}
+    attention.register_forward_hook(lambda *args: seen.update(bias=args[-1][1]))
+    with torch.no_grad():
+        output(model, inputs)
+        length = inputs["input_ids"].shape[1]
+        expected = attention.compute_bias(length, length + 3)
+    torch.testing.assert_close(seen["bias"], expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_counted_positions_in_generation(cache):
+    family = BACKBONES["t5"]
+    model = get_peft_model(family.build(), counting()).eval()
+    randomise(model)
+    inputs = {key: value for key, value in family.inputs().items() if key != "decoder_input_ids"}
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        cached = model.generate(**inputs, **options, cache_implementation=cache)
+        assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+def test_counted_positions_need_whole_stacks_and_batches():
+    family = BACKBONES["t5"]
+    with pytest.raises(ValueError, match=re.escape("`layers` (=[0, 2, 3]) must hold every layer of a stack")):
+        get_peft_model(family.build(), counting(layers=[0, 2, 3]))
+    model, inputs = get_peft_model(family.build(), counting(layers=[2, 3])).eval(), family.inputs()
+    names = ["default", "__base__", "default"]
+    with pytest.raises(ValueError, match=r"`adapter_names` \(=.*\) cannot be mixed in one batch"):
+        model(**inputs, adapter_names=names)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import hf_peft_ext
 from hf_peft_ext import ComposedConfig, Placement
 from hf_peft_ext.tuners.bottleneck import STYLES
 
+from .adapterhub.families import build
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -19,6 +22,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0] for block in BLOCKS])
 def test_code_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "my_adapter" in block:
+        build("bert").save_pretrained("my_model")
+        with zipfile.ZipFile(ROOT / "tests" / "adapterhub" / "bert.zip") as archive:
+            archive.extractall()
+        Path("unipelt").rename("my_adapter")
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +62,34 @@ def test_sites_of_each_family(backbone):
     found = [hosts[name] for name in ("query", "attention_output", "after_ffn", "after_residual")]
     assert found == [f"{first}.{path}" if path else first for path in EXPECTED[backbone]]
     assert {"query", "key", "value", "attention", "parallel_ffn", "parallel_attention"} <= hosts.keys()
+
+
+def test_norm_of_a_head_is_none_of_the_stack():
+    """DistilBERT's language model head has a norm of its own; the blocks are post-norm all the same."""
+    config = AutoConfig.for_model("distilbert", vocab_size=60, **BACKBONES["distilbert"].config)
+    sites = {site.name: site for site in find_sites(AutoModelForMaskedLM.from_config(config)) if site.layer == 0}
+    assert sites["after_residual"].host.endswith("layer.0.output_layer_norm")
+    assert "parallel_residual" not in sites
+
+
+@pytest.mark.parametrize("backbone", ["t5", "gpt2", "llama", "opt", "gpt_neox"])
+def test_parallel_residual(backbone):
+    """It reads what the norm in front of the FFN reads, and adds to what the FFN gives."""
+    family = BACKBONES[backbone]
+    config = ComposedConfig(placements=[Placement("bottleneck", "parallel_residual", layers=[0], options={"r": 4})])
+    model = get_peft_model(family.build(), config).eval()
+    randomise(model)
+    (layer,) = attached(model)
+    norm, seen = model.get_base_model().get_submodule(layer.site.reads), {}
+    norm.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    layer.host.register_forward_hook(lambda _, args, y: seen.update(y=y))
+    with torch.no_grad():
+        output(model, family.inputs())
+        with_branch = seen["y"]
+        branch = layer.sublayer_of["default"](seen["x"])
+        with model.disable_adapter():
+            output(model, family.inputs())
+    torch.testing.assert_close(with_branch, seen["y"] + branch)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

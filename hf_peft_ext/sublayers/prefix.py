@@ -22,10 +22,21 @@ class Prefix(nn.Module):
         n_tokens: number of prefix vectors.
         d_k: width of a key head.
         d_v: width of a value head.
+        counts_positions: whether relative positions (T5's) count the prefix, so that keys stand n_tokens further on.
+            AdapterHub's library has it so.
     """
 
-    def __init__(self, heads: int, n_tokens: int, d_k: int, d_v: int, gate: Gate | None = None):
+    def __init__(
+        self,
+        heads: int,
+        n_tokens: int,
+        d_k: int,
+        d_v: int,
+        gate: Gate | None = None,
+        counts_positions: bool = False,
+    ):
         super().__init__()
+        self.counts_positions = counts_positions
         self.keys = nn.Parameter(torch.empty(heads, n_tokens, d_k))
         self.values = nn.Parameter(torch.empty(heads, n_tokens, d_v))
         self.gate = gate
@@ -73,9 +84,16 @@ class ProjectedPrefix(Prefix):
     """
 
     def __init__(
-        self, heads: int, n_tokens: int, d_k: int, d_v: int, projection: Projection, gate: Gate | None = None
+        self,
+        heads: int,
+        n_tokens: int,
+        d_k: int,
+        d_v: int,
+        projection: Projection,
+        gate: Gate | None = None,
+        counts_positions: bool = False,
     ):
-        super().__init__(heads, n_tokens, d_k, d_v, gate)
+        super().__init__(heads, n_tokens, d_k, d_v, gate, counts_positions)
         del self.keys, self.values
         self.projection = projection
         self.shape = (heads, n_tokens, d_k, d_v)
@@ -90,7 +108,9 @@ class ProjectedPrefix(Prefix):
     def fold(self) -> Prefix:
         """The plain prefix with the same vectors, on the same device and in the same type."""
         weight = self.last.weight
-        prefix = Prefix(*self.shape, gate=self.gate).to(weight.device, weight.dtype)
+        prefix = Prefix(*self.shape, gate=self.gate, counts_positions=self.counts_positions).to(
+            weight.device, weight.dtype
+        )
         with torch.no_grad():
             for parameter, value in zip((prefix.keys, prefix.values), self.vectors(), strict=True):
                 parameter.copy_(value)

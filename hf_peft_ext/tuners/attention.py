@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..placement import check
 from ..structure import CACHES
 from .attach import Attached, cached_tokens, hidden_states
 
@@ -99,7 +100,23 @@ class InAttention(WithPrefix):
         super().remove()
 
     def passed(self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "prefix_states": states}
+        kwargs = {**kwargs, "prefix_states": states}
+        if self.counts_positions and hasattr(self.host, "relative_attention_bias"):  # other layers are handed this one
+            length = hidden_states(args, kwargs).shape[1]
+            kwargs["position_bias"] = counted_bias(self.host, length, states[0].shape[2], kwargs)
+        return args, kwargs
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether relative positions count the prefix.
+
+        Raises:
+            ValueError: they would have to for some rows of a batch and not for others.
+        """
+        counts = {prefix.counts_positions for prefix in self.sublayer_of.values()}
+        rule = "cannot be mixed in one batch with prefixes that count positions"
+        check("adapter_names", self.row_adapters, self.row_adapters is None or True not in counts, rule)
+        return any(self.sublayer_of[name].counts_positions for name in self.present)
 
 
 class InCache(WithPrefix):
@@ -153,6 +170,16 @@ def repeated(p: Tensor, state: Tensor) -> Tensor:  # shape: (batch, heads, n_tok
     """The prefix for the batch, and for as many heads as the module has made of the key and value heads."""
     each = state.shape[1] // p.shape[1]
     return p.to(state.dtype).repeat_interleave(each, dim=1).expand(len(state), -1, -1, -1)
+
+
+def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, Any]) -> Tensor:
+    """T5's bias for keys that stand n_tokens further on, behind the prefix, while the queries stay where they are.
+
+    Shape: (1, heads, length, n_tokens + keys).
+    """
+    cache = kwargs.get("past_key_values")
+    keys = length if cache is None else cache.get_mask_sizes(length, attention.layer_idx)[0]
+    return attention.compute_bias(cached_tokens(attention, kwargs) + length, n_tokens + keys)[:, :, -length:]
 
 
 def shown(states: States, x: Tensor) -> Tensor:  # shape: (batch, 1, length, n_tokens)
@@ -210,8 +237,9 @@ def prefix_attention(
     if name == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
     mask = widened(attention_mask, scores, key.shape[2], n_tokens, query.dtype)
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n_tokens, 0))
+    bias = kwargs.get("position_bias")
+    if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
+        kwargs["position_bias"] = F.pad(bias, (n_tokens, 0))
     key = torch.cat([p_k.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([p_v.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     output, weights = attend(module, query, key, value, mask, **kwargs)

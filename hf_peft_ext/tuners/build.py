@@ -43,11 +43,12 @@ def prefix(
     projections: Projections,
     num_virtual_tokens: int = 10,
     encoder_hidden_size: int | None = None,
+    counts_positions: bool = False,
 ) -> Prefix:
     shape = (site.heads, num_virtual_tokens, site.d_k, site.d_v)
     if encoder_hidden_size is None:
-        return Prefix(*shape, gate=gate)
+        return Prefix(*shape, gate=gate, counts_positions=counts_positions)
     key = (num_virtual_tokens, site.d_in, encoder_hidden_size)
     if key not in projections:
         projections[key] = Projection(*key)
-    return ProjectedPrefix(*shape, projections[key], gate=gate)
+    return ProjectedPrefix(*shape, projections[key], gate=gate, counts_positions=counts_positions)

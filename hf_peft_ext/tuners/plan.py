@@ -36,6 +36,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
         chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
             raise ValueError(no_site(model, placement, bool(named)))
+        check_counted(placement, chosen, named)
         free = [site for site in chosen if not saved_whole(site, config)]
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
         check("modules_to_save", config.modules_to_save, bool(free), rule)
@@ -104,6 +105,14 @@ def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
         chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
         rule = "must be 0: gates cannot take means over chunks of an example; use gate_pooling='token'"
         check("chunk_size_feed_forward", chunk, not chunk, rule)
+
+
+def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -> None:
+    """Refuse prefixes that count positions in some layers of a stack only: T5's layers share one bias."""
+    if placement.options.get("counts_positions"):
+        hosts, stacks = {site.host for site in chosen}, {site.causal for site in chosen}
+        whole = all(site.host in hosts for site in named if site.causal in stacks)
+        check("layers", placement.layers, whole, "must hold every layer of a stack with `counts_positions`")
 
 
 def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:

@@ -1,0 +1,131 @@
+"""Saves small adapters with AdapterHub's own library, and the logits it gives with them, for tests/test_adapterhub.py.
+
+adapters 1.3.0 needs transformers 4.57, so it has an environment of its own:
+
+    python3.11 -m venv adapters_env
+    adapters_env/bin/pip install torch==2.13.0 adapters==1.3.0
+    adapters_env/bin/python tests/adapterhub/make_fixtures.py
+
+It writes one archive for each family of models: a folder for each method, as `save_adapter` leaves it, and the logits.
+Attention is eager: with sdpa, no mask and no cache, adapters 1.3.0 silently drops a decoder's prefixes. Every kind of
+tensor in a checkpoint is shown to matter: with its sign turned, the logits differ by more than 1e-2.
+"""
+
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+import adapters
+import torch
+from adapters import (
+    ConfigUnion,
+    DoubleSeqBnConfig,
+    IA3Config,
+    LoRAConfig,
+    MAMConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+    UniPELTConfig,
+)
+from families import FAMILIES, batch, build, fill
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+PREFIX = {"prefix_length": 3, "bottleneck_size": 4}
+
+METHODS = {
+    "seq_bn": SeqBnConfig(reduction_factor=4),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor=5),
+    "par_bn": ParBnConfig(reduction_factor=4),
+    "scaled_par_bn": ParBnConfig(reduction_factor=4, scaling="learned"),
+    "prefix_tuning": PrefixTuningConfig(**PREFIX),
+    "prefix_tuning_flat": PrefixTuningConfig(flat=True, **PREFIX),
+    "lora": LoRAConfig(r=2, alpha=3),
+    "ia3": IA3Config(),
+    "mam": MAMConfig(PrefixTuningConfig(**PREFIX), ParBnConfig(reduction_factor=4)),
+    "unipelt": UniPELTConfig(PrefixTuningConfig(**PREFIX), SeqBnConfig(reduction_factor=4), LoRAConfig(r=2)),
+    # settings that are not the defaults
+    "seq_bn_some_layers": SeqBnConfig(
+        reduction_factor={"1": 2, "default": 4}, leave_out=[0], non_linearity="gelu", scaling=2.0
+    ),
+    "lora_everywhere": LoRAConfig(
+        r=2, alpha=3, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
+    ),
+    "ia3_values_outputs": IA3Config(attn_matrices=["v"], output_lora=True, alpha=2, leave_out=[1]),
+    "lora_and_double_seq_bn": ConfigUnion(
+        LoRAConfig(r=2, attn_matrices=["k"], output_lora=True), DoubleSeqBnConfig(reduction_factor=4)
+    ),
+}
+# In T5 a prefix in some layers only is not imported: the layers share one bias, which then fits none of them.
+NOT_IN_T5 = {
+    "prefix_tuning_some_layers": PrefixTuningConfig(leave_out=[0], **PREFIX),
+    "mam_some_layers": MAMConfig(PrefixTuningConfig(leave_out=[0], **PREFIX), ParBnConfig(reduction_factor=4)),
+}
+# where encoder and decoder differ
+SEQ2SEQ_METHODS = {
+    "double_seq_bn_cross": DoubleSeqBnConfig(reduction_factor=5, cross_adapter=True),
+    "prefix_tuning_decoder": PrefixTuningConfig(encoder_prefix=False, cross_prefix=False, flat=True, **PREFIX),
+}
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits.contiguous()
+
+
+@torch.no_grad()
+def check_effect(model, inputs, expected, name):
+    """Every kind of tensor matters, whatever layer it is in."""
+    kinds = {}
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", key), []).append(parameter)
+    assert kinds
+    for kind, parameters in kinds.items():
+        kept = [parameter.clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.neg_()
+        effect = (logits(model, inputs) - expected).abs().max().item()
+        assert effect > 1e-2, f"{kind} changes the logits by {effect:.1g} only"
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+
+
+def save(family, name, config, folder, safetensors):
+    """Save one adapter; returns its logits."""
+    model, inputs = build(family), batch(family)
+    base = logits(model, inputs)
+    adapters.init(model)
+    model.add_adapter(name, config=config)
+    model.set_active_adapters(name)
+    model.eval()
+    fill({key: value for key, value in model.named_parameters() if f".{name}." in key}, 0.5)
+    result = logits(model, inputs)
+    assert (result - base).abs().max() > 1e-1
+    check_effect(model, inputs, result, name)
+    model.save_adapter(str(folder), name, with_head=False, use_safetensors=safetensors)
+    return result
+
+
+def main():
+    for family in FAMILIES:
+        results = {"base": logits(build(family), batch(family))}
+        methods = METHODS | (SEQ2SEQ_METHODS if family in ("t5", "bart") else {})
+        methods |= NOT_IN_T5 if family != "t5" else {}
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (name, config) in enumerate(methods.items()):
+                # with prefixes adapters 1.3.0 fails to write safetensors: it finds them in every layer
+                safetensors = number % 2 > 0 and "prefix_tuning" not in str(config.to_dict())
+                results[name] = save(family, name, config, Path(folder) / name, safetensors)
+            save_file(results, Path(folder) / "logits.safetensors")
+            with zipfile.ZipFile(HERE / f"{family}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in sorted(Path(folder).rglob("*.*")):
+                    entry = zipfile.ZipInfo(str(path.relative_to(folder)))  # dated 1980: the same file at every run
+                    archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+        print(family, len(results) - 1, "adapters")
+
+
+if __name__ == "__main__":
+    main()

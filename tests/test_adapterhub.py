@@ -1,0 +1,261 @@
+"""Imported adapters against the logits of AdapterHub's own library (tests/adapterhub/make_fixtures.py wrote them)."""
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from hf_peft_ext import from_adapterhub
+
+from .adapterhub.families import FAMILIES, batch, build
+from .backbones import BACKBONES
+
+HERE = Path(__file__).parent / "adapterhub"
+LIBRARY_LOGITS = {}
+PAIRS = []
+for family in FAMILIES:
+    with zipfile.ZipFile(HERE / f"{family}.zip") as archive:
+        LIBRARY_LOGITS[family] = load(archive.read("logits.safetensors"))
+    PAIRS += [(family, method) for method in sorted(LIBRARY_LOGITS[family]) if method != "base"]
+every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with a checkpoint for each family and method."""
+    folder = tmp_path_factory.mktemp("adapterhub")
+    for family in FAMILIES:
+        with zipfile.ZipFile(HERE / f"{family}.zip") as archive:
+            archive.extractall(folder / family)
+    return folder
+
+
+@torch.no_grad()
+def logits(model, family):
+    return model(**batch(family)).logits
+
+
+def backbone(model):
+    """The model below its head; T5 with a head holds its stacks itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+@every_pair
+def test_same_logits_as_the_library(family, method, checkpoints, tmp_path, record_property):
+    """Equal to 1e-4, padding included, and after saving and loading with peft; disabled it is the base model."""
+    model = from_adapterhub(checkpoints / family / method, build(family))
+    result, expected = logits(model, family), LIBRARY_LOGITS[family]
+    difference = (result - expected[method]).abs().max().item()
+    record_property("difference", difference)
+    assert difference <= 1e-4
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(logits(model, family), expected["base"], rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(family), tmp_path)
+    assert torch.equal(logits(again, family), result)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_logits_with_sdpa(family, checkpoints):
+    model = from_adapterhub(checkpoints / family / "unipelt", build(family, "sdpa"))
+    torch.testing.assert_close(logits(model, family), LIBRARY_LOGITS[family]["unipelt"], rtol=0, atol=1e-4)
+
+
+# method -> the type it becomes, by default and in some families
+TYPES = {
+    "seq_bn": ("BOTTLENECK", {}),
+    "double_seq_bn": ("BOTTLENECK", {}),
+    "par_bn": ("BOTTLENECK", dict.fromkeys(["gpt2", "llama", "t5"], "COMPOSED")),
+    "prefix_tuning": ("LAYER_PREFIX", {"t5": "COMPOSED"}),
+    "mam": ("MAM", dict.fromkeys(["gpt2", "llama", "t5"], "COMPOSED")),
+    "unipelt": ("UNIPELT", {"t5": "COMPOSED"}),
+    "lora": ("LORA", {}),
+    "lora_everywhere": ("LORA", {}),
+    "ia3": ("IA3", {}),
+    "lora_and_double_seq_bn": ("COMPOSED", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", TYPES)
+def test_types(family, method, checkpoints):
+    """What stock peft can express becomes a stock type, what a named method says becomes that method."""
+    usual, others = TYPES[method]
+    model = from_adapterhub(checkpoints / family / method, build(family))
+    assert model.peft_config["default"].peft_type == others.get(family, usual)
+
+
+def test_fused_lora_is_one_of_joint_rank(checkpoints):
+    """GPT-2's query and value branches of rank 2 are one branch of rank 4 on c_attn, which peft can merge."""
+    model = from_adapterhub(checkpoints / "gpt2" / "lora", build("gpt2"))
+    config = model.peft_config["default"]
+    assert (config.target_modules, config.r, config.rank_pattern) == ({"c_attn"}, 2, {"c_attn": 4})
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, "gpt2"), LIBRARY_LOGITS["gpt2"]["lora"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbone_without_head(family, checkpoints):
+    """The adapter of a model with a head fits the model without one, and gives it the same hidden states."""
+    whole = from_adapterhub(checkpoints / family / "unipelt", build(family))
+    bare = from_adapterhub(checkpoints / family / "unipelt", AutoModel.from_config(build(family).config))
+    bare.get_base_model().load_state_dict(backbone(build(family)).state_dict(), strict=False)
+    with torch.no_grad():
+        result = whole(**batch(family), output_hidden_states=True)
+        last = result.get("hidden_states", result.get("decoder_hidden_states"))[-1]
+        torch.testing.assert_close(bare.eval()(**batch(family))[0], last, rtol=0, atol=1e-5)
+
+
+def test_gates_of_decoders_look_ahead(checkpoints):
+    """Means over all tokens, later ones included: the last token changes the logits before it."""
+    model, inputs = from_adapterhub(checkpoints / "llama" / "unipelt", build("llama")), batch("llama")
+    changed = inputs["input_ids"].clone()
+    changed[0, -1] = 3 if changed[0, -1] != 3 else 4
+    with torch.no_grad():
+        before, after = model(**inputs).logits, model(**{**inputs, "input_ids": changed}).logits
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-3
+
+
+def test_name_and_training(checkpoints):
+    """The adapter takes the name it is given; it is frozen and in evaluation mode unless it is to be trained."""
+    folder = checkpoints / "bert" / "unipelt"
+    model = from_adapterhub(folder, build("bert"), "mine")
+    assert model.active_adapters == ["mine"]
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model = from_adapterhub(folder, build("bert").train(), "mine", is_trainable=True)
+    assert model.training
+    model(**batch("bert")).logits.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".mine." in name and model.get_parameter(name).grad is not None for name in trained)
+
+
+def edited(folder, target, **changes):
+    """A copy of a checkpoint with another config: fields of the file, or of the method in it."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    for key, value in changes.items():
+        (saved["config"] if key in saved["config"] else saved)[key] = value
+    file.write_text(json.dumps(saved))
+    return target
+
+
+def test_alpha_of_old_versions(checkpoints, tmp_path):
+    """Before 1.1.0 the library scaled a LoRA by 1 whatever its alpha was."""
+    folder = edited(checkpoints / "bert" / "lora", tmp_path / "old", version="adapters.1.0.1")
+    assert from_adapterhub(folder, build("bert")).peft_config["default"].lora_alpha == 2
+
+
+ERRORS = {
+    "model_type": (
+        "seq_bn",
+        {"model_type": "roberta"},
+        "`model_type` (='roberta') must be that of the model, 'bert'.",
+    ),
+    "hidden_size": ("seq_bn", {"hidden_size": 768}, "`hidden_size` (=768) must be that of the model, 16."),
+    "no_config": ("seq_bn", {"config": None}, "holds no adapter that AdapterHub's library has saved."),
+    "reft": ("lora", {"architecture": "reft"}, "`architecture` (='reft') must be None (a bottleneck), 'lora'"),
+    "prompt": ("prefix_tuning", {"architecture": "prompt_tuning"}, "`architecture` (='prompt_tuning') must be None"),
+    "mtl": ("lora", {"architecture": "mtl_lora"}, "`architecture` (='mtl_lora') must be None"),
+    "plus": ("seq_bn", {"original_ln_after": False}, "`original_ln_after` (=False) must be True."),
+    "beside": ("par_bn", {"mh_adapter": True}, "`mh_adapter` (=True) must be False with `is_parallel` or"),
+    "phm": ("seq_bn", {"phm_layer": True}, "`phm_layer` (=True) must be False."),
+    "inverse": ("seq_bn", {"inv_adapter": "nice"}, "`inv_adapter` (='nice') must be None."),
+    "norm": ("seq_bn", {"ln_after": True}, "`ln_after` (=True) must be False."),
+    "residual": ("seq_bn", {"residual_before_ln": "post_add"}, "`residual_before_ln` (='post_add') must be True with"),
+    "twice": ("seq_bn", {"mh_adapter": True}, "`mh_adapter` (=True) must be False with `is_parallel` or"),
+    "channel": ("seq_bn", {"scaling": "channel"}, "`scaling` (='channel') must be a number or \"learned\"."),
+    "activation": (
+        "seq_bn",
+        {"non_linearity": "tan"},
+        "`non_linearity` (='tan') must be an activation of transformers.",
+    ),
+    "dora": ("lora", {"use_dora": True}, "`use_dora` (=True) must be False."),
+    "vera": ("lora", {"vera_d": 0.1}, "`vera_d` (=0.1) must be None."),
+    "gated_ia3": ("ia3", {"use_gating": True}, "`use_gating` (=True) must be False for (IA)^3."),
+    "ia3_union": (
+        "mam",
+        {"configs": [{"architecture": "lora", "composition_mode": "scale"}, {}]},
+        "`composition_mode` (='scale') must be 'add' in a union.",
+    ),
+    "two_gates": ("prefix_tuning", {"shared_gating": False}, "`shared_gating` (=False) must be True."),
+    "length": (
+        "prefix_tuning",
+        {"prefix_length": 5},
+        "`size of self_prefix` (=192) must be 5 x 2 x 2 x 2 x 8: tokens",
+    ),
+    "empty": ("seq_bn", {"leave_out": [0, 1]}, "`leave_out` (=[0, 1]) leaves no layer."),
+    "nothing": ("seq_bn", {"output_adapter": False}, "`architecture` (=None) has no place in this model with these"),
+    "no_matrix": (
+        "ia3",
+        {"attn_matrices": [], "intermediate_lora": False},
+        "`attn_matrices` (=[]) has no place in this",
+    ),
+    "lacking": (
+        "lora",
+        {"attn_matrices": ["q", "k", "v"]},
+        "no tensor encoder.layer.0.attention.self.key.loras.lora_A",
+    ),
+    "left_over": ("lora", {"attn_matrices": ["q"]}, "has 4 tensors with no place in this model: encoder.layer.0.att"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case, checkpoints, tmp_path):
+    """What cannot be imported is said before the model is touched."""
+    method, changes, message = ERRORS[case]
+    folder = edited(checkpoints / "bert" / method, tmp_path / case, **changes)
+    model = build("bert")
+    modules = list(model.named_modules())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_adapterhub(folder, model)
+    assert list(model.named_modules()) == modules
+    assert torch.equal(logits(model, "bert"), logits(build("bert"), "bert"))
+
+
+def test_other_folders(checkpoints, tmp_path):
+    """No folder, one of peft, one without weights, a model of another family, one with an adapter."""
+    with pytest.raises(ValueError, match=re.escape("must be a folder with an adapter_config.json.")):
+        from_adapterhub(tmp_path / "nothing", build("bert"))
+    model = from_adapterhub(checkpoints / "bert" / "lora", build("bert"))
+    with pytest.raises(ValueError, match=re.escape("`model` (='PeftModel') must be a model without adapters.")):
+        from_adapterhub(checkpoints / "bert" / "lora", model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=re.escape("holds an adapter of peft; load it with PeftModel.from_pretrained")
+    ):
+        from_adapterhub(tmp_path, build("bert"))
+    folder = edited(checkpoints / "bert" / "lora", tmp_path / "bare")
+    (folder / "adapter.safetensors").unlink(missing_ok=True)
+    (folder / "pytorch_adapter.bin").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=re.escape("must hold adapter.safetensors or pytorch_adapter.bin.")):
+        from_adapterhub(folder, build("bert"))
+    with pytest.raises(ValueError, match=re.escape("`model` (='opt') must be one of bert, roberta")):
+        from_adapterhub(folder, BACKBONES["opt"].build())
+
+
+def test_prefixes_in_some_layers_of_t5(checkpoints, tmp_path):
+    folder = edited(checkpoints / "t5" / "prefix_tuning", tmp_path / "some", leave_out=[0])
+    with pytest.raises(ValueError, match=re.escape("`leave_out` (=[0]) must be empty for prefixes in T5")):
+        from_adapterhub(folder, build("t5"))
+
+
+def test_other_shapes(checkpoints):
+    """A model of the same hidden size whose FFN or number of layers is another."""
+    config = build("bert").config
+    config.intermediate_size = 24
+    message = "`shape of low_rank B` (=(20, 2)) must be (24, 2), as at bert.encoder.layer.0.intermediate.dense."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_adapterhub(checkpoints / "bert" / "lora_everywhere", AutoModelForMaskedLM.from_config(config))
+    config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match=r"has 4 tensors with no place in this model: encoder\.layer\.1"):
+        from_adapterhub(checkpoints / "bert" / "seq_bn", AutoModelForMaskedLM.from_config(config))
