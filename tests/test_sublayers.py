@@ -96,7 +96,7 @@ def test_add_is_the_sum(module, dtype):
     """add(y, x) = y + forward(x), in the type of y."""
     filled(module)
     x, y = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, D).to(dtype)
-    total = module.add(y, x, VISIBLE)
+    total = module.add(y, module.read(x), VISIBLE)
     assert total.dtype == dtype
     torch.testing.assert_close(total, y + module(x, VISIBLE).to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5,
                                atol=1e-5)  # fmt: skip

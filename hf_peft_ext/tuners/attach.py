@@ -5,9 +5,10 @@ and mixture-of-experts blocks need no code of their own.
 """
 
 import inspect
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..sites import Site
 from ..structure import innermost
 from ..sublayers import Bias, LowRank
+from .reader import reader_for
 
 
 class Attached(nn.Module, BaseTunerLayer):
@@ -47,6 +49,8 @@ class Attached(nn.Module, BaseTunerLayer):
         self._unbiased = False  # whether merging gave the host a bias that it did not have
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
         self._handles: list[RemovableHandle] = []
+        self.reader = reader_for(model, site, Attached)
+        self.reader.layers.append(self)
         if site.attention:
             attention = model.get_submodule(site.attention)
             self._mask = mask_position(attention)
@@ -93,6 +97,7 @@ class Attached(nn.Module, BaseTunerLayer):
         """Take this layer off its host."""
         for handle in self._handles:
             handle.remove()
+        self.reader.layers.remove(self)
         delattr(self.host, self.name)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -116,13 +121,19 @@ class Attached(nn.Module, BaseTunerLayer):
         if self.row_adapters is not None:
             return self.add_by_row(y, x)
         for name in self.present:
-            y = self.sublayer_of[name].add(y, x, self.visible)
+            y = self.sublayer_of[name].add(y, self.reader.read(self, name, x), self.visible, self.owns_output)
         return y
+
+    @property
+    def owns_output(self) -> bool:
+        """Whether the host has just made its output, and kept nothing of it: then it can be added to in place."""
+        return self.site.act == "input" and type(self.host) in (nn.Linear, Conv1D)
 
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.clone()
         for name, rows in self.rows_by_adapter(len(x), x.device):
-            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], self.visible_rows(rows, len(x)))
+            sublayer = self.sublayer_of[name]
+            y[rows] = sublayer.add(y[rows], sublayer.read(x[rows]), self.visible_rows(rows, len(x)))
         return y
 
     def visible_rows(self, rows: Tensor, batch: int) -> Tensor | None:
@@ -146,6 +157,7 @@ class Attached(nn.Module, BaseTunerLayer):
         Read inside the block, so that a block recomputed by gradient checkpointing sees its own mask again.
         """
         self.visible = None
+        self.reader.forget()
         if any(s.gate is not None and s.gate.pooling == "mean" for s in self.sublayer_of.values()):
             keyword, position = self._mask
             visible = visible_tokens(kwargs.get(keyword, args[position] if len(args) > position else None))
@@ -228,8 +240,28 @@ def visible_tokens(mask: Any) -> Tensor | None:
         )
     if mask.ndim == 2:
         return mask.bool()
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return some_query_sees(mask)
+    last = LAST.get("mask")
+    if last is None or last.mask() is not mask or last.version != mask._version:
+        last = LAST["mask"] = Seen(weakref.ref(mask), mask._version, some_query_sees(mask))
+    return last.visible
+
+
+def some_query_sees(mask: Tensor) -> Tensor:
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(dim=2).any(dim=1)
+
+
+class Seen(NamedTuple):
+    """A mask, and what was read from it."""
+
+    mask: "weakref.ref[Tensor]"
+    version: int  # changes when the mask is written to
+    visible: Tensor
+
+
+LAST: dict[str, Seen] = {}  # the mask that was read last: the layers of a model often share one
 
 
 def finite(value: Tensor, safe: bool) -> Tensor:

@@ -56,7 +56,9 @@ class WithPrefix(Attached):
         """The prefixes of the active adapters, one behind the other; None if there are none."""
         if self.row_adapters is not None:
             return self.states_by_row(x)
-        parts: list[States] = [self.sublayer_of[name](x, self.visible) for name in self.present]
+        parts: list[States] = [
+            self.sublayer_of[name].states(self.reader.read(self, name, x), self.visible) for name in self.present
+        ]
         if len(parts) < 2:
             return parts[0] if parts else None
         keys = torch.cat([keys.expand(len(x), -1, -1, -1) for keys, _, _ in parts], dim=2)

@@ -45,8 +45,8 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     values: dict[str, Tensor] = {}
 
     def keep(name: str, gate: Gate) -> RemovableHandle:
-        ones = -1 if gate.pooling == "token" else (-2, -1)
-        return gate.register_forward_hook(lambda _, args, g: values.update({name: g.float().squeeze(ones)}))
+        shape = (-1,) if gate.pooling == "token" else ()
+        return gate.register_forward_hook(lambda _, args, g: values.update({name: g.float().view(len(g), *shape)}))
 
     handles = [keep(name, gate) for name, gate in found.items()]
     training = {module: module.training for module in model.modules()}
