@@ -115,11 +115,11 @@ class Protocol:
     """What all runs in one output share."""
 
     model: str = field(default=MINILM, metadata={"help": "A name on the Hub or a folder; by default MiniLM-L6."})
-    epochs: int = field(default=10, metadata={"help": "Most passes over the training examples."})
+    epochs: int = field(default=8, metadata={"help": "Most passes over the training examples."})
     evaluate_every: int = field(default=2, metadata={"help": "Epochs between two looks at dev."})
     patience: int = field(default=3, metadata={"help": "Looks at dev without a better one before training stops."})
-    dev_rows: int = field(default=150, metadata={"help": "Dev examples, drawn from train beside the K."})
-    test_rows: int = field(default=500, metadata={"help": "Most test examples, drawn from the task's own dev split."})
+    dev_rows: int = field(default=120, metadata={"help": "Dev examples, drawn from train beside the K."})
+    test_rows: int = field(default=400, metadata={"help": "Most test examples, drawn from the task's own dev split."})
     tune_on: list[str] = field(
         default_factory=lambda: ["sst2", "stsb", "trec"],
         metadata={"choices": list(TASKS), "help": "Tasks by whose dev scores the learning rate is chosen."},
