@@ -32,7 +32,7 @@ clean:  ## remove results, caches and build files; .venv stays
 
 # The stamps: .venv/.NAME is younger than pyproject.toml once the extras of NAME are installed.
 .venv/.demo: EXTRAS = demo
-.venv/.test: EXTRAS = test,quantized,trl,demo
+.venv/.test: EXTRAS = test,quantized,trl,demo,studies
 .venv/.dev: EXTRAS = dev
 
 .venv/.demo .venv/.test .venv/.dev: pyproject.toml | .venv/.torch
