@@ -6,7 +6,7 @@ falls on all of them alike. Times are medians; ratios are to full fine-tuning (s
 would take on a machine that does nothing else. "Kept" is what a step keeps for its backward pass, weights not counted.
 
     python examples/benchmarks/speed.py                 # two minutes on two cores
-    python examples/benchmarks/speed.py --compile --threads 2
+    python examples/benchmarks/speed.py --compile --threads 2 --methods UniPELT "LoRA (peft)"
     python examples/benchmarks/speed.py --device cuda --dtype bfloat16 --compile
 """
 
@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
 
 N_LABELS = 4
+FULL = "full fine-tuning"
 
 
 def unipelt(**kwargs: Any) -> PeftConfig:
@@ -39,7 +40,7 @@ def unipelt(**kwargs: Any) -> PeftConfig:
 
 
 METHODS: dict[str, Callable[[], PeftConfig] | None] = {
-    "full fine-tuning": None,
+    FULL: None,
     "LoRA (peft)": lambda: LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]),
     "LoRA branch": lambda: unipelt(methods=["lora"], gated=False),
     "LoRA branch, gated": lambda: unipelt(methods=["lora"]),
@@ -58,6 +59,7 @@ class Arguments:
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16 (autocast)."})
     threads: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Numbers of threads, on the CPU."})
     compile: bool = field(default=False, metadata={"help": "Time torch.compile too."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"choices": list(METHODS)})
     rounds: int = field(default=15, metadata={"help": "Steps of each method that are timed."})
     batch: int = field(default=16, metadata={"help": "Examples in a batch."})
     length: int = field(default=128, metadata={"help": "Tokens of an example, padding included."})
@@ -66,9 +68,9 @@ class Arguments:
 class Run:
     """One method: its model, and the two things that are timed."""
 
-    def __init__(self, config: PeftConfig | None, args: Arguments, compiled: bool):
-        model = backbone()
-        self.model: Any = (model if config is None else get_peft_model(model, config)).to(args.device)  # pyright: ignore[reportArgumentType]
+    def __init__(self, config: Callable[[], PeftConfig] | None, args: Arguments, compiled: bool):
+        model: Any = backbone()
+        self.model: Any = (model if config is None else get_peft_model(model, config())).to(args.device)
         self.args, self.batch = args, example(args)
         self.forward = torch.compile(self.model) if compiled else self.model
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -142,7 +144,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for compiled in (False, True) if args.compile else (False,):
             torch.manual_seed(0)
-            runs = {name: Run(config and config(), args, compiled) for name, config in METHODS.items()}
+            runs = {name: Run(METHODS[name], args, compiled) for name in dict.fromkeys([FULL, *args.methods])}
             title = [args.device, args.dtype] + [f"threads: {threads}"] * (args.device == "cpu")
             report(measured(runs, args), ", ".join(title + ["torch.compile"] * compiled))
 
@@ -163,7 +165,7 @@ def report(runs: dict[str, Run], title: str) -> None:
     table = Table(title=title)
     for column in ("method", "step", "ratio", "FLOPs", "forward", "ratio", "FLOPs", "kept"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    full = runs["full fine-tuning"]
+    full = runs[FULL]
     full_flops = full.flops()
     for name, run in runs.items():
         step_flops, forward_flops = run.flops()

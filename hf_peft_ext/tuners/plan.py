@@ -123,7 +123,7 @@ def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:
             f"`{placement.site}`."
         )
     if not layer_paths(model):
-        lack = f"has no attention, so `{placement.sublayer}` has no site"
+        lack = f"has no attention that is understood here, so `{placement.sublayer}` has no site"
     else:
         lack = f"has no place for `{placement.sublayer}` at `{placement.site}`"
     return f"Architecture '{name}' {lack}; leave it out or pass `sites=`."

@@ -1,0 +1,48 @@
+"""The benchmarks run, on little."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+def run(name, *args):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *args])
+        patch.setenv("COLUMNS", "120")
+        spec.loader.exec_module(module)
+        module.main()
+    return module
+
+
+def rows(text):
+    """The cells of a table's rows, by their first cell."""
+    lines = (line.split("│") for line in text.splitlines() if line.startswith("│"))
+    return {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in lines}
+
+
+def test_architectures(capsys):
+    run("architectures", "--model_types", "gpt2", "t5", "mamba", "mixtral")
+    printed = capsys.readouterr().out
+    assert "UniPELT, mamba CAUSAL_LM: ValueError: Architecture 'mamba' has no attention" in printed
+    found = rows(printed)
+    assert found["CAUSAL_LM"] == ["2", "1", "3"]  # UniPELT, LoRA, built
+    assert found["SEQ_CLS"] == ["3", "2", "3"]
+    assert found["all"][2] == "7"
+
+
+def test_speed(capsys):
+    args = ("--rounds", "1", "--batch", "2", "--length", "16", "--threads", "1", "--methods", "UniPELT", "adapter")
+    module = run("speed", *args)
+    found = rows(capsys.readouterr().out)
+    assert list(found) == [module.FULL, "UniPELT", "adapter"]
+    assert found[module.FULL][1:3] == ["1.000", "1.000"]
+    step_flops, forward_flops = (float(found["UniPELT"][i]) for i in (2, 5))
+    assert 2 / 3 < step_flops < 0.8  # frozen weights need no gradient
+    assert 1 < forward_flops < 1.1
