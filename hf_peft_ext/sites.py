@@ -225,13 +225,15 @@ class BlockSites:
                 gate = name.rpartition(".")[2] in FFN_GATES
                 yield self.leaf_site("ffn_gate" if gate else "ffn_input", name)
         if len(parts) == 1:
-            yield Site("after_ffn", host=parts[0], act="output", d_in=d, d_out=d, **self.common)
-            yield Site("parallel_ffn", host=parts[0], act="input", d_in=d, d_out=d, **self.common)
+            host = parts[0]
+            yield Site("parallel_ffn", host=host, act="input", d_in=d, d_out=d, **self.common)
         elif leaves and self.size(leaves[-1])[1] == d:
-            yield Site("after_ffn", host=leaves[-1], act="output", d_in=d, d_out=d, **self.common)
-            yield Site("parallel_ffn", host=leaves[-1], act="span", reads=leaves[0], d_in=d, d_out=d, **self.common)
-        if parts and (norm := self.ffn_norm()):
-            host = parts[0] if len(parts) == 1 else leaves[-1]
+            host = leaves[-1]
+            yield Site("parallel_ffn", host=host, act="span", reads=leaves[0], d_in=d, d_out=d, **self.common)
+        else:
+            return
+        yield Site("after_ffn", host=host, act="output", d_in=d, d_out=d, **self.common)
+        if norm := self.ffn_norm():
             yield Site("parallel_residual", host=host, act="span", reads=norm, d_in=d, d_out=d, **self.common)
 
     def residual_site(self) -> Site:
