@@ -169,10 +169,7 @@ class BlockSites:
         name, attention = next(
             (a for a in self.attentions if not is_cross(a[0][len(self.path) :])), self.attentions[0]
         )
-        self.common |= {
-            "causal": is_causal(attention),
-            "attention": name,
-        }
+        self.common |= {"causal": is_causal(attention), "attention": name}
         sites = [site for name, module in self.attentions for site in self.attention_sites(name, module)]
         return sites + list(self.ffn_sites()) + [self.residual_site()]
 
@@ -189,11 +186,8 @@ class BlockSites:
         fused = leaves.get("fused") or leaves.get("latent")
         if fused and heads:
             yield from self.fused_sites(cross, fused, attention, shape)
-        d = (
-            self.size(leaves["output"])[1]
-            if "latent" in leaves
-            else self.size(leaves.get("fused") or leaves["query"])[0]
-        )
+        reads = leaves.get("fused") or leaves["query"]  # the query may read a latent, of another width than the module
+        d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(reads)[0]
         act = prefix_act(attention)
         if heads and (act == "attention" or (act == "cache" and not cross)):
             yield Site(f"{cross}attention", host=name, act=act, d_in=d, d_out=d, **self.common,

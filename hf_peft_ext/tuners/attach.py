@@ -4,11 +4,9 @@ Nothing of the base model is replaced. Its parameter names stay as they are, so 
 and mixture-of-experts blocks need no code of their own.
 """
 
-import inspect
-import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..sites import Site
 from ..structure import innermost
 from ..sublayers import Bias, LowRank
+from .masks import mask_position, visible_tokens
 from .reader import reader_for
 
 
@@ -213,55 +212,6 @@ def cached_tokens(attention: Any, kwargs: dict[str, Any]) -> int:
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     layer = getattr(attention, "layer_idx", getattr(attention, "layer_id", 0))
     return 0 if cache is None else int(cache.get_seq_length(layer))
-
-
-def mask_position(attention: nn.Module) -> tuple[str, int]:
-    """Name and position of the mask among the arguments of an attention module."""
-    names = list(inspect.signature(attention.forward).parameters)
-    keyword = next((name for name in ("attention_mask", "mask", "attn_mask") if name in names), "attention_mask")
-    return keyword, names.index(keyword) if keyword in names else len(names)
-
-
-def visible_tokens(mask: Any) -> Tensor | None:
-    """The keys that some query may attend to, all but padding.
-
-    Args:
-        mask: None, or a mask of shape (batch, 1, queries, keys), True or 0 where attention is allowed, or of shape
-            (batch, keys).
-
-    Returns:
-        Booleans of shape (batch, keys); None if there is no mask.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise ValueError(
-            f"`gate_pooling` (='mean') cannot read a mask of type {type(mask).__name__}; use sdpa or eager."
-        )
-    if mask.ndim == 2:
-        return mask.bool()
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return some_query_sees(mask)
-    last = LAST.get("mask")
-    if last is None or last.mask() is not mask or last.version != mask._version:
-        last = LAST["mask"] = Seen(weakref.ref(mask), mask._version, some_query_sees(mask))
-    return last.visible
-
-
-def some_query_sees(mask: Tensor) -> Tensor:
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=2).any(dim=1)
-
-
-class Seen(NamedTuple):
-    """A mask, and what was read from it."""
-
-    mask: "weakref.ref[Tensor]"
-    version: int  # changes when the mask is written to
-    visible: Tensor
-
-
-LAST: dict[str, Seen] = {}  # the mask that was read last: the layers of a model often share one
 
 
 def finite(value: Tensor, safe: bool) -> Tensor:

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..placement import check
 from ..structure import CACHES
 from .attach import Attached, cached_tokens, hidden_states
+from .masks import causal_mask, selected, widened
 
 NAME = "hf_peft_ext_prefix"
 KERNELS = ("eager", "sdpa")
@@ -256,44 +257,6 @@ def check_handed_on(module: nn.Module) -> None:
             f"`prefix` has no effect in {type(module).__name__}, which keeps its keywords from the attention kernel; "
             "leave the prefix out."
         )
-
-
-def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:  # shape: (1, 1, length, keys)
-    """What sdpa's `is_causal` stands for: query t sees keys 0 to t; keys beyond the queries are an empty cache."""
-    return torch.ones(length, keys, dtype=torch.bool, device=device).tril()[None, None]
-
-
-def selected(
-    mask: Tensor,  # shape: (batch or 1, 1, length, keys)
-    indices: Tensor,  # shape: (batch, length, selected keys)
-) -> Tensor:  # shape: (batch, 1, length, keys)
-    """The mask, with only the selected keys let through: sparse attention of models whose code does this itself for
-    kernels that it knows by name.
-    """
-    shape = (len(indices), *mask.shape[2:])
-    others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, indices.long(), False).unsqueeze(1)
-    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
-
-
-def widened(
-    mask: Any,  # shape: (batch or 1, heads or 1, length, keys), or None
-    scores: Tensor | None,  # shape: (batch or 1, 1, length or 1, n_tokens)
-    keys: int,
-    n_tokens: int,
-    dtype: torch.dtype,
-) -> Tensor | None:  # shape: (batch or 1, heads or 1, length, n_tokens + keys)
-    """The mask over prefix and keys. Every token sees the prefix, with its score if it has one."""
-    if mask is not None and not isinstance(mask, Tensor):
-        raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
-    if scores is None:
-        return None if mask is None else F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
-    if mask is None:
-        mask = scores.new_zeros(1, 1, 1, keys)
-    elif mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
-    shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]
-    parts = [part.to(dtype).expand(*shape, -1) for part in (scores, mask)]
-    return torch.cat(parts, dim=-1)
 
 
 AttentionInterface.register(NAME, prefix_attention)

@@ -75,5 +75,5 @@ def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply a change to a module's output, or to the first element of a tuple, named or not."""
     if not isinstance(output, tuple):
         return change(output)
-    changed = (change(output[0]), *output[1:])
-    return type(output)._make(changed) if hasattr(output, "_make") else changed
+    make: Any = getattr(output, "_make", tuple)
+    return make((change(output[0]), *output[1:]))
