@@ -185,7 +185,8 @@ class BlockSites:
         heads, d_k, d_v = shape = key_shape(attention, {role: self.size(leaf) for role, leaf in leaves.items()})
         fused = leaves.get("fused") or leaves.get("latent")
         if fused and heads:
-            yield from self.fused_sites(cross, fused, attention, shape)
+            of_encoder = {"attention": name, "of_encoder": True} if cross and "query" in leaves else {}
+            yield from self.fused_sites(cross, fused, attention, shape, **of_encoder)
         reads = leaves.get("fused") or leaves["query"]  # the query may read a latent, of another width than the module
         d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(reads)[0]
         act = prefix_act(attention)
@@ -200,12 +201,14 @@ class BlockSites:
             yield Site(f"{cross}parallel_attention", host=leaves["output"], act="span", d_in=d, d_out=d_out,
                        reads=name, **self.common)  # fmt: skip
 
-    def fused_sites(self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int]) -> Iterator[Site]:
+    def fused_sites(
+        self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int], **kwargs: Any
+    ) -> Iterator[Site]:
         d_in, width = self.size(leaf)
         for role, rows in fused_rows(attention, width, shape).items():
             if len(rows):
-                yield Site(cross + role, host=leaf, act="input", d_in=d_in, d_out=len(rows), **self.common,
-                           rows=rows.clone(), width=width)  # fmt: skip
+                yield Site(cross + role, host=leaf, act="input", d_in=d_in, d_out=len(rows),
+                           rows=rows.clone(), width=width, **{**self.common, **kwargs})  # fmt: skip
 
     def ffn_sites(self) -> Iterator[Site]:
         parts = self.ffn_parts()

@@ -6,6 +6,7 @@ What the module tree cannot tell stands in the tables at the top.
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -126,9 +127,11 @@ def covers(roots: tuple[str, ...], name: str) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-def family(module: nn.Module) -> str:
-    """The architecture that a module's code is of: "bloom" for transformers.models.bloom.modeling_bloom."""
-    return type(module).__module__.rpartition("modeling_")[2]
+def is_of(module: nn.Module, families: set[str]) -> bool:
+    """Whether a module's class, or one that it inherits from, is of these architectures: "bloom" for
+    transformers.models.bloom.modeling_bloom.
+    """
+    return any(cls.__module__.rpartition("modeling_")[2] in families for cls in type(module).__mro__)
 
 
 def is_cross(path: str) -> bool:
@@ -136,17 +139,24 @@ def is_cross(path: str) -> bool:
     return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
 
 
+def source_of(module: nn.Module) -> ModuleType | None:
+    """The Python module in which the forward of a module is written."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return sys.modules.get(owner.__module__)
+
+
 def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
     """How a prefix gets into an attention module: through transformers' AttentionInterface, which the module hands its
     keys, values and keywords, or else through its cache. None if neither is possible.
     """
-    source, parameters = sys.modules[type(attention).__module__], inspect.signature(attention.forward).parameters
-    if family(attention) in WITHOUT_PREFIX:
+    source, parameters = source_of(attention), inspect.signature(attention.forward).parameters
+    if is_of(attention, WITHOUT_PREFIX):
         return None
     if hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward"):
         takes_keywords = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         return "attention" if takes_keywords and hasattr(attention, "config") else None
-    updates = any(f"{name}.update(" in inspect.getsource(type(attention)) for name in CACHES)
+    forward = inspect.unwrap(type(attention).forward)
+    updates = "update" in getattr(getattr(forward, "__code__", None), "co_names", ())
     return "cache" if updates and any(name in parameters for name in CACHES) else None
 
 
@@ -162,7 +172,7 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
     d_k = width(attention, *HEAD_WIDTHS)
     if "key" in sizes and "value" in sizes and d_k:
         heads = sizes["key"][1] // d_k
-        return heads, d_k, sizes["value"][1] // heads
+        return (heads, d_k, sizes["value"][1] // heads) if heads else (0, 0, 0)
     if "fused" in sizes and "output" in sizes and d_k:
         queries = 0 if "query" in sizes else sizes["output"][0]
         return (sizes["fused"][1] - queries) // (2 * d_k), d_k, d_k
@@ -192,10 +202,10 @@ def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[
     if "latent" in attention_leaves(attention):  # head by head, what of the key has no position, and the value
         key, value = rows.view(heads, -1).split([d_out // heads - d_v, d_v], dim=1)
         return {"key": key.flatten(), "value": value.flatten()}
-    if family(attention) == "codegen":  # four parts: queries, values, keys
+    if is_of(attention, {"codegen"}):  # four parts: queries, values, keys
         query, value, key = rows.view(4, 3, -1).unbind(1)
         return {"query": query.flatten(), "key": key.flatten(), "value": value.flatten()}
-    if family(attention) in FUSED_BY_GROUP:
+    if is_of(attention, FUSED_BY_GROUP):
         rows = rows.view(heads, -1, d_k)
         return {"query": rows[:, :-2].flatten(), "key": rows[:, -2].flatten(), "value": rows[:, -1].flatten()}
     query, key, value = rows.split([d_out - 2 * heads * d_k, heads * d_k, heads * d_k])

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
 from hf_peft_ext.tuners.attention import WithPrefix, prefix_attention
@@ -117,6 +117,27 @@ def test_through_the_cache_equals_a_filled_cache():
         with model.disable_adapter():
             expected = output(model, {"input_ids": ids}, position_ids=positions, past_key_values=cache)
     torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_through_the_cache_without_a_mask(gated):
+    """LED hands its decoder no mask: the causal one is made, for one new token and for several."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "attention_window": [4]}
+    config = AutoConfig.for_model("led", vocab_size=60, **sizes, **heads)
+    base = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model = get_peft_model(base, UniPELTConfig(methods=["prefix"], gated=gated))
+    randomise(model)
+    inputs = {"input_ids": torch.randint(3, 60, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    ids = torch.randint(3, 60, (2, 6))
+    with torch.no_grad():
+        full = model(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        cache, parts = None, []
+        for chunk in ids.split([3, 1, 2], dim=1):
+            result = model(**inputs, decoder_input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache = result.past_key_values
+            parts.append(result.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[:, :4], full[:, :4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "unipelt_nogate", "mam", "composed"])

@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, ComposedConfig, MAMConfig, Placement, UniPELTConfig
@@ -283,3 +284,17 @@ def test_on_top_of_a_lora_model():
             assert "lora_" not in layer.site.host
             layer.enable_adapters(False)
         torch.testing.assert_close(output(model.eval(), family.inputs()), lora)
+
+
+def test_classes_without_source():
+    """Attention written in a notebook, inherited from transformers: no source to look at, another module's name."""
+    scope = {"BloomAttention": BloomAttention, "__name__": "notebook"}
+    exec("class Mine(BloomAttention):\n    pass", scope)
+    model = BACKBONES["bloom"].build()
+    expected = {(site.name, site.host): site for site in find_sites(model)}
+    for block in model.transformer.h:
+        block.self_attention.__class__ = scope["Mine"]
+    found = {(site.name, site.host): site for site in find_sites(model)}
+    assert found.keys() == expected.keys()
+    for name in (key for key, site in found.items() if site.rows is not None):
+        assert torch.equal(found[name].rows, expected[name].rows)

@@ -55,15 +55,12 @@ class Additive(nn.Module, ABC):
         y: Tensor,  # shape: (*batch, d_out)
         product: Tensor,  # shape: (*batch, k)
         visible: Tensor | None = None,  # shape: (batch, length)
-        in_place: bool = False,
     ) -> Tensor:  # shape: (*batch, d_out)
-        """y + forward(x), in one pass over y where the types allow it; into y itself if `in_place`."""
+        """y + forward(x), in one pass over y where the types allow it."""
         z, up = self.code(product, visible)
         if y.dtype != z.dtype or y.dtype != up.dtype or torch.is_autocast_enabled(y.device.type):
             return y + F.linear(z, up).to(y.dtype)
-        flat, z = y.flatten(0, -2), z.flatten(0, -2)
-        added = flat.addmm_(z, up.t()) if in_place else torch.addmm(flat, z, up.t())
-        return added.view_as(y)
+        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.t()).view_as(y)
 
     def gated(
         self,

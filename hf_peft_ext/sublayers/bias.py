@@ -38,6 +38,5 @@ class Bias(nn.Module):
         y: Tensor,  # shape: (*batch, d)
         product: None = None,
         visible: Tensor | None = None,
-        in_place: bool = False,
     ) -> Tensor:  # shape: (*batch, d)
         return y + self.b.to(y.dtype)

@@ -49,7 +49,7 @@ class Attached(nn.Module, BaseTunerLayer):
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
         self._handles: list[RemovableHandle] = []
         self.reader = reader_for(model, site, Attached)
-        self.reader.layers.append(self)
+        self.reader.join(self)
         if site.attention:
             attention = model.get_submodule(site.attention)
             self._mask = mask_position(attention)
@@ -96,7 +96,7 @@ class Attached(nn.Module, BaseTunerLayer):
         """Take this layer off its host."""
         for handle in self._handles:
             handle.remove()
-        self.reader.layers.remove(self)
+        self.reader.leave(self)
         delattr(self.host, self.name)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -120,13 +120,8 @@ class Attached(nn.Module, BaseTunerLayer):
         if self.row_adapters is not None:
             return self.add_by_row(y, x)
         for name in self.present:
-            y = self.sublayer_of[name].add(y, self.reader.read(self, name, x), self.visible, self.owns_output)
+            y = self.sublayer_of[name].add(y, self.reader.read(self, name, x), self.visible)
         return y
-
-    @property
-    def owns_output(self) -> bool:
-        """Whether the host has just made its output, and kept nothing of it: then it can be added to in place."""
-        return self.site.act == "input" and type(self.host) in (nn.Linear, Conv1D)
 
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.clone()
@@ -156,7 +151,6 @@ class Attached(nn.Module, BaseTunerLayer):
         Read inside the block, so that a block recomputed by gradient checkpointing sees its own mask again.
         """
         self.visible = None
-        self.reader.forget()
         if any(s.gate is not None and s.gate.pooling == "mean" for s in self.sublayer_of.values()):
             keyword, position = self._mask
             visible = visible_tokens(kwargs.get(keyword, args[position] if len(args) > position else None))

@@ -8,7 +8,6 @@ after rotary embedding and cache, and calls the kernel that the model's config n
 
 import copy
 import inspect
-import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import AttentionInterface, Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..placement import check
-from ..structure import CACHES
+from ..structure import CACHES, source_of
 from .attach import Attached, cached_tokens, hidden_states
 from .masks import causal_mask, selected, widened
 
@@ -139,9 +138,10 @@ class InCache(WithPrefix):
         mask, past = given.get(self._mask[0]), given.get(cache)
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        n_keys = cached_tokens(self.host, given) + x.shape[1]
-        if mask is None and n_keys > 1 and self.site.causal:
-            mask = causal_mask(x.shape[1], n_keys, x.device)
+        n_past = cached_tokens(self.host, given)
+        n_keys = n_past + x.shape[1]
+        if mask is None and self.site.causal:
+            mask = causal_mask(x.shape[1], n_keys, x.device, n_past).expand(len(x), -1, -1, -1)
         given[self._mask[0]] = widened(mask, scores, n_keys, n_tokens, x.dtype)
         given[cache] = Cached(past, p_k, p_v)
         for name in ("alibi", "position_bias"):
@@ -213,7 +213,7 @@ def kernel(module: nn.Module) -> tuple[str, Callable[..., tuple[Tensor, Tensor |
     """Name and function of the implementation that the model's config names."""
     name = check_kernel(module)
     if name == "eager":
-        return name, sys.modules[type(module).__module__].eager_attention_forward
+        return name, vars(source_of(module))["eager_attention_forward"]
     return name, ALL_ATTENTION_FUNCTIONS[name]
 
 

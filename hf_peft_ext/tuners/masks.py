@@ -34,11 +34,13 @@ def visible_tokens(mask: Any) -> Tensor | None:
         )
     if mask.ndim == 2:
         return mask.bool()
-    if torch.compiler.is_compiling() or mask.is_inference():
+    recorded = torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded or mask.is_inference():  # the scan belongs to the record; inference tensors have no version
         return some_query_sees(mask)
-    last = LAST.get("mask")
+    global _last
+    last = _last
     if last is None or last.mask() is not mask or last.version != mask._version:
-        last = LAST["mask"] = Seen(weakref.ref(mask), mask._version, some_query_sees(mask))
+        last = _last = Seen(weakref.ref(mask), mask._version, some_query_sees(mask))
     return last.visible
 
 
@@ -55,12 +57,14 @@ class Seen(NamedTuple):
     visible: Tensor
 
 
-LAST: dict[str, Seen] = {}  # the mask that was read last: the layers of a model often share one
+_last: Seen | None = None  # the mask that was read last: the layers of a model often share one
 
 
-def causal_mask(length: int, keys: int, device: torch.device) -> Tensor:  # shape: (1, 1, length, keys)
-    """What sdpa's `is_causal` stands for: query t sees keys 0 to t; keys beyond the queries are an empty cache."""
-    return torch.ones(length, keys, dtype=torch.bool, device=device).tril()[None, None]
+def causal_mask(length: int, keys: int, device: torch.device, past: int = 0) -> Tensor:  # shape: (1, 1, length, keys)
+    """Query t sees keys 0 to past + t. Without a past it is sdpa's `is_causal`: more keys than queries are an empty
+    cache.
+    """
+    return torch.ones(length, keys, dtype=torch.bool, device=device).tril(past)[None, None]
 
 
 def selected(
