@@ -30,8 +30,17 @@ def test_packages_are_listed():
     import tomllib
 
     pyproject = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = {file.parent.relative_to(ROOT.parent).as_posix() for file in ROOT.rglob("__init__.py")}
+    # the symlinks by name: not every Python's glob walks into them
+    files = [*ROOT.glob("__init__.py"), *ROOT.glob("*/__init__.py"), *ROOT.glob("*/*/__init__.py")]
+    folders = {file.parent.relative_to(ROOT.parent).as_posix() for file in files}
     assert set(pyproject["tool"]["setuptools"]["packages"]) == {folder.replace("/", ".") for folder in folders}
+
+
+@pytest.mark.parametrize("name", ["hub_cards", "trainers"])
+def test_top_level_folders_are_part_of_the_package(name):
+    """`trainers/` and `hub_cards/` import as parts of hf_peft_ext, whether installed or from a bare checkout."""
+    found = importlib.import_module(f"hf_peft_ext.{name}")
+    assert Path(found.__file__).resolve() == ROOT.parent / name / "__init__.py"
 
 
 def test_is_typed():

@@ -1,0 +1,10 @@
+"""The command line: `hf-peft-ext --help`."""
+
+import typer
+
+app = typer.Typer(help="Train, push and load adapters of hf_peft_ext.", no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Every command has its own `--help`."""

@@ -1,0 +1,1 @@
+"""Loads adapters of strangers: everything is checked before anything is allocated or changed."""

@@ -1,0 +1,135 @@
+"""What a training run knows and its card shows: a plain record, kept as JSON beside the adapter."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..placement import check
+
+FILE = "training_record.json"
+
+
+@dataclass
+class Result:
+    """One measured number.
+
+    Args:
+        metric: its name, such as "accuracy".
+        value: the number; the mean where there are several runs.
+        spread: standard deviation over runs; None for a single run.
+        runs: how many runs it is the mean of.
+        method: what was measured: "adapter" (this one), "base" (the untouched model), "lora" (a LoRA baseline)...
+        dataset: the data it was measured on, a Hub id or a name.
+        split: which part of it.
+    """
+
+    metric: str
+    value: float
+    spread: float | None = None
+    runs: int = 1
+    method: str = "adapter"
+    dataset: str | None = None
+    split: str | None = None
+
+
+@dataclass
+class DatasetRecord:
+    """One set of data that was trained or evaluated on.
+
+    Args:
+        name: a Hub id, or a name where the data is local.
+        config: its configuration on the Hub.
+        split: which part.
+        rows: how many examples.
+        revision: the commit on the Hub.
+        fingerprint: that of `datasets.Dataset`, which changes with the content.
+        on_hub: whether `name` is a Hub id.
+    """
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+    rows: int | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    on_hub: bool = False
+
+
+@dataclass
+class TrainingRecord:
+    """A training run as its card tells it. What was not measured is None or empty.
+
+    Args:
+        base_model: Hub id (or path) of the base model.
+        base_model_revision: the commit it was loaded at.
+        datasets: the data.
+        results: the numbers measured, baselines included.
+        trainable_parameters: how many were trained.
+        total_parameters: how many the model has, the adapter included.
+        peak_memory: the most memory in use, in bytes: of the GPU where there is one, else of the process.
+        step_time: median seconds of one optimiser step.
+        train_time: seconds of the whole training.
+        gates: layer and sub-layer, as `gate_values` names them -> mean gate over an evaluation batch.
+        history: the log, one entry a logging step: {"step": ..., "loss": ..., terms of the loss...}.
+        hyperparameters: the training arguments that differ from their defaults, without secrets.
+        recipe: the run as a recipe for `hf-peft-ext train`; empty if it was not started from one.
+        command: the command line, without secrets.
+        seeds: the seed of each run.
+        versions: package -> version.
+        hardware: processor or GPU, and how many.
+        quantization: of the base model, such as "4-bit NF4, double quantisation"; None without.
+        language: ISO 639-1 codes.
+        license: identifier on the Hub, such as "apache-2.0".
+        pipeline_tag: the Hub's task, such as "text-classification".
+    """
+
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    datasets: list[DatasetRecord] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    peak_memory: int | None = None
+    step_time: float | None = None
+    train_time: float | None = None
+    gates: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    seeds: list[int] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: str | None = None
+    quantization: str | None = None
+    language: list[str] = field(default_factory=list)
+    license: str | None = None
+    pipeline_tag: str | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the record into the adapter's folder."""
+        path = Path(folder) / FILE
+        path.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TrainingRecord | None":
+        """The record of an adapter's folder, or None where there is none.
+
+        Raises:
+            ValueError: the file is not a record.
+        """
+        path = Path(folder) / FILE
+        if not path.exists():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        check(FILE, path, isinstance(stored, dict), "must hold one JSON object")
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(stored) - names)
+        check(
+            "training_record.json", unknown, not unknown, f"has fields that are not among {', '.join(sorted(names))}"
+        )
+        record = cls(**stored)
+        record.datasets = [DatasetRecord(**data) for data in stored.get("datasets", [])]
+        record.results = [Result(**result) for result in stored.get("results", [])]
+        return record
