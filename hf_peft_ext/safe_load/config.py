@@ -88,7 +88,7 @@ def check_prompt(config: PromptLearningConfig, model: nn.Module) -> None:
 
 def name_modules(config: Any, paths: list[str]) -> None:
     """Put the names of modules where the config has regular expressions."""
-    until = time.monotonic() + SECONDS
+    until = time.process_time() + SECONDS
     for field in PATTERNS:
         pattern = getattr(config, field, None)
         if isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND and not NAME.fullmatch(pattern):

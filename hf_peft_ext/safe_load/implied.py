@@ -12,6 +12,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from ..placement import check
@@ -36,6 +37,7 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
             adapted = with_adapter(skeleton, config, adapter_name)
             found = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
             check_name(adapted, found, adapter_name)
+            check_rows(adapted, adapter_name)
     except Exception as error:  # peft raises all kinds; each of them says that the config cannot be carried out
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"The adapter does not fit {type(model).__name__}: {reason}") from error
@@ -51,6 +53,14 @@ def check_name(model: PeftModel, state: dict[str, Tensor], adapter_name: str) ->
     if not model.peft_config[adapter_name].is_prompt_learning:
         lost = set_peft_model_state_dict(model, state, adapter_name).unexpected_keys
         check("adapter_name", adapter_name, not lost, "is the name of a part of the model; take another")
+
+
+def check_rows(model: nn.Module, adapter_name: str) -> None:
+    """Refuse trained tokens that the vocabulary does not have."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows, size = module.token_indices.get(adapter_name, []), len(module.weight)
+            check("token_indices", rows, all(0 <= row < size for row in rows), f"must be rows of 0 to {size - 1}")
 
 
 def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:

@@ -17,7 +17,7 @@ OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool:
 
 
 def check_weights(path: Path, implied: Mapping[str, Tensor]) -> None:
-    """Check keys, shapes, types and values of a file. One tensor at a time is read.
+    """Check keys, shapes, types and values of a file that `check_header` has passed. One tensor at a time is read.
 
     Args:
         path: the file.
@@ -27,7 +27,6 @@ def check_weights(path: Path, implied: Mapping[str, Tensor]) -> None:
         ValueError: the file is no sound safetensors file, holds other keys, shapes or types, or a weight that is not
             finite or beyond half precision.
     """
-    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:  # checks lengths, offsets and types
             check_keys(file.keys(), implied)
