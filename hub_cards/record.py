@@ -82,6 +82,7 @@ class TrainingRecord:
         language: ISO 639-1 codes.
         license: identifier on the Hub, such as "apache-2.0".
         pipeline_tag: the Hub's task, such as "text-classification".
+        labels: names of the classes, in order.
     """
 
     base_model: str | None = None
@@ -105,6 +106,7 @@ class TrainingRecord:
     language: list[str] = field(default_factory=list)
     license: str | None = None
     pipeline_tag: str | None = None
+    labels: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into the adapter's folder."""
