@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import PushError, publishable, push_adapter
 
@@ -227,7 +225,9 @@ def test_no_token_is_pushed(folder, hub, tmp_path):
         torch.save({"note": canary}, home / "optimizer.pt")
     (folder / ".env").write_text(f"HF_TOKEN={canary}")
     there = secrets_in(contents(folder), canary.encode())  # the search finds what is there
-    assert {".env", "optimizer.pt/optimizer/data.pkl", "checkpoint-8/training_args.bin/training_args/data.pkl"} <= {*there}
+    assert {".env", "optimizer.pt/optimizer/data.pkl", "checkpoint-8/training_args.bin/training_args/data.pkl"} <= {
+        *there
+    }
     push_adapter(folder, "ann/tiny", token=canary)
     assert "adapter_model.safetensors" in hub.files("ann/tiny")
     assert secrets_in(hub.files("ann/tiny"), canary.encode()) == []
@@ -347,10 +347,10 @@ def test_a_short_outage_is_not_noticed(kind, folder, hub, patient):
 
 def test_a_hub_that_cannot_be_reached(folder, hub):
     hub.__exit__()
-    with pytest.raises(PushError, match="Connection refused.*Run this to finish the push: hf-peft-ext push"):
+    with pytest.raises(PushError, match=r"Connection refused.*Run this to finish the push: hf-peft-ext push"):
         push_adapter(folder, "ann/tiny")
 
 
 def test_a_wrong_token(folder, hub):
-    with pytest.raises(PushError, match="Invalid username or password.*Run this to finish the push"):
+    with pytest.raises(PushError, match=r"Invalid username or password.*Run this to finish the push"):
         push_adapter(folder, "ann/tiny", token="hf_wrong")
