@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def tags(adapter: SavedAdapter, record: TrainingRecord, base: str | None) -> lis
 def eval_results(record: TrainingRecord, task: str | None) -> list[EvalResult]:
     """The adapter's own results on data of the Hub: the Hub lists a result under a data set's id and a task."""
     on_hub = {data.name: data for data in record.datasets if data.on_hub}
-    own = [r for r in record.results if r.method == "adapter" and r.dataset in on_hub and METRIC.fullmatch(r.metric)]
-    return [eval_result(result, on_hub[str(result.dataset)], task) for result in own if task]
+    own = [r for r in record.results if r.method == "adapter" and r.dataset in on_hub and isfinite(r.value)]
+    return [eval_result(r, on_hub[str(r.dataset)], task) for r in own if task and METRIC.fullmatch(r.metric)]
 
 
 def eval_result(result: Result, data: DatasetRecord, task: str | None) -> EvalResult:
