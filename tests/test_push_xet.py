@@ -1,4 +1,4 @@
-"""Pushing and pulling where the Hub stores large files by xet, and the command in a process of its own, as users run it.
+"""Pushing and pulling where the Hub stores large files by xet, and the command in a process of its own.
 
 The contents of the store are read back from its xorbs and shards (xet_store.py), which hf_xet has filled.
 """
