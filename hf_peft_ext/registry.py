@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 
@@ -34,6 +34,19 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         raise RuntimeError(f"`name` (={name!r}) is already a PEFT type, registered by {registered.__module__}.")
     REGISTERED.add(peft_type)
     return peft_type
+
+
+def replace_tuner(peft_type: PeftType, model_cls: type[BaseTuner]) -> None:
+    """Let a class derived from peft's tuner of a type take its place. Doing it twice is harmless.
+
+    Raises:
+        RuntimeError: another package has put its own class there.
+    """
+    present = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
+    same = (present.__module__, present.__qualname__) == (model_cls.__module__, model_cls.__qualname__)
+    if present not in model_cls.__mro__ and not same:
+        raise RuntimeError(f"`peft_type` (={peft_type.value!r}) has a tuner of another package, {present.__module__}.")
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
 
 
 def add_member(value: str) -> PeftType:

@@ -214,11 +214,14 @@ class BlockSites:
 
     def ffn_sites(self) -> Iterator[Site]:
         parts = self.ffn_parts()
-        leaves = [name for part in parts for name, m in own_modules(self.modules[part], part) if leaf_size(m)]
+        leaves = self.linear_leaves(parts)
         d = self.size(self.output_leaf())[1]
-        for name in leaves:
+        whole = self.linear_leaves([part for part in parts if self.is_whole(part, d)])
+        found = whole or leaves
+        for name in found:
             d_in, d_out = self.size(name)
-            if name == leaves[-1] and d_out == d:
+            inner = d_in != d and (bool(whole) or d_in == self.size(leaves[0])[1])  # the width between the two
+            if d_out == d and (inner or name == found[-1]):
                 yield self.leaf_site("ffn_output", name)
             elif d_in == d:
                 gate = name.rpartition(".")[2] in FFN_GATES
@@ -263,6 +266,15 @@ class BlockSites:
             if has_matrix and not any(is_norm(m) for m in module.modules()):
                 parts.append(name)
         return parts
+
+    def is_whole(self, part: str, d: int) -> bool:
+        """Whether a part leads from the residual stream back to it, and mixes no tokens: an FFN on its own."""
+        sizes = [self.size(name) for name in self.linear_leaves([part])]
+        there = any(a[0] == d == b[1] for i, a in enumerate(sizes) for b in sizes[i + 1 :])
+        return there and not any(isinstance(m, nn.Conv1d) for m in self.modules[part].modules())
+
+    def linear_leaves(self, parts: list[str]) -> list[str]:
+        return [name for part in parts for name, m in own_modules(self.modules[part], part) if leaf_size(m)]
 
     def root(self, name: str) -> str:
         """The highest module of the block, below lists, that holds this attention module."""

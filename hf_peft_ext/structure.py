@@ -197,7 +197,7 @@ def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[
         shape: number of key and value heads, and the widths of a key and of a value.
     """
     heads, d_k, d_v = shape
-    rows = torch.arange(d_out)
+    rows = torch.arange(d_out, device="cpu")  # also for models without data
     if "latent" in attention_leaves(attention):  # head by head, what of the key has no position, and the value
         key, value = rows.view(heads, -1).split([d_out // heads - d_v, d_v], dim=1)
         return {"key": key.flatten(), "value": value.flatten()}

@@ -13,13 +13,14 @@ from peft.utils.peft_types import PeftType
 
 import hf_peft_ext
 from hf_peft_ext import registry
-from hf_peft_ext.papers import PAPERS
+from hf_peft_ext.papers import PAPERS, STOCK_PAPERS
+from hf_peft_ext.tuners.config import PlacedConfig
 
 ROOT = Path(hf_peft_ext.__file__).parent
 CONFIGS = [
     value
     for name, value in vars(hf_peft_ext).items()
-    if name.endswith("Config") and isinstance(value, type) and issubclass(value, PeftConfig)
+    if name.endswith("Config") and isinstance(value, type) and issubclass(value, PlacedConfig)
 ]
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 
@@ -57,7 +58,8 @@ def test_papers_cover_the_methods():
     """Every method has its entry among the papers, and every entry is a method."""
     assert len(CONFIGS) >= 6
     assert {config.method for config in CONFIGS} == PAPERS.keys()
-    for papers in PAPERS.values():
+    assert STOCK_PAPERS[hf_peft_ext.TFewConfig().peft_type.lower()]  # a type of peft's own
+    for papers in (*PAPERS.values(), *STOCK_PAPERS.values()):
         for paper in papers:
             assert paper.url.startswith("https://arxiv.org/abs/")
             assert paper.title in paper.bibtex

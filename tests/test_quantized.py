@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig
 
+from hf_peft_ext import TFewConfig
+
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
 
@@ -251,3 +253,30 @@ def test_unload(method, backbone, device, four_bit):
         output(model.eval(), inputs)
         with fresh.disable_adapter():
             assert torch.equal(output(model.unload(), inputs), output(fresh.eval(), inputs))
+
+
+@every_device
+@pytest.mark.parametrize("backbone", WIDE)
+def test_tfew(backbone, device, four_bit, tmp_path):
+    """T-Few's (IA)^3, of peft's own type: trained, evaluated, trained again, saved, reloaded, mixed."""
+    inputs = inputs_for(backbone, device)
+    model = get_peft_model(prepared(four_bit(backbone, device)), TFewConfig())
+    assert any(type(module).__name__ == "Linear4bit" and hasattr(module, "ia3_l") for module in model.modules())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        found = gradients(model.train(), inputs)
+        assert all(g.abs().max() > 0 for g in found.values())
+        optimizer.step()
+        with torch.no_grad():
+            expected = output(model.eval(), inputs)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(prepared(four_bit(backbone, device)), tmp_path).eval()
+        assert torch.equal(output(again, inputs), expected)
+        with again.disable_adapter():
+            base = output(again, inputs)
+        assert (expected - base).abs().max() > 1e-2
+        mixed = output(again, inputs, adapter_names=["default", "__base__", "default"])
+    torch.testing.assert_close(mixed[0], expected[0], rtol=1e-3, atol=1e-3)
+    rows = slice(None) if backbone == "t5" else slice(None, -3)  # the rest is padding
+    torch.testing.assert_close(mixed[1][rows], base[1][rows], rtol=1e-3, atol=1e-3)

@@ -1,6 +1,8 @@
 """The methods, each a short function from its config to placements, and the tuner that carries them out."""
 
-from ..registry import register
+from peft import PeftType
+
+from ..registry import register, replace_tuner
 from .bitfit import BitFitConfig as BitFitConfig
 from .bottleneck import BottleneckConfig as BottleneckConfig
 from .composed import ComposedModel as ComposedModel
@@ -8,9 +10,12 @@ from .composed import fold_prefixes as fold_prefixes
 from .config import ComposedConfig as ComposedConfig
 from .gates import fix_gates as fix_gates
 from .gates import gate_values as gate_values
+from .ia3 import IA3Model
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from .mam import MAMConfig as MAMConfig
+from .tfew import TFewConfig as TFewConfig
 from .unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, ComposedConfig):
     register(config.method, config, ComposedModel)
+replace_tuner(PeftType.IA3, IA3Model)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..placement import check
 from ..sublayers import Bias, LowRank, ProjectedPrefix
-from .attach import Attached, child_name, hidden_states
+from .attach import Attached, child_name
 from .attention import InAttention, InCache
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
+from .mixed import check_names, check_unmerged, known_to_copies
 from .plan import Plan, excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
@@ -157,39 +158,19 @@ class ComposedModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_row_adapters(names, args, kwargs)
+        if self.training:
+            raise ValueError("`adapter_names` can be passed for inference only; call model.eval() first.")
+        check_names(names, self.peft_config, args, kwargs)
         layers = attached(self.model)
-        wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-
-        def pass_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            each = len(hidden_states(args, kwargs)) // len(names)
-            return args, {**kwargs, "adapter_names": [n for n in names for _ in range(each)]}
-
-        handles = [wrapper.register_forward_pre_hook(pass_names, with_kwargs=True) for wrapper in wrappers]
+        check_unmerged(layers)
         for layer in layers:
             layer.row_adapters = list(names)
         try:
-            yield
+            with known_to_copies(self.model, names):
+                yield
         finally:
             for layer in layers:
                 layer.row_adapters = None
-            for handle in handles:
-                handle.remove()
-
-    def _check_row_adapters(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.training:
-            raise ValueError("`adapter_names` can be passed for inference only; call model.eval() first.")
-        inputs = (*args, *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds")))
-        rows = next((len(tensor) for tensor in inputs if isinstance(tensor, Tensor)), len(names))
-        rule = f"must have one name for each of the {rows} rows"
-        check("adapter_names", names, bool(names) and len(names) == rows, rule)
-        unknown = set(names) - {"__base__", *self.peft_config}
-        if unknown:
-            raise ValueError(
-                f"`adapter_names` holds {sorted(unknown)}, but the adapters are {sorted(self.peft_config)}."
-            )
-        if any(layer.merged for layer in attached(self.model)):
-            raise ValueError("`adapter_names` cannot be used while adapters are merged; unmerge them first.")
 
     # Merging and unloading
 

@@ -14,7 +14,21 @@ from ..schema import check_fields, read_json
 
 
 @dataclass
-class PlacedConfig(PeftConfig):
+class NamedFields:
+    """Refuses fields that a config does not have, with a guess at the one that was meant."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # before dataclass's own TypeError, which peft takes for a file of a later version, and drops the field
+        names = [f.name for f in fields(cls)]
+        for name in kwargs.keys() - set(names):
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise ValueError(f"`{name}` (={kwargs[name]!r}) is not a field of {cls.__name__}{hint}")
+        return super().__new__(cls)
+
+
+@dataclass
+class PlacedConfig(NamedFields, PeftConfig):
     """Base of the configs: a method is the list of placements that `to_placements` returns.
 
     Args:
@@ -45,15 +59,6 @@ class PlacedConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": 'Must be "none"; see BitFitConfig.'})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Must be None."})
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # before dataclass's own TypeError, which peft takes for a file of a later version, and drops the field
-        names = [f.name for f in fields(cls)]
-        for name in kwargs.keys() - set(names):
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise ValueError(f"`{name}` (={kwargs[name]!r}) is not a field of {cls.__name__}{hint}")
-        return super().__new__(cls)
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         folder = Path(pretrained_model_name_or_path, subfolder or "")
@@ -75,12 +80,7 @@ class PlacedConfig(PeftConfig):
         check("target_parameters", self.target_parameters, not self.target_parameters, rule)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            self.layers_to_transform = [layers] if isinstance(layers, int) else list(layers)
-            valid = all(type(layer) is int and layer >= 0 for layer in self.layers_to_transform)
-            check("layers_to_transform", layers, valid and self.layers_to_transform != [],
-                  "must be a layer index or a list of them, 0 or more")  # fmt: skip
+        self.layers_to_transform = layer_list(self.layers_to_transform)
         for name in self.sites or {}:
             known = [site for sites in SITES.values() for site in sites]
             check("sites", name, name.removeprefix("cross_") in known, f"must name sites: {', '.join(known)}")
@@ -103,6 +103,20 @@ class PlacedConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         else:
             stored.save_pretrained(save_directory, **kwargs)
+
+
+def layer_list(layers: list[int] | int | None) -> list[int] | None:
+    """The value of `layers_to_transform` as a list.
+
+    Raises:
+        ValueError: it is neither a layer index nor a list of them.
+    """
+    if layers is None:
+        return None
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    valid = bool(chosen) and all(type(layer) is int and layer >= 0 for layer in chosen)
+    check("layers_to_transform", layers, valid, "must be a layer index or a list of them, 0 or more")
+    return chosen
 
 
 @dataclass

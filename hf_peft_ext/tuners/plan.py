@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import cast
 
+from peft import IA3Config
 from torch import nn
 
 from ..patterns import matching
@@ -25,11 +26,10 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
             implementation cannot take a prefix.
     """
     sites = override_sites(model, find_sites(model), config.sites or {})
-    n_layers = len(layer_paths(model)) or 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
     targets = target_sites(model, config, sites)
     left_alone = excluded(model, config)
     found: Plan = {}
-    for placement in limited(config, n_layers):
+    for placement in limited(config, layer_count(model, sites)):
         named = [site for site in sites if site.serves(placement.site)]
         if targets is not None and placement.sublayer == "low_rank":
             named, targets = targets, []  # one branch on each target, however many sites the method names
@@ -37,7 +37,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
                 continue
         chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
-            raise ValueError(no_site(model, placement, bool(named)))
+            raise ValueError(no_site(model, placement.sublayer, placement.site, placement.layers if named else None))
         check_counted(placement, chosen, named)
         free = [site for site in chosen if not saved_whole(site, config)]
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
@@ -61,14 +61,22 @@ def limited(config: PlacedConfig, n_layers: int) -> list[Placement]:
     """The config's placements, limited to `layers_to_transform`."""
     chosen, placements = cast(list[int] | None, config.layers_to_transform), config.to_placements()
     for name, layers in [("layers_to_transform", chosen), *(("layers", p.layers) for p in placements)]:
-        for layer in layers or []:
-            rule = f"names layer {layer}, which does not exist; this model has layers 0 to {n_layers - 1}"
-            check(name, layers, 0 <= layer < max(n_layers, 1), rule)
+        check_layers(name, layers, n_layers)
     if chosen is None:
         return placements
     return [
         replace(p, layers=[i for i in (chosen if p.layers is None else p.layers) if i in chosen]) for p in placements
     ]
+
+
+def layer_count(model: nn.Module, sites: list[Site]) -> int:
+    return len(layer_paths(model)) or 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
+
+
+def check_layers(name: str, layers: list[int] | None, n_layers: int) -> None:
+    for layer in layers or []:
+        rule = f"names layer {layer}, which does not exist; this model has layers 0 to {n_layers - 1}"
+        check(name, layers, 0 <= layer < max(n_layers, 1), rule)
 
 
 def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> list[Site] | None:
@@ -89,12 +97,12 @@ def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> l
     return [user_site("target", path, modules, leaves[path], sites) for path in hosts]
 
 
-def excluded(model: nn.Module, config: PlacedConfig) -> frozenset[str]:
+def excluded(model: nn.Module, config: PlacedConfig | IA3Config) -> frozenset[str]:
     """The modules that `exclude_modules` names."""
     return frozenset(matching(config.exclude_modules or [], (path for path, _ in model.named_modules())))
 
 
-def saved_whole(site: Site, config: PlacedConfig) -> bool:
+def saved_whole(site: Site, config: PlacedConfig | IA3Config) -> bool:
     """Whether a module that the site reads or changes lies in one that `modules_to_save` copies."""
     roots = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in config.modules_to_save or []]
     return any(re.match(root, path) for root in roots for path in (site.host, site.reads, site.attention))
@@ -118,15 +126,13 @@ def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -
         check("layers", placement.layers, whole, "must hold every layer of a stack with `counts_positions`")
 
 
-def no_site(model: nn.Module, placement: Placement, elsewhere: bool) -> str:
+def no_site(model: nn.Module, sublayer: str, site: str, layers: list[int] | None) -> str:
+    """What to say where a sub-layer has no site, or has sites only outside the chosen `layers`."""
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    if elsewhere:
-        return (
-            f"`layers` (={placement.layers}) holds no layer of this model where `{placement.sublayer}` has its site "
-            f"`{placement.site}`."
-        )
+    if layers is not None:
+        return f"`layers` (={layers}) holds no layer of this model where `{sublayer}` has its site `{site}`."
     if not layer_paths(model):
-        lack = f"has no attention that is understood here, so `{placement.sublayer}` has no site"
+        lack = f"has no attention that is understood here, so `{sublayer}` has no site"
     else:
-        lack = f"has no place for `{placement.sublayer}` at `{placement.site}`"
+        lack = f"has no place for `{sublayer}` at `{site}`"
     return f"Architecture '{name}' {lack}; leave it out or pass `sites=`."

@@ -1,0 +1,99 @@
+"""peft's tuner of (IA)^3, that knows two things more: what a `TFewConfig` means, and batches that mix adapters."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.ia3.layer import IA3Layer, _ConvNd
+from torch import Tensor, nn
+
+from .composed import keep_4bit_trainable
+from .mixed import check_names, check_unmerged, each_row, known_to_copies
+from .tfew import TFewConfig, resolve
+
+
+class IA3Model(peft.IA3Model):
+    """Takes the place of `peft.IA3Model`, so that `TFewConfig` and `adapter_names` work wherever (IA)^3 does."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put in an adapter; with a `TFewConfig`, all that could fail is found before the model is changed."""
+        config, kept = self.peft_config[adapter_name], {}
+        if isinstance(config, TFewConfig):
+            self.peft_config[adapter_name], kept = resolve(model, config)
+        keep_4bit_trainable(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for path, rows in kept.items():
+            layer = model.get_submodule(path)
+            layer.register_forward_pre_hook(partial(keep_at_one, adapter_name, rows))
+            layer.register_state_dict_pre_hook(partial(keep_at_one, adapter_name, rows))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_names(names, self.peft_config, args, kwargs)
+        layers = [module for module in self.model.modules() if isinstance(module, IA3Layer)]
+        check_unmerged(layers)
+        self._check_not_recomputed()
+        with ExitStack() as stack:
+            stack.enter_context(known_to_copies(self.model, names))
+            for layer in layers:
+                if not layer.disable_adapters:
+                    stack.enter_context(scaled_by_row(layer, names))
+            yield
+
+    def _check_not_recomputed(self) -> None:
+        """Gradient checkpointing runs the blocks again when the names of the batch are forgotten."""
+        recomputed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules())
+        if recomputed and torch.is_grad_enabled():
+            raise ValueError("`adapter_names` cannot be trained under gradient checkpointing; switch it off.")
+
+
+@contextmanager
+def scaled_by_row(layer: Any, names: Sequence[str]) -> Iterator[None]:
+    """Within, a layer of (IA)^3 scales each row of its batch by the vector of that row's adapter."""
+
+    def scale(
+        x: Tensor,  # shape: (rows, ..., d), or (rows, d, ...) where the layer is a convolution
+    ) -> Tensor:  # shape: as x
+        used = list(dict.fromkeys(names))
+        vectors = [layer.ia3_l[name].flatten() if name in layer.ia3_l else None for name in used]
+        known = [vector for vector in vectors if vector is not None]
+        if not known:
+            return x
+        table = torch.stack([torch.ones_like(known[0]) if v is None else v for v in vectors])  # shape: (adapters, d)
+        index = torch.tensor([used.index(name) for name in each_row(names, x)], device=table.device)
+        shape = [len(x), *(1 for _ in x.shape[1:])]
+        shape[1 if isinstance(layer, _ConvNd) else -1] = table.shape[1]
+        return (x * table[index].view(shape)).to(x.dtype)
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (scale(args[0]), *args[1:])
+
+    def after(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return scale(output)
+
+    active = layer._active_adapter
+    handle = layer.register_forward_pre_hook(before) if layer.is_feedforward else layer.register_forward_hook(after)
+    layer._active_adapter = []
+    try:
+        yield
+    finally:
+        layer._active_adapter = active
+        handle.remove()
+
+
+def keep_at_one(adapter_name: str, rows: Tensor, layer: Any, *_: Any) -> None:
+    """Keep these rows of an adapter's vector at one while it is trained: they get no gradient, and no weight decay."""
+    vector = layer.ia3_l[adapter_name] if adapter_name in layer.ia3_l else None
+    if vector is None or not vector.requires_grad:
+        return
+    rows = rows.to(vector.device)
+    vector.data.index_fill_(0, rows, 1.0)
+    if not hasattr(vector, "keeps_rows"):  # a copy of the vector has no hook, and no mark either
+        vector.keeps_rows = vector.register_hook(lambda gradient: gradient.index_fill(0, rows, 0.0))
