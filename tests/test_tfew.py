@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from hf_peft_ext import TFewConfig
 
@@ -23,6 +24,18 @@ from .test_contract import loss
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
+SWITCH = {  # linear experts
+    **{
+        "d_model": D,
+        "d_ff": 48,
+        "d_kv": 8,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_experts": 3,
+    },
+    **{"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "vocab_size": 60, "decoder_start_token_id": 0},
+}
 # Fused projections: which outputs are queries. Head by head there are 4 heads of width 8, or 2 groups of 2 queries.
 PARTS = torch.arange(3 * D)
 QUERIES = {
@@ -317,3 +330,49 @@ def test_transformers_own_adapters():
         assert torch.equal(output(model, inputs), base)
         randomise(model, "first")
         assert (output(model, inputs) - base).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["gpt2", "t5"])
+def test_trainer_and_resuming(backbone, tmp_path):
+    """Trainer trains the vectors; resumed from a checkpoint, it ends where it ends without a stop, queries at one."""
+    inputs = BACKBONES[backbone].inputs(batch=8)
+    rows = [{**{k: v[i] for k, v in inputs.items()}, "labels": inputs["input_ids"][i]} for i in range(8)]
+    if backbone == "t5":
+        rows = [{k: v for k, v in row.items() if k != "decoder_input_ids"} for row in rows]
+
+    def train(folder, **kwargs):
+        options = {"max_steps": 4, "save_steps": 2, "weight_decay": 0.1, "learning_rate": 0.05, "report_to": "none"}
+        args = TrainingArguments(folder, per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, **options)
+        model = get_peft_model(BACKBONES[backbone].build(), TFewConfig())
+        Trainer(model, args, train_dataset=rows).train(**kwargs)
+        return vectors(model)
+
+    whole = train(tmp_path / "a")
+    resumed = train(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for path, vector in whole.items():
+        torch.testing.assert_close(resumed[path], vector)
+        assert (vector != 1).any()
+    saved = load_file(tmp_path / "a" / "checkpoint-4" / "adapter_model.safetensors")
+    fused = [vector.flatten() for vector in saved.values() if is_fused(backbone, vector)]
+    assert len(fused) == (2 if backbone == "gpt2" else 0)
+    assert all((vector[:D] == 1).all() for vector in fused)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # of a graph break
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_compiled(backbone):
+    """Under torch.compile the outputs and gradients are the same."""
+    model, inputs = tuned(backbone)
+    expected = output(model, inputs, use_cache=False)
+    loss(expected).backward()
+    gradients = {path: vector.grad.clone() for path, vector in vectors(model).items()}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = output(compiled, inputs, use_cache=False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    loss(found).backward()
+    for path, vector in vectors(model).items():
+        torch.testing.assert_close(vector.grad, gradients[path], rtol=1e-3, atol=1e-5)

@@ -6,15 +6,22 @@ import re
 import pytest
 import torch
 from peft import IA3Config, PeftConfig, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from hf_peft_ext import TFewConfig, load_adapter, registry
 from hf_peft_ext.tuners.endings import module_names
 
 from .backbones import BACKBONES, D, output
 from .test_errors import state
-from .test_tfew import randomise, tuned, vectors
+from .test_tfew import SWITCH, randomise, tuned, vectors
 
 PARTIAL = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
 BERT_OUTPUT = r"(.*\.)?(\d+\.output\.dense)"
@@ -55,6 +62,14 @@ def test_names_of_deep_models(n_layers):
     assert {path for path, vector in vectors(model).items() if vector.shape == (1, 64)} == {
         f"encoder.layer.{i}.output.dense" for i in range(n_layers)
     }
+
+
+@pytest.mark.parametrize("model_type", ["opt", "bart", "gemma", "qwen2", "gptj"])
+def test_defaults_of_peft_are_other_sites(model_type):
+    """Why TFewConfig is needed: if peft changes its defaults, the documentation has to change too."""
+    default = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type]
+    assert {"q_proj", "k_proj" if model_type == "opt" else "v_proj"} < set(default)
+    assert len(default) == 3  # the FFN is the third
 
 
 T0 = {
@@ -152,6 +167,31 @@ def test_sites_by_hand():
     assert {path: tuple(v.shape) for path, v in vectors(model).items()} == {"a": (6, 1), "b": (6, 1), "d": (1, 6)}
 
 
+SMALL = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+BESIDE = {  # model type -> config, and the FFN's output leaves in a layer, beside which stand others
+    "gemma4_text": ({"head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2, "hidden_size_per_layer_input": 8,
+                     "vocab_size_per_layer_input": 60, "num_kv_shared_layers": 0}, ["mlp.down_proj"]),
+    "falcon_h1": ({"num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+                   "mamba_d_state": 8, "mamba_n_groups": 1}, ["feed_forward.down_proj"]),
+    "qwen2_moe": ({"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24,
+                   "shared_expert_intermediate_size": 40}, ["mlp.shared_expert.down_proj"]),
+    "mobilebert": ({"hidden_size": 64, "intra_bottleneck_size": 32, "embedding_size": 32},
+                   [*(f"ffn.{i}.output.dense" for i in range(3)), "output.dense"]),
+}  # fmt: skip
+
+
+@PARTIAL
+@pytest.mark.parametrize("model_type", BESIDE)
+def test_what_stands_beside_the_ffn(model_type):
+    """Gemma's inputs of each layer, Falcon's Mamba, gates of experts and bottlenecks are not the FFN's output."""
+    sizes, expected = BESIDE[model_type]
+    config = AutoConfig.for_model(model_type, **{**SMALL, **sizes})
+    model = get_peft_model(AutoModel.from_config(config), TFewConfig(targets=["ffn_output"]))
+    layers = {re.sub(r".*?layers?\.\d+\.", "", path) for path in vectors(model)}
+    assert layers == set(expected)
+    assert len(vectors(model)) == 2 * len(expected)
+
+
 def test_experts():
     """Experts that are one tensor: partly adapted with a warning, or an error where nothing is left."""
     message = "(IA)^3 leaves parts of the FFN as they are: model.layers.1.mlp.experts."
@@ -172,10 +212,7 @@ def test_experts():
 
 def test_linear_experts():
     """Experts that are linear modules each get vectors of their own."""
-    config = AutoConfig.for_model(
-        "switch_transformers", d_model=D, d_ff=48, d_kv=8, num_heads=4, num_layers=2, num_decoder_layers=2,
-        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3, vocab_size=60,
-    )  # fmt: skip
+    config = AutoConfig.for_model("switch_transformers", **SWITCH)
     model = get_peft_model(AutoModelForSeq2SeqLM.from_config(config), TFewConfig())
     experts = {path.rpartition("experts.")[2] for path in vectors(model) if "experts" in path}
     assert experts == {f"expert_{i}.wo" for i in range(3)}
@@ -210,7 +247,11 @@ BAD_INJECTIONS = [
     ),
     ("llama", {"sites": {"key": ["kk"]}}, "`sites` (={'key': ['kk']}) matches no module of LlamaForCausalLM."),
     ("llama", {"sites": {"key": ["mlp"]}}, "model.layers.0.mlp is a LlamaMLP, which peft's (IA)^3 cannot scale;"),
-    ("llama", {"sites": {"key": ["down_proj"]}}, "`sites` (={'key': ['down_proj']}) puts `key` and `ffn_output` at"),
+    (
+        "llama",
+        {"sites": {"key": ["down_proj"]}},
+        "`sites` (={'key': ['down_proj']}) puts `ffn_output` and another target at model.layers.0.mlp.dow",
+    ),
 ]
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from hf_peft_ext import TFewConfig
 
 from .backbones import BACKBONES, output
-from .test_tfew import randomise, tuned, vectors
+from .test_tfew import SWITCH, randomise, tuned, vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -130,8 +131,6 @@ def test_generation(backbone, beams):
 
 def test_adapters_of_peft_itself(tmp_path):
     """Stock IA3Config adapters, loaded from files, at other modules than ours; and a head of its own for each."""
-    from transformers import AutoModelForSequenceClassification
-
     family = BACKBONES["bert"]
 
     def base():
@@ -236,3 +235,18 @@ def test_an_error_inside_leaves_nothing_behind():
         with pytest.raises(IndexError):
             model(input_ids=inputs["input_ids"] + 10_000, adapter_names=NAMES)
         assert torch.equal(output(model, inputs), expected)
+
+
+def test_routed_experts_are_refused():
+    """They read tokens of any row; with an adapter that leaves them alone, all is well."""
+    config = AutoConfig.for_model("switch_transformers", **SWITCH)
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_config(config), TFewConfig()).eval()
+    model.add_adapter("attention", TFewConfig(targets=["key", "value"]))
+    inputs = BACKBONES["t5"].inputs()
+    message = (
+        r"`adapter_names` \(=\['default', .*\) cannot be mixed at encoder\..*\.experts\..*\.wo, which reads single"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, adapter_names=["default", "attention", "__base__"])
+    with torch.no_grad():
+        assert model(**inputs, adapter_names=["attention", "attention", "__base__"]).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""On which architectures of transformers do UniPELT and LoRA work with their default settings?
+"""On which architectures of transformers do UniPELT, T-Few and LoRA work with their default settings?
 
 Builds a tiny random model of every causal-LM, sequence-to-sequence and sequence-classification head that transformers
 has, adapts it, and checks that the adapter acts, that all of it that ran is trained, and that the base model is itself
@@ -8,6 +8,7 @@ again when the adapter is disabled.
     python examples/benchmarks/architectures.py --model_types t5 llama  # some of them
 """
 
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,14 +25,14 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, HfArgumentParser, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from hf_peft_ext import UniPELTConfig
+from hf_peft_ext import TFewConfig, UniPELTConfig
 
 HEADS = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-METHODS: dict[str, type[PeftConfig]] = {"UniPELT": UniPELTConfig, "LoRA": LoraConfig}
+METHODS: dict[str, type[PeftConfig]] = {"UniPELT": UniPELTConfig, "T-Few": TFewConfig, "LoRA": LoraConfig}
 VOCABULARY, BATCH, LENGTH = 160, 2, 12
 EOS = 2
 LARGEST = 20_000_000  # parameters; what is larger even so is left out
@@ -124,8 +125,9 @@ def report(built: Counter[str], failures: dict[str, dict[str, str]], unbuilt: di
         table.add_row(task, *(str(built[task] - n) for n in failed), str(built[task]))
     total = built.total()
     table.add_row("all", *(str(total - len(names)) for names in failures.values()), str(total), style="bold")
-    for name, why in failures["UniPELT"].items():
-        console.print(f"UniPELT, {name}: {why}", markup=False, highlight=False)
+    for method in ("UniPELT", "T-Few"):
+        for name, why in failures[method].items():
+            console.print(f"{method}, {name}: {why}", markup=False, highlight=False)
     console.print(f"No small model could be built of {len(unbuilt)} heads: {', '.join(unbuilt)}.", highlight=False)
     console.print(table)
 
@@ -218,7 +220,7 @@ def check(base: nn.Module, config: PeftConfig) -> None:
 def host(parameter: str) -> str:
     """Path of the module that a parameter of an adapter changes."""
     layer = parameter.partition(".sublayer_of.")[0]
-    return parameter.partition(".lora_")[0] if layer == parameter else layer.rpartition(".")[0]
+    return re.split(r"\.(?:lora_|ia3_)", parameter)[0] if layer == parameter else layer.rpartition(".")[0]
 
 
 def first_line(error: Exception) -> str:

@@ -37,14 +37,16 @@ class IA3Model(peft.IA3Model):
             yield
             return
         check_names(names, self.peft_config, args, kwargs)
-        layers = [module for module in self.model.modules() if isinstance(module, IA3Layer)]
-        check_unmerged(layers)
+        layers = {path: m for path, m in self.model.named_modules() if isinstance(m, IA3Layer)}
+        check_unmerged(layers.values())
         self._check_not_recomputed()
+        check_no_experts(layers, names)
+        rows = Rows(names)
         with ExitStack() as stack:
             stack.enter_context(known_to_copies(self.model, names))
-            for layer in layers:
+            for layer in layers.values():
                 if not layer.disable_adapters:
-                    stack.enter_context(scaled_by_row(layer, names))
+                    stack.enter_context(scaled_by_row(layer, rows))
             yield
 
     def _check_not_recomputed(self) -> None:
@@ -54,23 +56,47 @@ class IA3Model(peft.IA3Model):
             raise ValueError("`adapter_names` cannot be trained under gradient checkpointing; switch it off.")
 
 
+def check_no_experts(layers: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse vectors on experts that tokens are sent to one by one: of which row a token is, is not known there."""
+    for path, layer in layers.items():
+        if "experts" in path.split(".") and not layer.ia3_l.keys().isdisjoint(names):
+            raise ValueError(f"`adapter_names` (={list(names)}) cannot be mixed at {path}, which reads single tokens.")
+
+
+class Rows:
+    """Which adapter each row of a batch has.
+
+    Args:
+        names: the adapter of each row.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.adapters = names, list(dict.fromkeys(names))
+        self.known: dict[tuple[int, torch.device], Tensor] = {}
+
+    def index(self, rows: int, device: torch.device) -> Tensor:
+        """The place in `adapters` of the adapter of each of the rows that a module reads."""
+        if (rows, device) not in self.known:
+            places = [self.adapters.index(name) for name in each_row(self.names, rows)]
+            self.known[rows, device] = torch.tensor(places, device=device)
+        return self.known[rows, device]
+
+
 @contextmanager
-def scaled_by_row(layer: Any, names: Sequence[str]) -> Iterator[None]:
+def scaled_by_row(layer: Any, rows: Rows) -> Iterator[None]:
     """Within, a layer of (IA)^3 scales each row of its batch by the vector of that row's adapter."""
 
     def scale(
         x: Tensor,  # shape: (rows, ..., d), or (rows, d, ...) where the layer is a convolution
     ) -> Tensor:  # shape: as x
-        used = list(dict.fromkeys(names))
-        vectors = [layer.ia3_l[name].flatten() if name in layer.ia3_l else None for name in used]
-        known = [vector for vector in vectors if vector is not None]
-        if not known:
+        vectors = [layer.ia3_l[name].flatten() if name in layer.ia3_l else None for name in rows.adapters]
+        known = next((vector for vector in vectors if vector is not None), None)
+        if known is None:
             return x
-        table = torch.stack([torch.ones_like(known[0]) if v is None else v for v in vectors])  # shape: (adapters, d)
-        index = torch.tensor([used.index(name) for name in each_row(names, x)], device=table.device)
+        table = torch.stack([torch.ones_like(known) if v is None else v for v in vectors])  # shape: (adapters, d)
         shape = [len(x), *(1 for _ in x.shape[1:])]
         shape[1 if isinstance(layer, _ConvNd) else -1] = table.shape[1]
-        return (x * table[index].view(shape)).to(x.dtype)
+        return (x * table[rows.index(len(x), x.device)].view(shape)).to(x.dtype)
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> Any:
         return (scale(args[0]), *args[1:])
@@ -88,6 +114,7 @@ def scaled_by_row(layer: Any, names: Sequence[str]) -> Iterator[None]:
         handle.remove()
 
 
+@torch.compiler.disable  # it cannot trace a hook on a vector
 def keep_at_one(adapter_name: str, rows: Tensor, layer: Any, *_: Any) -> None:
     """Keep these rows of an adapter's vector at one while it is trained: they get no gradient, and no weight decay."""
     vector = layer.ia3_l[adapter_name] if adapter_name in layer.ia3_l else None

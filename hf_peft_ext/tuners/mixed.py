@@ -27,12 +27,12 @@ def check_unmerged(layers: Iterable[Any]) -> None:
         raise ValueError("`adapter_names` cannot be used while adapters are merged; unmerge them first.")
 
 
-def each_row(names: Sequence[str], x: Tensor) -> list[str]:
-    """The adapter of each row of x.
+def each_row(names: Sequence[str], rows: int) -> list[str]:
+    """The adapter of each of the rows that a module reads.
 
     Beam search and modules that flatten tokens make several rows of one; they lie side by side.
     """
-    return [name for name in names for _ in range(len(x) // len(names))]
+    return [name for name in names for _ in range(rows // len(names))]
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def known_to_copies(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Within, the modules of `modules_to_save` use for each row the copy of its adapter."""
 
     def pass_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "adapter_names": each_row(names, hidden_states(args, kwargs))}
+        return args, {**kwargs, "adapter_names": each_row(names, len(hidden_states(args, kwargs)))}
 
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [wrapper.register_forward_pre_hook(pass_names, with_kwargs=True) for wrapper in wrappers]

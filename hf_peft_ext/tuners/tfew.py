@@ -27,7 +27,7 @@ class TFewConfig(NamedFields, IA3Config):
     Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3. The adapter is one of peft's own: its config
     becomes an `IA3Config` with the names of the modules as soon as the model is known, and is saved as such, so that
     the result is loaded without this package. (The defaults of `IA3Config` are other sites in many architectures:
-    queries and values in OPT, BART, Gemma and Qwen.)
+    queries in place of keys in BART, Gemma and Qwen, in place of values in OPT.)
 
     - Where one projection makes queries, keys and values (GPT-2, BLOOM, Falcon), so does the vector; its part for the
       queries is kept at one in training. To go on training a saved adapter, load it into a model that has got this
@@ -86,14 +86,8 @@ def resolve(model: nn.Module, config: TFewConfig) -> Resolved:
     hosts: dict[str, list[Site]] = {}
     for site in chosen_sites(model, config):
         hosts.setdefault(site.host, []).append(site)
-    for host, group in hosts.items():
-        mixed = {site.name for site in group} - {"ffn_output"}
-        if mixed and len(mixed) < len({site.name for site in group}):
-            raise ValueError(f"`sites` (={config.sites}) puts `{mixed.pop()}` and `ffn_output` at {host}.")
     leaves = {host: innermost(model.get_submodule(host)) for host in hosts}
-    for host, leaf in leaves.items():
-        if not isinstance(leaf, (nn.Linear, Conv1D)):
-            raise ValueError(f"{host} is a {type(leaf).__name__}, which peft's (IA)^3 cannot scale; exclude it.")
+    check_hosts(hosts, leaves, config)
     inputs = [host for host, group in hosts.items() if group[0].name == "ffn_output"]
     outputs = [host for host in hosts if host not in inputs]
     others = {path for path, _ in own_modules(model)} - {"", *hosts} - excluded(model, config)
@@ -105,6 +99,17 @@ def resolve(model: nn.Module, config: TFewConfig) -> Resolved:
     }
     plain = IA3Config(**{f.name: found.get(f.name, getattr(config, f.name)) for f in fields(IA3Config)})
     return Resolved(plain, {host: rows for host, group in hosts.items() if len(rows := other_rows(group))})
+
+
+def check_hosts(hosts: dict[str, list[Site]], leaves: dict[str, nn.Module], config: TFewConfig) -> None:
+    """Refuse modules that peft's (IA)^3 cannot scale, or that `sites` wants scaled on both sides."""
+    for host, group in hosts.items():
+        names = [site.name for site in group]
+        both = "ffn_output" in names and names.count("ffn_output") < len(names)
+        check("sites", config.sites, not both, f"puts `ffn_output` and another target at {host}")
+        if not isinstance(leaves[host], (nn.Linear, Conv1D)):
+            kind = type(leaves[host]).__name__
+            raise ValueError(f"{host} is a {kind}, which peft's (IA)^3 cannot scale; exclude it.")
 
 
 def chosen_sites(model: nn.Module, config: TFewConfig) -> list[Site]:
