@@ -252,6 +252,16 @@ def test_command_opens_a_pull_request(hub, tmp_path):
     assert hub.repos["ann/tiny"].messages == [("refs/pr/1", "A proposal", "")]
 
 
+def test_command_takes_adapters_of_peft_s_own(hub, tmp_path):
+    model = lora()
+    randomise(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/lora")
+    assert code == 0, text
+    assert "import hf_peft_ext" not in hub.files("ann/lora")["README.md"].decode()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/lora").eval()), logits(model.eval()))
+
+
 def test_command_line_errors(hub, tmp_path):
     """One sentence and exit code 1, no traceback."""
     folder = tmp_path / "out"
