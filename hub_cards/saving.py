@@ -29,7 +29,11 @@ Stock = Callable[..., Any]
 @extend
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """As peft does, and a card for each adapter."""
-    stock(save_directory, *args, **kwargs)
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
+    try:
+        stock(save_directory, *args, **kwargs)
+    finally:
+        del vars(model)["create_or_update_model_card"]
     given = inspect.signature(stock).bind(save_directory, *args, **kwargs).arguments
     if given.get("is_main_process", True):
         write_cards(Path(save_directory), model, given.get("selected_adapters"))
@@ -37,7 +41,7 @@ def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, 
 
 @extend
 def create_or_update_model_card(stock: Stock, model: PeftModel, output_dir: str | Path) -> None:
-    """The card of an adapter that lies there; none before it is saved, which is when peft asks."""
+    """The card of an adapter that lies there; none where there is no adapter."""
     if Path(output_dir, CONFIG_NAME).exists():
         write_card(output_dir, model)
 

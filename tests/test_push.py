@@ -148,6 +148,14 @@ def test_the_token_given_is_looked_for_too(folder, hub):
         push_adapter(folder, "ann/tiny", commit_message=f"with {OWNER}")
 
 
+def test_invalid_metadata(folder, hub):
+    """What the Hub says of a card's metadata is raised before a file is sent."""
+    (folder / "README.md").write_text("---\nbase_model: /data/models/bert\n---\n")
+    with pytest.raises(ValueError, match="\"base_model\" with value '/data/models/bert' is not valid"):
+        push_adapter(folder, "ann/tiny")
+    assert hub.files("ann/tiny").keys() == {".gitattributes"}
+
+
 def test_other_refusals(folder, hub, tmp_path):
     with pytest.raises(ValueError, match=r"`folder` \(='nowhere'\) must be a folder\."):
         push_adapter("nowhere", "ann/tiny")

@@ -3,6 +3,7 @@
 Over HTTP, against a small Hub (hub_server.py).
 """
 
+import base64
 import re
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def test_saving_again_keeps_edits(tmp_path):
     model.create_or_update_model_card(str(tmp_path))
     assert "## Intended use\n\nFor Ann's letters." in path.read_text()
     assert path.read_text().count("import hf_peft_ext") == 1
+
+
+def test_what_lay_there_before_does_not_matter(tmp_path):
+    """Saved over a file that a process left half written, and over an adapter of another method."""
+    adapter(method="bitfit").save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+    adapter().save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), str(tmp_path))), logits(adapter()))
+    assert "# UniPELT adapter" in (tmp_path / "README.md").read_text()
 
 
 def test_no_card_before_there_is_an_adapter(tmp_path):
@@ -144,16 +154,8 @@ def test_push_to_hub(hub, temporary):
     assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter()))
 
 
-def test_save_pretrained_with_push_to_hub_is_as_in_peft(tmp_path, hub):
-    """peft's save_pretrained takes no `push_to_hub`; ours neither sends anything."""
-    adapter().save_pretrained(str(tmp_path / "out"))
-    assert not hub.log
-
-
 def edit(hub, repo_id, text):
     """What an author does on the web page of a repository: a commit that adds a section to the card."""
-    import base64
-
     card = hub.files(repo_id)["README.md"] + text.encode()
     value = {"path": "README.md", "content": base64.b64encode(card).decode()}
     hub.commit(hub.repos[repo_id], "main", "main", [{"key": "file", "value": value}])
