@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..placement import check
 from ..tuners.config import PlacedConfig
@@ -113,8 +113,11 @@ class SavedAdapter:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
+        try:
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
+        except SafetensorError as error:
+            raise ValueError(f"`folder` (={str(self.folder)!r}) holds an {WEIGHTS} that is none: {error}.") from error
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")

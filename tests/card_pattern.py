@@ -53,8 +53,8 @@ import hf_peft_ext  # comes first: it makes the method known to peft
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = "acme/tiny-bert"
 adapter = "unipelt"
+base = "acme/tiny-bert"
 model = AutoModelForSequenceClassification.from_pretrained(
     base,
     revision="aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
@@ -83,6 +84,9 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds no adapter_config.json; save an adapter there\."):
         write_card(tmp_path)
     saved(tmp_path, "bitfit")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds an adapter_model.safetensors that is none"):
+        write_card(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOVEL"}')
     with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type that this"):
         write_card(tmp_path)
@@ -168,6 +172,18 @@ def test_quantisation_of_a_model():
     assert quantization(SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))) == "8-bit"
     assert quantization(SimpleNamespace(quantization_config={"quant_method": "gptq"})) == "gptq"
     assert quantization(SimpleNamespace()) is None
+
+
+def test_a_model_of_ones_own(tmp_path):
+    """Not of transformers: the card neither says so nor guesses how to load it."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    get_peft_model(deepcopy(net), LoraConfig(target_modules=["0"], r=2)).save_pretrained(tmp_path)
+    card = write_card(tmp_path).read_text()
+    assert "transformers" not in card
+    code = code_of(card).replace("model = ...", "model = net").replace(tmp_path.name, str(tmp_path))
+    space = {"net": net}
+    exec(compile(code, "snippet", "exec"), space)
+    assert space["model"].peft_config["default"].r == 2
 
 
 # Method and architecture
