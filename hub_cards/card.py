@@ -8,13 +8,15 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from peft import PeftModel
 
+from ..placement import check
 from . import figures
-from .adapter import SavedAdapter
+from .adapter import SavedAdapter, is_hub_id
 from .edits import Version, digest, split
 from .metadata import card_data, check_metadata
 from .record import TrainingRecord
 from .sections import values
 from .stock import without_stock
+from .text import plain
 from .told import told_by
 
 FILE, RECIPE = "README.md", "recipe.yaml"
@@ -43,11 +45,14 @@ class AdapterCard(ModelCard):
             repo_id: the repository on the Hub that the card is for; its loading snippet names it.
 
         Raises:
-            ValueError: the folder holds no adapter, or the record has metadata that the Hub does not take.
+            ValueError: the folder holds no adapter, `repo_id` is none, or the record has metadata that the Hub does
+                not take.
         """
+        rule = "must be an id on the Hub, such as 'name/adapter'"
+        check("repo_id", repo_id, repo_id is None or is_hub_id(repo_id), rule)
         adapter = SavedAdapter(folder)
         record = record or TrainingRecord.load(folder) or TrainingRecord()
-        data = card_data(adapter, record, repo_id or adapter.folder.resolve().name)
+        data = card_data(adapter, record, repo_id or plain(adapter.folder.resolve().name))
         card = cls.from_template(data, **values(adapter, record, repo_id))
         parts = [NAME.split(block) for block in split(card.text)]  # ["", name, block]
         return cls.of(Version.of(card.data.to_dict(), {name: block for _, name, block in parts}))

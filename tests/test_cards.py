@@ -147,6 +147,8 @@ def test_snippet_names_the_repository(tmp_path):
     code = code_of(write_card(tmp_path, repo_id="me/support").read_text())
     assert 'adapter = "me/support"' in code
     assert f'base = "{BASE}"' in code
+    with pytest.raises(ValueError, match=r"`repo_id` \(='a b'\) must be an id on the Hub, such as 'name/adapter'\."):
+        write_card(tmp_path, repo_id="a b")
 
 
 def test_snippet_takes_the_tokenizer_beside_the_adapter(tmp_path):
