@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord, write_card
-from hf_peft_ext.hub_cards.edits import COMMENT, Version, merge, split
+from hf_peft_ext.hub_cards.edits import COMMENT, Version, digest, merge, split
 
 from .cards import full_record, saved
 
@@ -195,6 +195,16 @@ def test_files_of_the_author_stay(folder):
         assert (folder / "recipe.yaml").read_text() == "mine: true  # with a comment\n"
         assert (folder / "figures" / "gates.png").read_bytes() == b"drawn by hand"
         assert (folder / "figures" / "losses.png").exists()
+
+
+def test_a_card_names_no_other_files(folder):
+    """Its comment can be a stranger's: files that it names besides are not touched."""
+    other = folder.parent / "other.txt"
+    other.write_text("mine")
+    forged = f'"generated":{{"file:../other.txt":"{digest(b"mine".hex())}",'
+    edit(folder, ('"generated":{', forged))
+    write_card(folder)
+    assert other.read_text() == "mine"
 
 
 # Cards that others wrote
