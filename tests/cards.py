@@ -38,7 +38,7 @@ ADAPTERS = {
 
 
 def saved(folder: Path, name: str, base: str | None = BASE) -> PeftModel:
-    """An adapter with weights that matter, saved as if its base model came from the Hub; its card is not written yet."""
+    """An adapter with weights that matter, saved as if its base model came from the Hub; without a card."""
     model = ADAPTERS[name]()
     randomise(model)
     model.get_base_model().name_or_path = base or ""
