@@ -56,7 +56,7 @@ TASKS = frozenset(
     video-text-to-text keypoint-detection visual-document-retrieval any-to-any video-to-video other
     """.split()
 )
-METRIC = re.compile(r"[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")
+METRIC = re.compile(r"(?!loss$)[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")  # a loss is no metric of the Hub's
 
 
 def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> ModelCardData:

@@ -249,7 +249,7 @@ def test_a_card_without_its_comment(folder):
 def test_saving_again_over_a_card(tmp_path, name):
     """peft writes its own metadata over what is there; the author's text stays, and so does what we wrote."""
     model = saved(tmp_path, name)
-    first = write_card(tmp_path).read_text()
+    first = write_card(tmp_path, model).read_text()
     edit(tmp_path, ("## Use", f"{OWN}\n\n## Use"))
     model.save_pretrained(tmp_path, save_embedding_layers=False)  # or it asks the Hub for the base model
     text = write_card(tmp_path).read_text()

@@ -322,13 +322,16 @@ def test_results_side_by_side(tmp_path):
 
 
 def test_results_that_are_no_numbers_stay_off_the_leaderboard(tmp_path):
-    """A diverged run: its card says nan, the Hub's index holds numbers only."""
+    """A diverged run: its card says nan, the Hub's index holds numbers only, and no losses."""
     record = full_record()
-    record.results = [Result("accuracy", float("nan"), dataset="nyu-mll/glue"), Result("f1", 0.5, float("inf"), 2)]
+    glue = {"dataset": "nyu-mll/glue", "split": "test"}
+    record.results = [Result("accuracy", float("nan"), **glue), Result("loss", 0.5, float("inf"), 2, **glue)]
     card = card_of(tmp_path, "unipelt", record)
-    assert "| `accuracy` | `nyu-mll/glue` | nan |" in card
-    assert "0.5 ± inf" in card
-    assert "model-index" not in ModelCard(card).data.to_dict()
+    assert "| `accuracy` | `nyu-mll/glue` | `test` | nan |" in card
+    assert "| `loss` | `nyu-mll/glue` | `test` | 0.5 ± inf |" in card
+    data = ModelCard(card).data.to_dict()
+    assert "model-index" not in data
+    assert data["metrics"] == ["accuracy"]
 
 
 # Figures and recipe
