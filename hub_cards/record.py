@@ -94,6 +94,7 @@ class TrainingRecord:
         trainer: the name of the trainer, such as "SFT".
         paper: of the way it was trained, with `title`, `arxiv` and `bibtex`; empty where that has none of its own.
         tags: of the trainer, for the Hub.
+        labels: names of the classes, in order.
     """
 
     base_model: str | None = None
@@ -120,6 +121,7 @@ class TrainingRecord:
     trainer: str | None = None
     paper: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into the adapter's folder."""
