@@ -1,7 +1,6 @@
 """What a saved adapter says of itself: its config, and the names and shapes in its safetensors header."""
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -111,7 +110,7 @@ class SavedAdapter:
     @cached_property
     def tensors(self) -> list[Tensor]:
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
+            return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         path = key.removeprefix("base_model.model.")
@@ -160,7 +159,11 @@ class SavedAdapter:
     def _site(self, sublayer: str, site: str, tensors: list[Tensor]) -> str:
         bare = site.removeprefix("cross_")
         if self.is_ours and sublayer != "saved whole" and bare in SITE_NAMES:
-            return SITE_NAMES[bare] + (", cross-attention" if bare != site else "")
+            name = SITE_NAMES[bare]
+            if bare == site:
+                return name
+            crossed = name.replace("attention", "cross-attention")
+            return crossed if crossed != name else f"{name} of cross-attention"
         return ", ".join(cell(name) for name in sorted({t.host.rpartition(".")[2] or site for t in tensors}))
 
     def _gate(self, sublayer: str, site: str) -> str:
@@ -184,18 +187,18 @@ def layers(hosts: Iterable[str]) -> str:
             stacks[found[1] or ""].add(int(found[2]))
         else:
             outside = True
-    sides = {stack: next((s for s in ("encoder", "decoder") if s in stack.split(".")), cell(stack)) for stack in stacks}
+    sides = {
+        stack: next((s for s in ("encoder", "decoder") if s in stack.split(".")), cell(stack)) for stack in stacks
+    }
     ordered = sorted(stacks, key=lambda stack: sides[stack] == "decoder")
     named = [f"{sides[s]} {ranges(stacks[s])}" if len(stacks) > 1 else ranges(stacks[s]) for s in ordered]
     return ", ".join([*named, *(["outside the layers"] if outside else [])])
 
 
-def hub_id(name: object) -> str | None:
-    """The name itself if it can be an id on the Hub, and is no folder here; None for paths."""
-    if not isinstance(name, str) or not name or os.path.exists(name):
-        return None
+def is_hub_id(name: object) -> bool:
+    """Whether a name has the form of an id on the Hub."""
     try:
-        validate_repo_id(name)
+        validate_repo_id(name)  # pyright: ignore[reportArgumentType]
     except HFValidationError:
-        return None
-    return name
+        return False
+    return bool(name)

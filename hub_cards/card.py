@@ -18,7 +18,7 @@ from .stock import without_stock
 from .told import told_by
 
 FILE, RECIPE = "README.md", "recipe.yaml"
-NAME = re.compile(r"<!-- ([a-z.]+) -->\n")  # in front of each block of the template
+NAME = re.compile(r"\A<!-- ([a-z.]+) -->\n")  # in front of each block of the template
 
 
 class AdapterCard(ModelCard):
@@ -48,12 +48,12 @@ class AdapterCard(ModelCard):
         record = record or TrainingRecord.load(folder) or TrainingRecord()
         data = card_data(adapter, record, repo_id or adapter.folder.resolve().name)
         card = cls.from_template(data, **values(adapter, record, repo_id))
-        blocks = {str(NAME.match(block)[1]): NAME.sub("", block, count=1) for block in split(card.text)}
-        return cls.of(Version.of(card.data.to_dict(), blocks))
+        parts = [NAME.split(block) for block in split(card.text)]  # ["", name, block]
+        return cls.of(Version.of(card.data.to_dict(), {name: block for _, name, block in parts}))
 
     @classmethod
     def of(cls, version: Version) -> "AdapterCard":
-        return cls(f"---\n{yaml_dump(version.metadata, sort_keys=False)}---\n\n{version.text()}")
+        return cls(version.content())
 
 
 def write_card(
@@ -61,8 +61,8 @@ def write_card(
 ) -> Path:
     """Write README.md, figures and recipe.yaml into an adapter's folder, keeping what its author has edited.
 
-    What is still as it was written last is renewed; what the author has changed, added or deleted stays so: paragraphs,
-    tables, entries of the metadata, whole files. Delete README.md to have all of it written anew.
+    What is still as it was written last is renewed; what the author has changed, added or deleted stays so:
+    paragraphs, tables, entries of the metadata, whole files. Delete README.md to have all of it written anew.
 
     Args:
         folder: a saved adapter, with or without a training record.
@@ -88,6 +88,7 @@ def write_card(
         version = without_stock(Version.read(path.read_text(encoding="utf-8-sig")), adapter).renewed(version)
     if published is not None:
         version = without_stock(Version.read(published), adapter).joined(version)
+    AdapterCard.of(version)  # finds errors in the author's model-index
     check_metadata(version.metadata)
     if record != found:
         record.save(folder)
@@ -95,7 +96,7 @@ def write_card(
     if record.recipe:
         made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()
     version.generated = write_files(folder, made, version.generated)
-    AdapterCard.of(version).save(path)
+    path.write_text(version.content(), encoding="utf-8", newline="\n")  # as it is: a ModelCard would order it anew
     return path
 
 

@@ -1,24 +1,25 @@
 """Renews a card and keeps what its author did: edits, additions and deletions, in the text and in the metadata.
 
-A card is a list of named items: the blocks of its text (a heading, a paragraph, a table, a fenced block) and the entries
-of its metadata. A comment at its end holds a hash of each as it was last written. An item that still has its hash was
-not touched, and is renewed; one that has another is the author's, and stays; one that is gone was deleted, and stays
-away. The same merge takes two cards of one adapter together, such as the one in its folder and the one on the Hub.
+A card is a list of named items: the blocks of its text (a heading, a paragraph, a table, a fenced block) and the
+entries of its metadata. A comment at its end holds a hash of each as it was last written. An item that still has its
+hash was not touched, and is renewed; one that has another is the author's, and stays; one that is gone was deleted,
+and stays away. The same merge takes two cards of one adapter together: the one in its folder and the one on the Hub.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
 
 Items = dict[str, Any]  # name -> block of text, or (key, value) of the metadata; in order
 
-COMMENT = re.compile(r"\n*<!-- hf_peft_ext renews what stands above unless you change it: (\{.*\}) -->\n*")
+COMMENT = re.compile(r"<!-- hf_peft_ext renews what stands above unless you change it: (.*) -->\s*")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 META = "@"  # in front of the names of metadata
 
@@ -32,12 +33,14 @@ class Version:
         blocks: name -> block of its text; a block that was not generated has a name made of its hash.
         generated: name of each item as it was generated, whether or not the author has it still -> hash.
         kept: name of each item of the author's -> hash.
+        known: the names of all that this card has ever held; what it holds no more was deleted from it.
     """
 
     metadata: dict[str, Any]
     blocks: dict[str, str]
     generated: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, metadata: dict[str, Any], blocks: dict[str, str]) -> "Version":
@@ -51,18 +54,21 @@ class Version:
         """A card as it was found.
 
         Raises:
-            ValueError: its front matter is no YAML mapping.
+            ValueError: its front matter is no YAML mapping, or its comment was changed.
         """
         content = content.replace("\r\n", "\n")
         front = REGEX_YAML_BLOCK.search(content)
         metadata = front_matter(front[2]) if front else {}
         text = content[front.end() :] if front else content
+        parts = split(text)
         generated, kept = {}, {}
-        for comment in COMMENT.finditer(text):  # two, where an author has put two cards together
-            stored = json.loads(comment[1])
+        for comment in filter(None, map(COMMENT.fullmatch, parts)):  # two, where two cards were put together
+            stored = state(comment[1])
             generated |= stored["generated"]
             kept |= stored["kept"]
-        return cls(metadata, named(COMMENT.sub("\n\n", text), {**generated, **kept}), generated, kept)
+        before = {**generated, **kept}
+        blocks = named([part for part in parts if not COMMENT.fullmatch(part)], before)
+        return cls(metadata, blocks, generated, kept, frozenset(before))
 
     def forget(self, key: str) -> None:
         """Take an entry of the metadata for one that was never there."""
@@ -80,25 +86,40 @@ class Version:
         return self._merged(new, self.generated)
 
     def joined(self, other: "Version") -> "Version":
-        """This card, changed as another has been since they were one."""
-        return self._merged(other, {**self.generated, **self.kept})
+        """This card, changed as another has been since they were one.
+
+        What the other never held, it has not deleted.
+        """
+        shared = {name: hash for name, hash in self.kept.items() if name in other.known}
+        return self._merged(other, {**self.generated, **shared})
 
     def _merged(self, new: "Version", before: Mapping[str, str]) -> "Version":
-        items = merge(self.items, before, new.items)
+        headed = not before and any(block.startswith("# ") for block in self.blocks.values())
+        items = merge(self.items, before, {n: item for n, item in new.items.items() if not (headed and n == "title")})
         blocks = {name: item for name, item in items.items() if not name.startswith(META)}
         metadata = unentries({name: item for name, item in items.items() if name.startswith(META)})
         now = self.items
         taken = {name: hash for name, hash in self.generated.items() if name not in now or digest(now[name]) != hash}
         generated = {**taken, **new.generated}
         kept = {name: digest(item) for name, item in items.items() if digest(item) != generated.get(name)}
-        return Version(metadata, blocks, generated, kept)
+        return Version(metadata, blocks, generated, kept, self.known)
 
-    def text(self) -> str:
-        """The body, with the comment that the next renewal reads."""
+    def content(self) -> str:
+        """The file, with the comment that the next renewal reads."""
         stored = json.dumps({"generated": self.generated, "kept": self.kept}, separators=(",", ":"))
         stored = stored.replace(">", "\\u003e")  # nothing inside ends the comment
         comment = f"<!-- hf_peft_ext renews what stands above unless you change it: {stored} -->"
-        return "\n\n".join([*self.blocks.values(), comment]) + "\n"
+        front = f"---\n{yaml_dump(self.metadata, sort_keys=False)}---"
+        return "\n\n".join([front, *self.blocks.values(), comment]) + "\n"
+
+
+def state(text: str) -> dict[str, dict[str, str]]:
+    """What a card's comment holds."""
+    try:
+        stored = json.loads(text)
+        return {name: {str(key): str(hash) for key, hash in stored[name].items()} for name in ("generated", "kept")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError("The last comment of the card (README.md) was changed; restore or remove it.") from error
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -126,20 +147,22 @@ def split(text: str) -> list[str]:
             fence = ""
         elif not fence and mark:
             fence = mark[1]
-        if line.strip() or fence:
+        if not fence and COMMENT.fullmatch(line):
+            parts += [[line], []]
+        elif line.strip() or fence:
             parts[-1].append(line)
         elif parts[-1]:
             parts.append([])
     return ["\n".join(lines) for lines in parts if lines]
 
 
-def named(text: str, before: Mapping[str, str]) -> dict[str, str]:
-    """The blocks of a text under the names that they were written with, else under names made of their hashes."""
+def named(found: Iterable[str], before: Mapping[str, str]) -> dict[str, str]:
+    """Blocks of a text under the names that they were written with, else under names made of their hashes."""
     names: dict[str, list[str]] = {}
     for name, hash in before.items():
         names.setdefault(hash, []).append(name)
     blocks: dict[str, str] = {}
-    for block in split(text):
+    for block in found:
         known = names.get(digest(block))
         name = known.pop(0) if known else f"~{digest(block)}"
         while name in blocks:

@@ -5,7 +5,7 @@ They need matplotlib (`pip install "hf_peft_ext[figures]"`); without it a card g
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,13 @@ def drawable(record: TrainingRecord) -> list[str]:
     """The files that `draw` makes of a record."""
     if find_spec("matplotlib") is None:
         return []
-    there = {GATES: gate_grid(record.gates), LOSSES: loss_curves(record.history)}
+    there = {GATES: gate_grid(record.gates), LOSSES: loss_curves(record)}
     return [name for name, values in there.items() if values]
 
 
 def draw(record: TrainingRecord) -> dict[str, bytes]:
     """File name -> PNG."""
-    makers = {GATES: lambda: heat_map(gate_grid(record.gates)), LOSSES: lambda: curves(loss_curves(record.history))}
+    makers = {GATES: lambda: heat_map(gate_grid(record.gates)), LOSSES: lambda: curves(loss_curves(record))}
     return {name: png(makers[name]()) for name in drawable(record)}
 
 
@@ -45,12 +45,12 @@ def gate_grid(gates: Mapping[str, float]) -> dict[str, dict[int, float]]:
     return grid
 
 
-def loss_curves(history: Sequence[Mapping[str, float]]) -> dict[str, Points]:
-    """Name -> (step, value) of everything in the log that has "loss" in its name, the training loss first."""
+def loss_curves(record: TrainingRecord) -> dict[str, Points]:
+    """Name -> (step, value) of the losses in the log and their terms, the training loss first."""
     found: dict[str, Points] = {}
-    for entry in history:
+    for entry in record.history:
         for name, value in entry.items():
-            if "loss" in name and "step" in entry:
+            if "step" in entry and ("loss" in name or name.removeprefix("eval_") in record.loss_terms):
                 found.setdefault(name, []).append((entry["step"], value))
     several = {name: points for name, points in found.items() if len(points) > 1}
     return dict(sorted(several.items(), key=lambda item: (item[0] != "loss", item[0])))

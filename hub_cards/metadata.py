@@ -1,8 +1,10 @@
-"""The metadata of a card: what the Hub files an adapter under, checked here since the Hub would refuse it only at push."""
+"""The metadata of a card: what the Hub files an adapter under. Checked here, before the Hub would refuse it."""
 
 import difflib
 import re
 from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from ..placement import check
-from .adapter import SavedAdapter, hub_id
+from .adapter import SavedAdapter, is_hub_id
 from .record import DatasetRecord, Result, TrainingRecord
 from .snippet import pipeline_tag
 from .text import plain
@@ -76,9 +78,9 @@ def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> Model
         "library_name": "peft",
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
-        "tags": tags(adapter, base),
+        "tags": tags(adapter, record, base),
         "pipeline_tag": task,
-        "datasets": list(dict.fromkeys(data.name for data in record.datasets if data.on_hub)) or None,
+        "datasets": list(dict.fromkeys(d.name for d in record.datasets if d.on_hub and d.used_for != "eval")) or None,
         "metrics": list(dict.fromkeys(r.metric for r in own if METRIC.fullmatch(r.metric))) or None,
     }
     check_metadata({key: value for key, value in data.items() if value is not None})
@@ -87,20 +89,21 @@ def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> Model
 
 def base_model(adapter: SavedAdapter, record: TrainingRecord) -> str | None:
     """The base model's id on the Hub; None where it was loaded from a folder."""
-    return hub_id(record.base_model or adapter.config.base_model_name_or_path)
+    name = record.base_model or adapter.config.base_model_name_or_path
+    return name if is_hub_id(name) and not Path(name).exists() else None
 
 
-def tags(adapter: SavedAdapter, base: str | None) -> list[str]:
-    """peft's own tags, the method, and this package where it is needed."""
-    found = ["peft", *(["hf_peft_ext"] if adapter.is_ours else []), "transformers", adapter.method]
-    return [*found, *([f"base_model:adapter:{base}"] if base else [])]
+def tags(adapter: SavedAdapter, record: TrainingRecord, base: str | None) -> list[str]:
+    """peft's own tags, the method, the trainer's, and this package where it is needed."""
+    needed, model = ["hf_peft_ext"] * adapter.is_ours, [f"base_model:adapter:{base}"] * bool(base)
+    return list(dict.fromkeys(["peft", *needed, "transformers", adapter.method, *record.tags, *model]))
 
 
 def eval_results(record: TrainingRecord, task: str | None) -> list[EvalResult]:
     """The adapter's own results on data of the Hub: the Hub lists a result under a data set's id and a task."""
     on_hub = {data.name: data for data in record.datasets if data.on_hub}
-    own = [r for r in record.results if r.method == "adapter" and r.dataset in on_hub and METRIC.fullmatch(r.metric)]
-    return [eval_result(result, on_hub[str(result.dataset)], task) for result in own if task]
+    own = [r for r in record.results if r.method == "adapter" and r.dataset in on_hub and isfinite(r.value)]
+    return [eval_result(r, on_hub[str(r.dataset)], task) for r in own if task and METRIC.fullmatch(r.metric)]
 
 
 def eval_result(result: Result, data: DatasetRecord, task: str | None) -> EvalResult:
@@ -131,7 +134,7 @@ def check_metadata(data: Mapping[str, Any]) -> None:
         check("language", language, bool(known), "must be an ISO 639 code, such as 'en'")
     for name in ("base_model", "datasets"):
         for repo_id in as_list(data.get(name)):
-            check(name, repo_id, hub_id(repo_id) is not None, "must be an id on the Hub, such as 'org/name'")
+            check(name, repo_id, is_hub_id(repo_id), "must be an id on the Hub, such as 'org/name'")
     task = data.get("pipeline_tag")
     check("pipeline_tag", task, task is None or task in TASKS, "must be a task of the Hub: huggingface.co/tasks")
     for tag in as_list(data.get("tags")):

@@ -8,7 +8,7 @@ from .text import listed
 
 NAMES = {
     "unipelt": "UniPELT",
-    "mam": "Mix-and-match (MAM)",
+    "mam": "MAM",
     "bottleneck": "Bottleneck",
     "layer_prefix": "Prefix-tuning",
     "bitfit": "BitFit",
@@ -22,21 +22,21 @@ NAMES = {
 STYLES = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": MAM, "scaled_parallel": MAM}
 SUBLAYERS = {
     "bottleneck": "bottleneck adapters (down to a few dimensions, through an activation, and up again)",
-    "low_rank": "low-rank updates of weights (LoRA)",
-    "prefix": "trained prefixes, keys and values that attention sees in front of every text",
+    "low_rank": "LoRA (low-rank updates of weights)",
+    "prefix": "trained prefixes (keys and values that attention sees in front of every text)",
     "bias": "trained biases",
 }
 METHODS = {
-    "unipelt": "puts {sublayers} into every layer{gates}.",
-    "mam": "mixes two methods: {sublayers}. Most parameters sit beside the feed-forward network.",
+    "unipelt": "puts {sublayers} into the layers of a frozen model{gates}.",
+    "mam": "is short for mix-and-match: {sublayers}, both added to a frozen model.",
     "bottleneck": "adds {sublayers} to a frozen model.",
-    "layer_prefix": "leaves the model as it is and adds {sublayers}, to every layer.",
-    "bitfit": "trains the biases of the model and nothing else.",
+    "layer_prefix": "leaves a model as it is and adds {sublayers}.",
+    "bitfit": "trains biases and leaves the weights as they are.",
     "composed": "is put together for this adapter, of {sublayers}{gates}.",
     "lora": "leaves the weights as they are and adds to some of them a product of two thin matrices of low rank.",
     "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
     "adalora": "is LoRA whose ranks are shared out while training, more to the matrices that matter more.",
-    "prefix_tuning": "adds trained keys and values in front of every text, in every layer.",
+    "prefix_tuning": "adds trained keys and values that attention sees in front of every text.",
     "prompt_tuning": "adds trained vectors in front of the embedded text.",
 }
 

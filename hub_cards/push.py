@@ -132,7 +132,9 @@ def explained(folder: str | Path, repo_id: str, options: dict[str, Any]) -> Iter
     try:
         yield
     except FAILURES as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # huggingface_hub's wrap
+        said = [(str(cause) or type(cause).__name__).splitlines()[0], getattr(cause, "server_message", None)]
+        reason = "; ".join(text.rstrip(".") for text in said if text)
         raise PushError(
             f"The push to {repo_id} failed: {reason}. The adapter is complete in {folder}. "
             f"Run this to finish the push: {command(folder, repo_id, options)}"

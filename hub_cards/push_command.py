@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from peft.utils import CONFIG_NAME
@@ -11,10 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from .card import write_card
-from .push import PushError, publishable, push_adapter
+from .push import PushError, explained, publishable, push_adapter
+from .saving import published_cards
 
-Folder = Annotated[Path, typer.Argument(help="The folder of a saved adapter.", exists=True, file_okay=False)]
-RepoId = Annotated[str, typer.Argument(help='The repository: "user/name", or "name" for one of your own.')]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="The folder of a saved adapter.", exists=True, file_okay=False)
+]
+RepoId = Annotated[
+    str, typer.Argument(metavar="REPO_ID", help='The repository: "user/name", or "name" for one of your own.')
+]
 Revision = Annotated[
     str | None, typer.Option(help='A branch, made if it is missing, or an open pull request, "refs/pr/1".')
 ]
@@ -51,22 +56,18 @@ def push(
     `hf-peft-ext push out their-team/their-adapter --create-pr --commit-message "Trained for longer"`.
     """
     console, errors = Console(), Console(stderr=True)
+    options: dict[str, Any] = {"revision": revision, "private": private or None, "create_pr": create_pr}
+    options |= {"commit_message": commit_message, "commit_description": commit_description}
     try:
         if not dry_run and (folder / CONFIG_NAME).exists():
-            write_card(folder, repo_id=repo_id)
+            with explained(folder, repo_id, options):
+                published = published_cards(repo_id, revision)
+            write_card(folder, repo_id=repo_id, published=published.get("README.md"))
         files = publishable(folder)
         console.print(contents(folder, files))
         if dry_run:
             return
-        info = push_adapter(
-            folder,
-            repo_id,
-            revision=revision,
-            private=private or None,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-        )
+        info = push_adapter(folder, repo_id, **options)
     except (ValueError, PushError) as error:
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error

@@ -7,12 +7,13 @@ of it and uploads every file at hand. Here both go by `write_card` and `push_ada
 import inspect
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
@@ -20,6 +21,7 @@ from ..registry import extend
 from .card import write_card
 from .push import explained, push_adapter
 
+CARD = "README.md"
 Stock = Callable[..., Any]
 
 
@@ -71,56 +73,64 @@ def push_to_hub(
     options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
     with explained(folder, repo_id, options):
-        repo_id = fetch_cards(folder, repo_id, revision, private, token)
-    write_cards(folder, model, repo_id=repo_id, tags=tags)
+        published = published_cards(repo_id, revision, token)
+    write_cards(folder, model, repo_id=repo_id, published=published, tags=tags)
     info = push_adapter(folder, repo_id, token=token, **options)
     shutil.rmtree(folder)
     return info
 
 
-def fetch_cards(
-    folder: Path, repo_id: str, revision: str | None, private: bool | None, token: bool | str | None
-) -> str:
-    """Put the cards that the Hub has into the folder, so that `write_card` finds what their author has edited.
+def published_cards(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> dict[str, str]:
+    """The cards that a repository has on the Hub, by path; what their author has edited there is to be kept.
 
-    Returns:
-        The repository's full id; it has been created where it was missing.
+    Args:
+        revision: the branch; the main one as well where there is no such branch yet.
     """
     api = HfApi(token=token, library_name="hf_peft_ext")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
         files = api.list_repo_files(repo_id, revision=revision)
-    except RevisionNotFoundError:  # a branch that the push will create, from the main one
-        return fetch_cards(folder, repo_id, None, private, token)
-    for file in files:
-        if PurePosixPath(file).name == "README.md" and Path(folder, file).exists():
-            api.hf_hub_download(repo_id, file, revision=revision, local_dir=folder)
-    return repo_id
+    except RevisionNotFoundError:
+        return published_cards(repo_id, None, token) if revision else {}
+    except RepositoryNotFoundError:
+        return {}
+    paths = [file for file in files if PurePosixPath(file).name == CARD]
+    return {file: Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text("utf-8") for file in paths}
 
 
 def write_cards(
     folder: Path,
     model: PeftModel,
     selected: list[str] | None = None,
+    *,
     repo_id: str | None = None,
+    published: Mapping[str, str] = MappingProxyType({}),
     tags: list[str] | None = None,
 ) -> None:
-    """The card of each adapter, beside it: "default" is saved in the folder itself, the others below."""
+    """The card of each adapter, beside it: "default" is saved in the folder itself, the others below.
+
+    Args:
+        selected: the adapters that were saved; all by default.
+        published: the cards on the Hub, by path.
+        tags: further tags for the first card.
+    """
     names = selected or list(model.peft_config)
     for name in names:
-        write_card(folder if name == "default" else folder / name, model, repo_id=repo_id)
+        home = PurePosixPath("" if name == "default" else name)
+        write_card(folder / home, model, repo_id=repo_id, published=published.get(str(home / CARD)))
     if "default" not in names:
         write_contents(folder, names)
     if tags:
-        card = ModelCard.load(folder / "README.md")
+        card = ModelCard.load(folder / CARD)
         card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
-        card.save(folder / "README.md")
+        card.save(folder / CARD)
 
 
 def write_contents(folder: Path, names: list[str]) -> None:
     """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card."""
-    if not (folder / "README.md").exists():
-        rows = "\n".join(f'- [{name}]({name}/README.md): `subfolder="{name}"`' for name in names)
+    if not (folder / CARD).exists():
+        rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)
         data = ModelCardData(library_name="peft", tags=["hf_peft_ext"])
         text = f"Each adapter lies in a folder of its own, which `PeftModel.from_pretrained` is told:\n\n{rows}\n"
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Adapters\n\n{text}").save(folder / "README.md")
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Adapters\n\n{text}").save(folder / CARD)

@@ -7,13 +7,14 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from . import figures, methods
-from .adapter import SavedAdapter, hub_id
+from .adapter import SavedAdapter, is_hub_id
 from .metadata import base_model
 from .record import DatasetRecord, Result, TrainingRecord
-from .snippet import snippet
+from .snippet import base_class, snippet
 from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table
 
 COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
+VERSION = re.compile(r"[0-9][0-9a-z.+]*")
 HUB = "https://huggingface.co"
 
 
@@ -22,14 +23,15 @@ def values(adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None) -
     base = base_model(adapter, record)
     revision = record.base_model_revision or adapter.config.revision
     drawn = figures.drawable(record)
-    cited = [paper.bibtex for paper in methods.papers(adapter)]
+    trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
+    cited = [*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")]
     return {
         "method": methods.name(adapter),
         "base_code": code(base) if base else None,
-        "base_link": link(base) if base else None,
+        "base": link(base) if base else unnamed(adapter),
         "parameters": f"{adapter.parameters:,}",
         "size": in_units(adapter.bytes, BYTES),
-        "data_names": listed(dict.fromkeys(data_name(data) for data in record.datasets)) if record.datasets else None,
+        "trained_on": listed(trained_on) if trained_on else None,
         "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours else 'peft'}", "bash"),
         "snippet": fenced(snippet(adapter, base, revision=revision, labels=record.labels, repo_id=repo_id), "python"),
         "labels": ", ".join(code(label) for label in record.labels),
@@ -45,8 +47,8 @@ def values(adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None) -
         "recipe": bool(record.recipe),
         "arguments": as_yaml(record.recipe or record.hyperparameters),
         "command": fenced(record.command, "bash") if record.command else None,
-        "versions": versions(record.versions or {"peft": adapter.config.peft_version}),
-        "citations": fenced("\n\n".join(cited), "bibtex") if cited else None,
+        "versions": versions({"peft": adapter.config.peft_version} | record.versions),
+        "citations": fenced("\n\n".join(filter(None, cited)), "bibtex") if any(cited) else None,
     }
 
 
@@ -56,7 +58,17 @@ def link(repo_id: str, kind: str = "") -> str:
 
 
 def data_name(data: DatasetRecord) -> str:
-    return link(data.name, "datasets/") if data.on_hub and hub_id(data.name) else cell(data.name)
+    return link(data.name, "datasets/") if data.on_hub and is_hub_id(data.name) else cell(data.name)
+
+
+def trains(data: DatasetRecord) -> bool:
+    return data.used_for == "train" or (data.used_for is None and (data.split or "").startswith("train"))
+
+
+def unnamed(adapter: SavedAdapter) -> str:
+    """What is known of a base model without an id."""
+    found = base_class(adapter)
+    return f"a {code(found.__name__) if found else 'base model'} that has no id on the Hub"
 
 
 def results(found: Sequence[Result]) -> str | None:
@@ -66,7 +78,9 @@ def results(found: Sequence[Result]) -> str | None:
     methods = sorted({r.method for r in found}, key=lambda m: (list(COLUMNS).index(m) if m in COLUMNS else 3, m))
     rows: dict[tuple[str, str | None, str | None], dict[str, str]] = {}
     for result in found:
-        rows.setdefault((result.metric, result.dataset, result.split), {})[result.method] = measured(result)
+        rows.setdefault((result.metric, result.dataset, result.split), {})[result.method] = number(
+            result.value, result.spread
+        )
     given = [any(key[i] for key in rows) for i in range(3)]
     names = [name for name, there in zip(("metric", "data", "split"), given, strict=True) if there]
     body = [
@@ -76,10 +90,6 @@ def results(found: Sequence[Result]) -> str | None:
     ]  # fmt: skip
     header = [*names, *(COLUMNS.get(method) or cell(method) for method in methods)]
     return table(header, body, numbers=range(len(names), len(header)))
-
-
-def measured(result: Result) -> str:
-    return number(result.value) + (f" ± {number(result.spread)}" if result.spread is not None else "")
 
 
 def spread(found: Sequence[Result]) -> str | None:
@@ -104,19 +114,28 @@ def gates_note(adapter: SavedAdapter) -> str | None:
     if not any("auto" in row.gate for row in adapter.rows()):
         return None
     return (
-        "Gate `auto`: one gate for each token where attention is causal, else one for the whole text, from the mean of "
-        "its tokens."
+        "Gate `auto`: one gate for each token where attention is causal, else one for the whole text, from the mean "
+        "of its tokens."
     )
 
 
 def datasets(found: Sequence[DatasetRecord]) -> str | None:
     """The data, with what pins them down."""
-    fields = [f for f in ("config", "split", "rows", "revision", "fingerprint") if any(getattr(d, f) for d in found)]
+    known = ("used_for", "config", "split", "rows", "revision", "fingerprint")
+    fields = [f for f in known if any(getattr(data, f) for data in found)]
     body = [
         [data_name(data), *("" if getattr(data, f) is None else shown(getattr(data, f)) for f in fields)]
         for data in found
     ]
-    return table(["data", *fields], body, [1 + i for i, f in enumerate(fields) if f == "rows"]) if found else None
+    return (
+        table(
+            ["data", *(f.replace("_", " ") for f in fields)],
+            body,
+            [1 + i for i, f in enumerate(fields) if f == "rows"],
+        )
+        if found
+        else None
+    )
 
 
 def shown(value: Any) -> str:
@@ -127,8 +146,9 @@ def facts(record: TrainingRecord, revision: str | None) -> str | None:
     """The run in a list."""
     trained = record.trainable_parameters
     total = record.total_parameters
-    share = f" of {total:,} ({number(100 * trained / total)} %)" if trained and total else ""
+    share = f" of {total:,} ({100 * trained / total:.3g} %)" if trained and total else ""
     lines = {
+        "Trainer": code(record.trainer) if record.trainer else None,
         "Trainable parameters": f"{trained:,}{share}" if trained else None,
         "Base model at revision": code(revision) if revision else None,
         "Base model quantised": code(record.quantization) if record.quantization else None,
@@ -147,7 +167,9 @@ def as_yaml(settings: Mapping[str, Any]) -> str | None:
 
 def versions(found: Mapping[str, str | None]) -> str | None:
     """One package a line; peft's as peft writes it itself, which it looks for when it saves once more."""
-    names = {"peft": "PEFT"}
-    lines = [f"- {names.get(name) or code(name)} {version if re.fullmatch(r'[0-9][0-9a-z.+]*', version) else code(version)}"
-             for name, version in found.items() if version]  # fmt: skip
+    lines = [
+        f"- {'PEFT' if name == 'peft' else code(name)} {version if VERSION.fullmatch(version) else code(version)}"
+        for name, version in found.items()
+        if version
+    ]
     return "\n".join(lines) or None

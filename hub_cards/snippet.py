@@ -1,12 +1,10 @@
 """The code that loads an adapter, as its card shows it."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import transformers
-from peft import PeftModel
 
 from .adapter import SavedAdapter
 from .text import plain
@@ -55,7 +53,7 @@ def auto_class(adapter: SavedAdapter) -> str:
 
 
 def base_class(adapter: SavedAdapter) -> Any:
-    """The class that was adapted, if it is one of transformers'; the config is a stranger's, so nothing is imported."""
+    """The class that was adapted, if it is one of transformers'. The name is a stranger's: nothing is imported."""
     found = getattr(transformers, str((adapter.config.auto_mapping or {}).get("base_model_class")), None)
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
@@ -87,26 +85,30 @@ def snippet(
         repo_id: where the adapter is on the Hub; its folder's name by default.
     """
     cls, use = auto_class(adapter), USES.get(adapter.config.task_type, "")
-    arguments = ["base"]
-    if base_model and revision:
-        arguments.append(f"revision={literal(revision)}")
+    arguments = [f"revision={literal(revision)}"] if base_model and revision else []
     if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") or cls.endswith("Classification"):
         arguments += classes(labels, adapter.labels())
-    tokenizer = "adapter" if (adapter.folder / "tokenizer_config.json").is_file() else "base"
-    lines = ["import hf_peft_ext  # first: it makes peft know the method"] if adapter.is_ours else []
-    lines += ["import torch"] if "torch." in use else []
-    lines += [f"from peft import {PeftModel.__name__}", f"from transformers import {cls}, AutoTokenizer", ""]
-    if "Auto" not in cls:
-        lines[-2] = f"from transformers import AutoTokenizer, {cls}"
-    lines += [f"base = {literal(base_model or 'path/to/the/base/model')}"]
-    lines += [f"adapter = {literal(repo_id or adapter.folder.resolve().name)}"]
-    lines += [f"model = {cls}.from_pretrained({', '.join(arguments)})"]
-    lines += [f"model = {PeftModel.__name__}.from_pretrained(model, adapter)"]
+    lines = [
+        *(["import hf_peft_ext  # comes first: it makes the method known to peft"] if adapter.is_ours else []),
+        *(["import torch"] if "torch." in use else []),
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(sorted([cls, *(['AutoTokenizer'] if use else [])]))}",
+        "",
+        f"base = {literal(base_model or 'path/to/the/base/model')}",
+        f"adapter = {literal(repo_id or adapter.folder.resolve().name)}",
+        call(f"model = {cls}.from_pretrained", ["base", *arguments]),
+        "model = PeftModel.from_pretrained(model, adapter)",
+    ]
     if use:
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})", use]
-    else:
-        lines = [re.sub(r"AutoTokenizer, |, AutoTokenizer", "", line) for line in lines]
+        saved = (adapter.folder / "tokenizer_config.json").is_file()
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({'adapter' if saved else 'base'})", use]
     return "\n".join(lines)
+
+
+def call(function: str, arguments: Sequence[str]) -> str:
+    """A call on one line, or with one argument a line where that would be long."""
+    line = f"{function}({', '.join(arguments)})"
+    return line if len(line) <= 100 else "\n    ".join([f"{function}(", *(f"{a}," for a in arguments)]) + "\n)"
 
 
 def classes(labels: Sequence[str], count: int | None) -> list[str]:
@@ -118,5 +120,5 @@ def classes(labels: Sequence[str], count: int | None) -> list[str]:
 
 
 def literal(text: str) -> str:
-    """A string in Python, on one line: JSON's is one where it holds no lone half of a character, and plain text does not."""
+    """A string in Python, on one line; JSON's is one, since plain text holds no half characters."""
     return json.dumps(plain(text), ensure_ascii=False)

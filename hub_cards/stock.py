@@ -17,6 +17,7 @@ def without_stock(version: Version, adapter: SavedAdapter) -> Version:
     """A card without peft's blank template and without the metadata that peft writes over what was there."""
     if blank(version.blocks.values()):
         version.blocks = {}
+        version.forget("library_name")
     if all(TAG.fullmatch(str(tag)) for tag in version.metadata.get("tags") or []):
         version.forget("tags")  # a card of this package has the tag "peft"
     if version.metadata.get("base_model") in ("", adapter.config.base_model_name_or_path):

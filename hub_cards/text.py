@@ -3,10 +3,10 @@
 A short text becomes a code span, a long one a fenced block: in both nothing is markup, in any flavour of Markdown.
 """
 
-import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from math import floor, isfinite, log10
 
 LONGEST = 200  # characters of a name; what is longer tells a reader nothing
 
@@ -54,11 +54,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def attribute(text: str) -> str:
-    """Text inside an HTML attribute."""
-    return html.escape(plain(text))
-
-
 def listed(items: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = items
@@ -76,9 +71,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def number(value: float) -> str:
-    """Four digits that count."""
-    return f"{value:.4g}"
+def number(value: float, spread: float | None = None) -> str:
+    """Four digits that count; with a spread, as many as it leaves certain, and two of its own."""
+    if not spread or not isfinite(spread) or not isfinite(value):
+        return f"{value:.4g}" if spread is None else f"{value:.4g} ± {spread:.2g}"
+    decimals = min(max(1 - floor(log10(spread)), 0), 8)
+    return f"{value:,.{decimals}f} ± {spread:,.{decimals}f}"
 
 
 def in_units(amount: float, units: Sequence[tuple[float, str]]) -> str:

@@ -10,11 +10,10 @@ from .record import TrainingRecord
 
 
 def told_by(model: PeftModel, record: TrainingRecord) -> TrainingRecord:
-    """The record with its gaps filled: the names of the classes, the number of parameters, the quantisation."""
+    """The record with its gaps filled: the names of the classes, the quantisation."""
     config: Any = getattr(model, "config", None)
     gaps: dict[str, Any] = {
         "labels": labels(config),
-        "total_parameters": model.get_nb_trainable_parameters()[1],
         "quantization": quantization(config),
     }
     return replace(record, **{name: value for name, value in gaps.items() if value and not getattr(record, name)})

@@ -82,13 +82,14 @@ class Hub:
         self.lfs: dict[str, bytes] = {}
         self.store = XetStore()
         self.log: list[str] = []  # "METHOD path -> status"
+        self.bodies: list[bytes] = []  # what has been sent here, whatever became of it
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Request,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,6 +187,7 @@ class Request(BaseHTTPRequestHandler):
             self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             return self.hang_up()
         self.body = self.read_body()
+        self.hub.bodies.append(self.body)
         try:
             if fault == "500":
                 raise Failure(500, "Internal Error - We're working hard to fix this as soon as possible!")
@@ -325,7 +327,7 @@ class Request(BaseHTTPRequestHandler):
         self.reply({"files": [
             {
                 **{"path": file["path"], "shouldIgnore": False},
-                "oid": tree[file["path"]].oid if file["path"] in tree else None,
+                "oid": (tree[file["path"]].sha256 or tree[file["path"]].oid) if file["path"] in tree else None,
                 "uploadMode": "lfs" if file["path"].endswith(LFS) or file["size"] > 10 << 20 else "regular",
             }
             for file in json.loads(self.body)["files"]
