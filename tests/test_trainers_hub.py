@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 
 from hf_peft_ext.hub_cards import PushError
@@ -17,16 +17,24 @@ from hf_peft_ext.trainers import AdapterTrainer
 
 from .backbones import BACKBONES
 from .hub_server import OWNER
-from .test_training import classifier, tokenizer
+from .test_training import classifier
 from .test_trainers import losses, trainer, two_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    # 2026-11: huggingface_hub 2.4 gives httpx2 the bytes of LFS files by an old name
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
 ]
 REPO = "ann/adapter"
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "training_record.json", "README.md"}
 FIGURES = {"figures/gates.png", "figures/losses.png"}
 STATE = {"adapter_config.json", "adapter_model.safetensors", "training_record.json", "trainer_state.json"}
+
+
+@pytest.fixture(autouse=True)
+def of_this_test(monkeypatch):
+    """transformers keeps its client, with the address of the Hub of an earlier test."""
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
 
 
 class Tagged(AdapterTrainer):
@@ -85,3 +93,66 @@ def test_strategies(strategy, hub, tmp_path):
     inputs = BACKBONES["bert"].inputs()
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, made.model.eval()(**inputs).logits)
+
+
+def test_a_failed_push_stops_no_training(hub, tmp_path, caplog):
+    """While training goes on a push that fails is a warning; the last one is an error that says what to run."""
+    made = pushing(tmp_path / "run", "every_save")
+    hub.fail(f"POST /api/models/{REPO}/commit/.*", times=100)
+    made.train()
+    assert made.state.global_step == 8
+    with pytest.raises(PushError, match=r"The push to ann/adapter failed: .* hf-peft-ext push .*/run/hub/final ann/adapt"):
+        made.push_to_hub()
+    assert {path.name for path in (tmp_path / "run" / "hub").iterdir()} == {"checkpoint-4", "checkpoint-8", "final"}
+    no_token({str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()})
+    hub.faults.clear()
+    made.push_to_hub()
+    files = hub.files(REPO)
+    stored = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    assert files["adapter_model.safetensors"] == stored
+
+
+def test_edits_of_the_card_are_kept(hub, tmp_path):
+    """What an author has written into the card, here or on the Hub, is there after further training and pushes."""
+    made = pushing(tmp_path / "run", "every_save")
+    made.train()
+    made.save_model()
+    card = tmp_path / "run" / "README.md"
+    card.write_text(card.read_text() + "\n\nWritten here by me.\n")
+    made.push_to_hub(blocking=False).result()
+    assert "Written here by me." in hub.files(REPO)["README.md"].decode()
+    api = HfApi(token=OWNER)
+    there = hub.files(REPO)["README.md"].decode() + "\n\nWritten on the Hub.\n"
+    api.upload_file(path_or_fileobj=there.encode(), path_in_repo="README.md", repo_id=REPO)
+    made.args.max_steps = 12
+    made.train(resume_from_checkpoint=True)
+    made.push_to_hub()
+    text = hub.files(REPO)["README.md"].decode()
+    assert "Written here by me." in text
+    assert "Written on the Hub." in text
+
+
+def test_several_adapters_are_pushed(hub, tmp_path):
+    """Each adapter goes into its own folder, the trained one with its record."""
+    made = pushing(tmp_path / "run", model=two_adapters())
+    made.train()
+    made.push_to_hub()
+    files = hub.files(REPO).keys()
+    assert {f"second/{name}" for name in ADAPTER} <= files
+    assert {"first/adapter_model.safetensors", "first/README.md"} <= files
+    assert "first/training_record.json" not in files
+    loaded = PeftModel.from_pretrained(classifier(), REPO, subfolder="second").eval()
+    inputs = BACKBONES["bert"].inputs()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, made.model.eval()(**inputs).logits)
+
+
+def test_the_card_can_be_asked_for_first(tmp_path):
+    """`create_model_card` saves the adapter if it is not there; TRL asks for a card before each checkpoint."""
+    made = trainer(tmp_path, cls=Tagged, max_steps=4)
+    made.train()
+    made.create_model_card(language="de", tasks="text-classification", dataset_tags=["acme/messages"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.language == ["de"]
+    assert "acme/messages" in card.data.datasets
+    assert (tmp_path / "adapter_model.safetensors").exists()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 from transformers.utils import logging
@@ -69,7 +69,7 @@ class AdapterPushes(Recording):
         record.pipeline_tag = next(iter(listed(tasks)), record.pipeline_tag)
         names = {data.name for data in record.datasets}
         record.datasets += [DatasetRecord(n, on_hub=True) for n in listed(dataset_tags) if n not in names]
-        self._card_tags = listed(tags)
+        record.tags += listed(tags)
         folder = Path(cast(str, self.args.output_dir))
         if (self.adapter_folder(folder) / "adapter_config.json").exists():
             self.filled_record().save(self.adapter_folder(folder))
@@ -77,18 +77,12 @@ class AdapterPushes(Recording):
         else:
             self._save(str(folder))
 
-    _card_tags: Sequence[str] = ()
-
     def _write_cards(self, folder: Path, repo_id: str | None = None, published: dict[str, str] | None = None) -> None:
-        """The card of each adapter beside it, with the tags of the trainer."""
+        """The card of each adapter, beside it."""
         for name in self.peft_model.peft_config:
             home = folder if name == "default" else folder / name
             text = (published or {}).get((home / CARD).relative_to(folder).as_posix())
-            path = write_card(home, self.peft_model, repo_id=repo_id, published=text)
-            if tags := {*self._tags, *self._card_tags}:
-                card = ModelCard.load(path)
-                card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
-                card.save(path)
+            write_card(home, self.peft_model, repo_id=repo_id, published=text)
 
     # The push
 

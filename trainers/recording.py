@@ -168,7 +168,7 @@ class Recording(GateLog):
         """The record as it stands now."""
         model, args, record = self.peft_model, self.args, self.record
         config: Any = getattr(model, "config", None)
-        record.trainer, record.tags = self._name, list(self._tags)
+        record.trainer, record.tags = self._name, list(dict.fromkeys([*self._tags, *record.tags]))
         record.paper = asdict(self._paper) if self._paper else {}
         record.base_model = model.active_peft_config.base_model_name_or_path or None
         record.base_model_revision = model.active_peft_config.revision or getattr(config, "_commit_hash", None)
