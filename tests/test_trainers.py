@@ -15,6 +15,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     Seq2SeqTrainingArguments,
@@ -26,7 +29,7 @@ from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer, AdapterTrainerMixin
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_training import StopAt, arguments, classifier, separable, tokenizer, trained
 
 # 2026-11: the data loader asks for pinned memory wherever it runs
@@ -173,7 +176,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+FAST = ("between two logs", "several adapters", "prefixes of a network")
+
+
+@pytest.mark.parametrize(
+    "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
 def test_resumed_training_equals_uninterrupted(case, tmp_path):
     """Stopped and resumed in a new model, every later loss and every weight is the same, to the bit."""
     build, kwargs = RESUMED[case]
@@ -256,7 +264,10 @@ class WorseAndWorse(TrainerCallback):
                         parameter.add_(torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("build", [None, two_adapters, projected], ids=["one", "several", "network"])
+@pytest.mark.parametrize(
+    "build",
+    [None, pytest.param(two_adapters, marks=pytest.mark.slow), pytest.param(projected, marks=pytest.mark.slow)],
+)
 def test_early_stopping_restores_the_best_adapter(build, tmp_path):
     """Training ends when the loss gets worse; the best adapter is loaded, and the record tells of that one."""
     made = trainer(
@@ -386,6 +397,47 @@ def test_records_of_several_runs_are_merged():
         TrainingRecord.merge([])
 
 
+def test_four_bits(tmp_path):
+    """A 4-bit base model is prepared for training, resumed exactly, evaluated in between, and named in the record."""
+    pytest.importorskip("bitsandbytes")
+    tiny = {**BACKBONES["bert"].config, "hidden_size": 64, "intermediate_size": 128}
+    tiny = BertConfig(vocab_size=VOCAB, num_labels=2, **SPECIAL, **tiny)
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny).save_pretrained(tmp_path / "base")
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["classifier"],
+    )
+
+    def quantised(folder, **kwargs):
+        place = {"quantization_config": four, "device_map": {"": "cpu"}}
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "base", **place)
+        kwargs |= {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+        return trainer(tmp_path / folder, config(), model=model, **kwargs)
+
+    whole = quantised("whole")
+    whole.train()
+    quantised("half", callbacks=[StopAt(6)]).train()
+    resumed = quantised("half")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert len(set(losses(whole).values())) == 4
+    assert whole.filled_record().quantization == "4-bit NF4, double quantisation"
+    assert whole.filled_record().base_model == str(tmp_path / "base")
+
+
+def test_a_second_training_starts_its_sums_anew(tmp_path):
+    """Terms of a first training are in no log of a second one with the same trainer."""
+    made = trainer(tmp_path, cls=TermsTrainer, max_steps=6, save_strategy="no")
+    made.train()
+    made.train()
+    for entry in made.state.log_history:
+        if "loss" in entry:
+            assert entry["class_loss"] + entry["logit_loss"] == pytest.approx(entry["loss"], abs=1e-6)
+
+
 # loss terms and other people's trainers
 
 
@@ -410,7 +462,7 @@ class TermsTrainer(AdapterTrainerMixin, TheirTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_loss_terms_add_up(accumulated, tmp_path):
     """Terms that add up to the loss in a batch do so in each log, in training and evaluation, also after a break."""
     kwargs = {"per_device_train_batch_size": 16 // accumulated, "gradient_accumulation_steps": accumulated}

@@ -14,11 +14,12 @@ from peft import PeftModel
 
 from hf_peft_ext.hub_cards import PushError
 from hf_peft_ext.trainers import AdapterTrainer
+from hf_peft_ext.trainers import pushing as pushing_module
 
 from .backbones import BACKBONES
 from .hub_server import OWNER
-from .test_training import classifier
 from .test_trainers import losses, trainer, two_adapters
+from .test_training import classifier
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
@@ -68,7 +69,9 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", [name if name == "checkpoint" else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+)
 def test_strategies(strategy, hub, tmp_path):
     """Each `hub_strategy` pushes the adapter, its card and the state it promises; what arrives loads and is ours."""
     extra, commits = STRATEGIES[strategy]
@@ -95,13 +98,19 @@ def test_strategies(strategy, hub, tmp_path):
         assert torch.equal(loaded(**inputs).logits, made.model.eval()(**inputs).logits)
 
 
-def test_a_failed_push_stops_no_training(hub, tmp_path, caplog):
+@pytest.mark.slow
+def test_a_failed_push_stops_no_training(hub, tmp_path, monkeypatch):
     """While training goes on a push that fails is a warning; the last one is an error that says what to run."""
+    said = []
+    monkeypatch.setattr(pushing_module.logger, "warning", said.append)
     made = pushing(tmp_path / "run", "every_save")
     hub.fail(f"POST /api/models/{REPO}/commit/.*", times=100)
     made.train()
     assert made.state.global_step == 8
-    with pytest.raises(PushError, match=r"The push to ann/adapter failed: .* hf-peft-ext push .*/run/hub/final ann/adapt"):
+    assert any("/hub/checkpoint-8" in text and "The push to ann/adapter failed" in text for text in said)
+    with pytest.raises(
+        PushError, match=r"The push to ann/adapter failed: .* hf-peft-ext push .*/run/hub/final ann/adapt"
+    ):
         made.push_to_hub()
     assert {path.name for path in (tmp_path / "run" / "hub").iterdir()} == {"checkpoint-4", "checkpoint-8", "final"}
     no_token({str(path): path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()})
@@ -112,6 +121,7 @@ def test_a_failed_push_stops_no_training(hub, tmp_path, caplog):
     assert files["adapter_model.safetensors"] == stored
 
 
+@pytest.mark.slow
 def test_edits_of_the_card_are_kept(hub, tmp_path):
     """What an author has written into the card, here or on the Hub, is there after further training and pushes."""
     made = pushing(tmp_path / "run", "every_save")
@@ -132,6 +142,7 @@ def test_edits_of_the_card_are_kept(hub, tmp_path):
     assert "Written on the Hub." in text
 
 
+@pytest.mark.slow
 def test_several_adapters_are_pushed(hub, tmp_path):
     """Each adapter goes into its own folder, the trained one with its record."""
     made = pushing(tmp_path / "run", model=two_adapters())

@@ -7,6 +7,7 @@ name when all is there: a process that dies while it saves leaves nothing that l
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,7 +44,7 @@ class AdapterCheckpoints(Base):
         self._unfinished: str | None = None  # where a checkpoint is being written
         self._resumed: Path | None = None  # the checkpoint that training goes on from
         super().__init__(*args, **kwargs)
-        self.add_callback(AtBegin(lambda: self._resumed and self._take_up(self._resumed)))
+        self.add_callback(AtBegin(lambda: self._begin(self._resumed)))
 
     @property
     def peft_model(self) -> PeftModel:
@@ -118,8 +119,8 @@ class AdapterCheckpoints(Base):
 
     # Resuming
 
-    def _take_up(self, folder: Path) -> None:
-        """Called when training is about to go on from a checkpoint."""
+    def _begin(self, resumed: Path | None) -> None:
+        """Called when training is about to begin, or to go on from a checkpoint."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint: the last complete one for `resume_from_checkpoint=True`.
@@ -133,6 +134,9 @@ class AdapterCheckpoints(Base):
             check("output_dir", folder, resume_from_checkpoint is not None, "holds no complete checkpoint to resume")
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
+            if not (Path(resume_from_checkpoint) / "optimizer.pt").exists() and not self.is_deepspeed_enabled:
+                rule = "training goes on with a new one, and not exactly as it would have without a break"
+                warnings.warn(f"{resume_from_checkpoint} holds no state of the optimizer: {rule}.", stacklevel=2)
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

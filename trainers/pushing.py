@@ -17,6 +17,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
 from ..hub_cards.push import explained
+from ..registry import REGISTERED
 from .checkpoint import STATE, TRAINED, UNFINISHED
 from .recording import Recording
 
@@ -39,7 +40,8 @@ class AdapterPushes(Recording):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self._unfinished is None:  # a checkpoint is resumed, not read
+        stock = self.peft_model.peft_type not in REGISTERED  # the others are saved with their card
+        if stock and self.args.should_save and self._unfinished is None:
             self._write_cards(Path(cast(str, output_dir or self.args.output_dir)))
 
     def create_model_card(
@@ -51,7 +53,7 @@ class AdapterPushes(Recording):
         dataset_tags: str | Sequence[str] | None = None,
         **known: Any,
     ) -> None:
-        """Write the adapter's card into `output_dir`, and the adapter too if it is not there.
+        """Write the adapter and its card into `output_dir`, keeping what an author has edited there.
 
         Args:
             language: ISO 639-1 codes.
@@ -66,12 +68,14 @@ class AdapterPushes(Recording):
         record = self.record
         record.language = listed(language) or record.language
         record.license = license or record.license
+        record.tags += listed(tags)
         record.pipeline_tag = next(iter(listed(tasks)), record.pipeline_tag)
         names = {data.name for data in record.datasets}
         record.datasets += [DatasetRecord(n, on_hub=True) for n in listed(dataset_tags) if n not in names]
-        record.tags += listed(tags)
         folder = Path(cast(str, self.args.output_dir))
-        if (self.adapter_folder(folder) / "adapter_config.json").exists():
+        if (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # the weights are gathered by all processes: `save_model`
             self.filled_record().save(self.adapter_folder(folder))
             self._write_cards(folder)
         else:
@@ -111,10 +115,11 @@ class AdapterPushes(Recording):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.save_model(_internal_call=True)
+        self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**kwargs)
         self._finish_current_push()
         stage = self._stage("final", Path(cast(str, self.args.output_dir)))
         arguments = (stage, commit_message, token or self.args.hub_token, revision or self.args.hub_revision)

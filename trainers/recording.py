@@ -148,13 +148,19 @@ class Recording(GateLog):
     # The record
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and self._unfinished is None:  # first: the card is written with the adapter
+            folder = self.adapter_folder(cast(str, output_dir or self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.filled_record().save(folder)
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.filled_record().save(self.adapter_folder(cast(str, output_dir or self.args.output_dir)))
 
-    def _take_up(self, folder: Path) -> None:
-        super()._take_up(folder)
-        earlier = TrainingRecord.load(self.adapter_folder(folder))
+    def _complete(self, written: Path, final: Path) -> None:
+        self.filled_record().save(self.adapter_folder(written))  # last: no figures are drawn for a checkpoint
+        super()._complete(written, final)
+
+    def _begin(self, resumed: Path | None) -> None:
+        super()._begin(resumed)
+        earlier = TrainingRecord.load(self.adapter_folder(resumed)) if resumed else None
         self.clock.earlier = earlier.train_time or 0.0 if earlier else 0.0
 
     def _load_best_model(self) -> None:

@@ -93,10 +93,13 @@ class LossTerms(AdapterCheckpoints):
         loss = self._over_processes({"loss": self._tr_loss})["loss"]
         return {"since": self._globalstep_last_logged, "loss": loss, "terms": self._over_processes(self._train_terms)}
 
-    def _take_up(self, folder: Path) -> None:
-        super()._take_up(folder)
-        if not (folder / SUMS).exists():
-            return
+    def _begin(self, resumed: Path | None) -> None:
+        super()._begin(resumed)
+        self._train_terms, self._terms_since = {}, self.state.global_step
+        if resumed is not None and (resumed / SUMS).exists():
+            self._restore_sums(resumed)
+
+    def _restore_sums(self, folder: Path) -> None:
         sums = json.loads((folder / SUMS).read_text("utf-8"))
         if len(sums["loss"]) != self.accelerator.num_processes:  # then it is another run, and need not be equal
             return
