@@ -26,14 +26,15 @@ from ..placement import check
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("source.spm", "target.spm", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
 ALLOWED = (
     *("*.safetensors", CONFIG_NAME, "README.md", "figures/*.png", "recipe.yaml"),
     *("training_record.json", "trainer_state.json", *TOKENIZER),
 )
 DENIED = ("optimizer*", "scheduler*")  # whatever their format
-TOKEN = rb"(?<![A-Za-z0-9])(?:(?:hf_|api_org_)[A-Za-z0-9]{30}|hf_(?:oauth|jwt)_[\w.-]{30})"
+# tokens of users, logins and organisations; each begins with plain text, which `re` finds fast in large files
+TOKENS = (rb"hf_(?:[A-Za-z0-9]{30}|(?:oauth|jwt)_[\w.-]{30})", rb"api_org_[A-Za-z0-9]{30}")
 # the last is the base of httpx's errors, which httpx or httpx2 this huggingface_hub may use
 FAILURES: tuple[type[Exception], ...] = (OSError, RuntimeError, json.JSONDecodeError, HfHubHTTPError.__bases__[0])
 
@@ -172,7 +173,7 @@ def check_content(file: Path, name: str, secrets: list[bytes]) -> None:
 
 def holds_token(content: bytes | mmap.mmap, secrets: list[bytes]) -> bool:
     """Whether there is a token known to be in use, or anything that looks like one."""
-    return bool(re.search(b"|".join([TOKEN, *map(re.escape, secrets)]), content))
+    return any(re.search(pattern, content) for pattern in (*TOKENS, *map(re.escape, secrets)))
 
 
 def is_as_named(file: Path) -> bool:
@@ -186,7 +187,7 @@ def is_as_named(file: Path) -> bool:
     content = file.read_bytes()
     if file.suffix == ".png":
         return content.startswith(b"\x89PNG\r\n\x1a\n")
-    if file.suffix == ".model" and content.startswith(b"\n"):  # sentencepiece's protocol buffer
+    if file.suffix in (".model", ".spm") and content.startswith(b"\n"):  # sentencepiece's protocol buffer
         return True
     return b"\0" not in content and is_utf8(content)
 

@@ -1,7 +1,8 @@
 """`hf-peft-ext push`: an adapter's folder to the Hub, from the command line."""
 
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .card import write_card
-from .push import PushError, explained, publishable, push_adapter
-from .saving import published_cards
+from .push import PushError, check_adapter, explained, publishable, push_adapter
+from .saving import CARD, full_id, published_cards
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="The folder of a saved adapter.", exists=True, file_okay=False)
@@ -27,7 +28,7 @@ Private = Annotated[
     bool, typer.Option("--private", help="Make a new repository private. One that exists stays as it is.")
 ]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request; needs no right to write.")]
-Message = Annotated[str | None, typer.Option(help="The commit's first line.", show_default='"Upload adapter"')]
+Message = Annotated[str | None, typer.Option(help="The commit's first line.", show_default="Upload adapter")]
 Description = Annotated[str | None, typer.Option(help="What else the commit or the pull request says.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would go and what would stay.")]
 
@@ -46,8 +47,8 @@ def push(
 
     Writes its card (README.md, keeping what you have edited) and uploads, in one commit, the files on a list:
     weights as safetensors, their configuration, the tokenizer, card and figures, recipe, training record and
-    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden files.
-    A file that holds an access token stops the push.
+    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden
+    files. A file that holds an access token stops the push.
 
     Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token: it would stay in the
     shell's history. After a lost connection run the same command again; weights that have arrived are not sent twice.
@@ -59,10 +60,12 @@ def push(
     options: dict[str, Any] = {"revision": revision, "private": private or None, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
     try:
-        if not dry_run and (folder / CONFIG_NAME).exists():
+        if not dry_run:
+            check_adapter(folder, publishable(folder))
             with explained(folder, repo_id, options):
+                repo_id = full_id(repo_id)
                 published = published_cards(repo_id, revision)
-            write_card(folder, repo_id=repo_id, published=published.get("README.md"))
+            renew_cards(folder, repo_id, published)
         files = publishable(folder)
         console.print(contents(folder, files))
         if dry_run:
@@ -72,6 +75,14 @@ def push(
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(info.pr_url or info.commit_url, markup=False, soft_wrap=True)
+
+
+def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> None:
+    """The cards of the adapters in a folder, below it only where there is one already: not in plain checkpoints."""
+    for file in publishable(folder):
+        card = PurePath(file).parent / CARD
+        if PurePath(file).name == CONFIG_NAME and (file == CONFIG_NAME or (folder / card).exists()):
+            write_card(folder / card.parent, repo_id=repo_id, published=published.get(card.as_posix()))
 
 
 def contents(folder: Path, files: list[str]) -> Table:

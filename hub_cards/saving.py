@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
@@ -68,27 +69,37 @@ def push_to_hub(
     Raises:
         ValueError, PushError: as `push_adapter`.
     """
+    validate_repo_id(repo_id)
     folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-"))
-    model.save_pretrained(str(folder))
     options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
-    with explained(folder, repo_id, options):
-        published = published_cards(repo_id, revision, token)
-    write_cards(folder, model, repo_id=repo_id, published=published, tags=tags)
-    info = push_adapter(folder, repo_id, token=token, **options)
+    try:
+        model.save_pretrained(str(folder))
+        with explained(folder, repo_id, options):
+            repo_id = full_id(repo_id, token)
+            published = published_cards(repo_id, revision, token)
+        write_cards(folder, model, repo_id=repo_id, published=published, tags=tags)
+        info = push_adapter(folder, repo_id, token=token, **options)
+    except ValueError:  # refused, so there is nothing to finish
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
     return info
+
+
+def full_id(repo_id: str, token: bool | str | None = None) -> str:
+    """A repository as "user/name", also where only its name is given."""
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
 def published_cards(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> dict[str, str]:
     """The cards that a repository has on the Hub, by path; what their author has edited there is to be kept.
 
     Args:
-        revision: the branch; the main one as well where there is no such branch yet.
+        repo_id: its full id, "user/name".
+        revision: the branch; the main one where there is no such branch yet.
     """
     api = HfApi(token=token, library_name="hf_peft_ext")
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
         files = api.list_repo_files(repo_id, revision=revision)
     except RevisionNotFoundError:
@@ -120,16 +131,18 @@ def write_cards(
         home = PurePosixPath("" if name == "default" else name)
         write_card(folder / home, model, repo_id=repo_id, published=published.get(str(home / CARD)))
     if "default" not in names:
-        write_contents(folder, names)
+        write_contents(folder, names, published.get(CARD))
     if tags:
         card = ModelCard.load(folder / CARD)
         card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
         card.save(folder / CARD)
 
 
-def write_contents(folder: Path, names: list[str]) -> None:
+def write_contents(folder: Path, names: list[str], published: str | None) -> None:
     """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card."""
-    if not (folder / CARD).exists():
+    if published is not None:
+        (folder / CARD).write_text(published, encoding="utf-8")
+    elif not (folder / CARD).exists():
         rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)
         data = ModelCardData(library_name="peft", tags=["hf_peft_ext"])
         text = f"Each adapter lies in a folder of its own, which `PeftModel.from_pretrained` is told:\n\n{rows}\n"

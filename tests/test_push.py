@@ -57,7 +57,14 @@ def contents(folder):
 PUBLISHED = [
     *("adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "training_record.json"),
     *("trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
-    *("merges.txt", "spiece.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "figures/loss.png"),
+    *(
+        "merges.txt",
+        "spiece.model",
+        "source.spm",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "figures/loss.png",
+    ),
     *("second/adapter_config.json", "second/adapter_model.safetensors", "checkpoint-8/trainer_state.json"),
     *("checkpoint-8/adapter_model.safetensors",),
 ]

@@ -1,4 +1,4 @@
-"""Pushing and pulling where the Hub stores large files by xet, and the command in a process of its own, as users run it.
+"""Pushing and pulling where the Hub stores large files by xet, and the command in a process of its own.
 
 The contents of the store are read back from its xorbs and shards (xet_store.py), which hf_xet has filled.
 """
@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import _xet
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -23,8 +24,10 @@ xet = pytest.mark.parametrize("hub", ["xet"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def hf_xet():
+def hf_xet(monkeypatch):
+    """A session of hf_xet for each test, since it reads the environment once."""
     pytest.importorskip("hf_xet")
+    monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_push_to_hub(hub, temporary):
     print("\nann/tiny on the Hub:", *(f"{len(data):>9,} bytes  {name}" for name, data in files.items()), sep="\n")
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files.keys()
     text = files["README.md"].decode()
-    assert 'adapter = "ann/tiny"' in text or '"tiny"' in text
+    assert 'adapter = "ann/tiny"' in text
     assert "[More Information Needed]" not in text
     assert "letters" in ModelCard(text).data.tags
     assert hub.repos["ann/tiny"].private
@@ -180,7 +180,7 @@ def test_published_cards(hub):
     two_adapters().push_to_hub("ann/tiny")
     expected = {name: data.decode() for name, data in hub.files("ann/tiny").items() if name.endswith("README.md")}
     assert expected.keys() == {"README.md", "other/README.md"}
-    assert published_cards("ann/tiny") == published_cards("tiny") == published_cards("tiny", "not-yet") == expected
+    assert published_cards("ann/tiny") == published_cards("ann/tiny", "not-yet") == expected
 
 
 @pytest.mark.parametrize("first", ["default", "first"])
@@ -192,6 +192,14 @@ def test_several_adapters_are_pushed_each_in_its_folder(first, hub):
         folder = {} if name == "default" else {"subfolder": name}
         model.set_adapter(name)
         assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/two", **folder)), logits(model))
+
+
+def test_a_refused_push_leaves_nothing_behind(hub, temporary):
+    with pytest.raises(ValueError, match=r"`revision` \(='dev'\) must be None"):
+        adapter().push_to_hub("ann/tiny", revision="dev", create_pr=True)
+    with pytest.raises(ValueError, match="Repo id must"):
+        adapter().push_to_hub("../tiny")
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.parametrize("request_", ["GET /api/whoami-v2", "POST /api/repos/create", "POST .*/commit/"])
@@ -242,6 +250,16 @@ def test_command_opens_a_pull_request(hub, tmp_path):
     assert code == 0
     assert text.splitlines()[-1] == f"{hub.url}/ann/tiny/discussions/1"
     assert hub.repos["ann/tiny"].messages == [("refs/pr/1", "A proposal", "")]
+
+
+def test_command_takes_adapters_of_peft_s_own(hub, tmp_path):
+    model = lora()
+    randomise(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/lora")
+    assert code == 0, text
+    assert "import hf_peft_ext" not in hub.files("ann/lora")["README.md"].decode()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/lora").eval()), logits(model.eval()))
 
 
 def test_command_line_errors(hub, tmp_path):
