@@ -7,6 +7,7 @@ from .adapterhub import from_adapterhub as from_adapterhub
 from .autoload import install_autoload as install_autoload
 from .autoload import uninstall_autoload as uninstall_autoload
 from .placement import Placement as Placement
+from .safe_load import load_adapter as load_adapter
 from .tuners import BitFitConfig as BitFitConfig
 from .tuners import BottleneckConfig as BottleneckConfig
 from .tuners import ComposedConfig as ComposedConfig

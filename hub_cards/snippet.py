@@ -91,13 +91,13 @@ def snippet(
     lines = [
         *(["import hf_peft_ext  # comes first: it makes the method known to peft"] if adapter.is_ours else []),
         *(["import torch"] if "torch." in use else []),
-        "from peft import PeftModel",
+        *([] if adapter.is_ours else ["from peft import PeftModel"]),
         f"from transformers import {', '.join(sorted([cls, *(['AutoTokenizer'] if use else [])]))}",
         "",
         f"base = {literal(base_model or 'path/to/the/base/model')}",
         f"adapter = {literal(repo_id or adapter.folder.resolve().name)}",
         call(f"model = {cls}.from_pretrained", ["base", *arguments]),
-        "model = PeftModel.from_pretrained(model, adapter)",
+        f"model = {'hf_peft_ext.load_adapter' if adapter.is_ours else 'PeftModel.from_pretrained'}(model, adapter)",
     ]
     if use:
         saved = (adapter.folder / "tokenizer_config.json").is_file()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
 from hf_peft_ext.hub_cards.adapter import SavedAdapter, layers
 from hf_peft_ext.hub_cards.edits import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards.told import quantization
 from hf_peft_ext.papers import IA3, LORA, MAM, UNIPELT
 
 from .backbones import BACKBONES
@@ -158,6 +161,15 @@ def test_snippet_counts_the_classes_of_the_head(tmp_path):
     assert TrainingRecord.load(tmp_path) == TrainingRecord(labels=LABELS)
 
 
+def test_quantisation_of_a_model():
+    """As the model's config has it; whole weights have none."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    assert quantization(SimpleNamespace(quantization_config=four)) == "4-bit NF4, double quantisation"
+    assert quantization(SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))) == "8-bit"
+    assert quantization(SimpleNamespace(quantization_config={"quant_method": "gptq"})) == "gptq"
+    assert quantization(SimpleNamespace()) is None
+
+
 # Method and architecture
 
 
@@ -189,6 +201,14 @@ def test_places_are_those_of_the_config(tmp_path):
         ("low rank", "query projection", "0 to 1", "r = 8", "auto"),
         ("low rank", "value projection", "0 to 1", "r = 8", "auto"),
         ("saved whole", "`classifier`", "outside the layers", "", ""),
+    ]
+
+
+def test_ranks_of_a_stock_type(tmp_path):
+    saved(tmp_path, "lora")
+    assert [(row.sublayer, row.site, row.size) for row in SavedAdapter(tmp_path).rows()] == [
+        ("LORA", "`query`", "r = 2"),
+        ("LORA", "`value`", "r = 2"),
     ]
 
 
