@@ -437,6 +437,29 @@ def test_a_second_training_starts_its_sums_anew(tmp_path):
             assert entry["class_loss"] + entry["logit_loss"] == pytest.approx(entry["loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("backbone", ["bert", "llama"])
+def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
+    """Four small batches train as one large batch, whether the model's loss is a mean or takes Trainer's count."""
+
+    def made(folder, batch, accumulated):
+        model = classifier() if backbone == "bert" else BACKBONES["llama"].build()
+        for module in model.modules():
+            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+        rows = separable()
+        if backbone == "llama":
+            rows = [{**row, "labels": row["input_ids"]} for row in rows]
+        args = arguments(tmp_path / folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
+        adapter = UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4)
+        return AdapterTrainer(model, args, train_dataset=rows, peft_config=adapter)
+
+    one, four = made("one", 16, 1), made("four", 4, 4)
+    one.train()
+    four.train()
+    assert list(losses(four).values()) == pytest.approx(list(losses(one).values()), abs=1e-4)
+    assert logged(four, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-2)
+    assert four.model_accepts_loss_kwargs == (backbone == "llama")
+
+
 # loss terms and other people's trainers
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.hub_cards import TrainingRecord
-from hf_peft_ext.trainers import checkpoint
+from hf_peft_ext.trainers import AdapterTrainer, checkpoint
 
 from .test_trainers import TermsTrainer, losses, trainer
 
@@ -169,7 +169,7 @@ def unipelt():
     return UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4, task_type="SEQ_CLS")
 
 
-def joined(folder, batch, **kwargs):
+def joined(folder, batch, cls=TermsTrainer, **kwargs):
     """A trainer whose batches, over all processes, are of 16; no dropout, which each process would draw for itself."""
     from .test_training import classifier
 
@@ -178,7 +178,7 @@ def joined(folder, batch, **kwargs):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     kwargs |= {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 8, "per_device_eval_batch_size": batch}
-    return trainer(folder, unipelt(), TermsTrainer, model, per_device_train_batch_size=batch, **kwargs)
+    return trainer(folder, unipelt(), cls, model, per_device_train_batch_size=batch, **kwargs)
 
 
 def rank(folder):
@@ -192,7 +192,9 @@ def rank(folder):
     made.accelerator.wait_for_everyone()
     resumed = joined(folder / "resumed", 8, ddp_backend="gloo")
     resumed.train(resume_from_checkpoint=True)
-    history = {"whole": made.state.log_history, "resumed": resumed.state.log_history}
+    plain = joined(folder / "plain", 8, AdapterTrainer, ddp_backend="gloo")
+    plain.train()
+    history = {"whole": made.state.log_history, "resumed": resumed.state.log_history, "plain": plain.state.log_history}
     (folder / f"{made.args.process_index}.json").write_text(json.dumps(history))
     resumed.accelerator.wait_for_everyone()
     os._exit(0)  # on the way out DDP's reducer and gloo's thread can wait for each other, for ever
@@ -221,6 +223,11 @@ def test_two_processes_equal_one(tmp_path):
         assert curve(first["whole"], name) == curve(second["whole"], name)
         assert curve(first["whole"], name) == pytest.approx(expected, abs=2e-4 if "gates" in name else 1e-5), name
         assert curve(first["resumed"], name) == curve(first["whole"], name), name
+    alone = joined(tmp_path / "alone", 16, AdapterTrainer)
+    alone.train()
+    for name in ("loss", "grad_norm", "eval_loss"):
+        expected = pytest.approx(curve(alone.state.log_history, name), rel=1e-3)
+        assert curve(first["plain"], name) == curve(second["plain"], name) == expected, name
     saved = {file.name for file in (tmp_path / "saved").iterdir()}
     assert saved >= {"adapter_config.json", "adapter_model.safetensors", "training_record.json", "README.md"}
     stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")

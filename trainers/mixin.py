@@ -9,10 +9,11 @@ from transformers import TrainingArguments, set_seed
 
 from .checkpoint import AdapterCheckpoints
 from .pushing import AdapterPushes
+from .scaling import LossScale
 from .terms import LossTerms
 
 
-class AdapterTrainerMixin(AdapterPushes, LossTerms):
+class AdapterTrainerMixin(AdapterPushes, LossTerms, LossScale):
     """Makes any Trainer class one of adapters: `class MyTrainer(AdapterTrainerMixin, TheirTrainer)`.
 
     Args:
