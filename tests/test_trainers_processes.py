@@ -162,6 +162,16 @@ def test_killed_again_and_again(whole, tmp_path):
     same_as(whole, tmp_path)
 
 
+def test_benchmark(tmp_path):
+    """examples/benchmarks/resume.py kills its run and finds no difference."""
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "resume.py"
+    command = [sys.executable, str(script), "--steps", "12", "--save_steps", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert "largest difference of a loss: 0; of a weight: 0" in done.stdout
+    assert (tmp_path / "results" / "resume.png").exists()
+
+
 # two processes
 
 
