@@ -295,13 +295,14 @@ def test_base_and_other_runs(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trained(made.model).items())
     plain = Trainer(classifier(), arguments(tmp_path), eval_dataset=separable(16)).evaluate()
     assert base["base_eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-6)
-    made.record_results({"accuracy": [0.5, 0.7]}, method="lora", dataset="eval", split="evaluation")
+    made.record_results({"accuracy": [0.5, 0.7]}, method="lora")
     made.record_results(TrainingRecord(results=[Result("f1", 0.6), Result("f1", 0.1, method="base")]), method="full")
     found = {(r.metric, r.method): r for r in made.filled_record().results}
     assert found["loss", "adapter"].value == metrics["eval_loss"]
     assert found["loss", "base"].value == base["base_eval_loss"]
     lora = found["accuracy", "lora"]
     assert (lora.value, lora.runs) == (pytest.approx(0.6), 2)
+    assert (lora.dataset, lora.split) == ("eval", "evaluation")  # where accuracy was measured here
     assert lora.spread == pytest.approx(np.std([0.5, 0.7], ddof=1))
     assert found["f1", "full"].value == 0.6
     with pytest.raises(ValueError, match=r"`results` \(=\{'f1': \[\]\}\) must have a value for each metric"):

@@ -117,7 +117,8 @@ class Recording(GateLog):
             results: metric -> its value, or its values in several runs; or the record of another run, whose results
                 are taken.
             method: what was measured: "adapter", "base", "lora"...
-            dataset: the data it was measured on.
+            dataset: the data it was measured on; with `split` left out too, that on which this trainer has measured
+                the same metric last.
             split: which part of it.
 
         Raises:
@@ -132,7 +133,11 @@ class Recording(GateLog):
             values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
             check("results", {metric: value}, bool(values), "must have a value for each metric")
             spread = statistics.stdev(values) if len(values) > 1 else None
-            self._keep(Result(metric, statistics.fmean(values), spread, len(values), method, dataset, split))
+            place = (dataset, split)
+            if place == (None, None):
+                here = [(r.dataset, r.split) for r in self._measured.values() if r.metric == metric]
+                place = here[-1] if here else place
+            self._keep(Result(metric, statistics.fmean(values), spread, len(values), method, *place))
 
     def _keep(self, result: Result) -> None:
         self.record.results = [*(r for r in self.record.results if r.place != result.place), result]
