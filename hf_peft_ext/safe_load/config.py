@@ -101,10 +101,10 @@ def name_modules(config: Any, paths: list[str]) -> None:
     for field in KEYED_PATTERNS:
         numbers: dict[str, Any] = {}
         for pattern, number in (getattr(config, field, None) or {}).items():
-            if NAME.fullmatch(pattern):
+            if not NAME.fullmatch(pattern):  # peft looks for endings here
+                named = matching(rf"(?:.*\.)?(?:{pattern})", paths, until)
+                pattern = "|".join(f"^{re.escape(path)}" for path in named)
+            if pattern:
                 numbers.setdefault(pattern, number)
-            else:
-                for path in matching(rf"(?:.*\.)?(?:{pattern})", paths, until):  # peft looks for endings here
-                    numbers.setdefault(f"^{re.escape(path)}", number)
         if numbers:
             setattr(config, field, numbers)
