@@ -33,6 +33,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "megatron_config": ((None,), "must be None: it has peft import a module that the file names"),
     "megatron_core": ((None, "megatron.core"), "must be 'megatron.core': peft imports the module"),
     "arrow_config": ((None,), "must be None: it needs further adapters"),
+    "monteclora_config": ((None,), "must be None: it is not checked"),
+    "use_bdlora": ((None,), "must be None: it is not checked"),
+    "velora_config": ((None,), "must be None: it is not checked"),
     "tokenizer_kwargs": ((None, {}), "must be None: it would be passed on to a tokenizer's loader"),
 }
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of endings

@@ -31,7 +31,7 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
     """
     config = copy.deepcopy(config)
     skeleton = without_data(model)
-    given = {id(tensor) for tensor in tensors(skeleton)}
+    given = {id(tensor): tensor for tensor in tensors(skeleton)}
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user sees them when the adapter is loaded
