@@ -45,6 +45,7 @@ class DatasetRecord:
         revision: the commit on the Hub.
         fingerprint: that of `datasets.Dataset`, which changes with the content.
         on_hub: whether `name` is a Hub id.
+        used_for: "train" or "eval"; None where that is not known.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DatasetRecord:
     revision: str | None = None
     fingerprint: str | None = None
     on_hub: bool = False
+    used_for: str | None = None
 
 
 @dataclass
@@ -64,6 +66,7 @@ class TrainingRecord:
         base_model: Hub id (or path) of the base model.
         base_model_revision: the commit it was loaded at.
         datasets: the data.
+        labels: names of the classes, in order.
         results: the numbers measured, baselines included.
         trainable_parameters: how many were trained.
         total_parameters: how many the model has, the adapter included.
@@ -72,6 +75,7 @@ class TrainingRecord:
         train_time: seconds of the whole training.
         gates: layer and sub-layer, as `gate_values` names them -> mean gate over an evaluation batch.
         history: the log, one entry a logging step: {"step": ..., "loss": ..., terms of the loss...}.
+        loss_terms: what the terms of the loss are called there.
         hyperparameters: the training arguments that differ from their defaults, without secrets.
         recipe: the run as a recipe for `hf-peft-ext train`; empty if it was not started from one.
         command: the command line, without secrets.
@@ -82,11 +86,15 @@ class TrainingRecord:
         language: ISO 639-1 codes.
         license: identifier on the Hub, such as "apache-2.0".
         pipeline_tag: the Hub's task, such as "text-classification".
+        trainer: the name of the trainer, such as "SFT".
+        paper: of the way it was trained, with `title`, `arxiv` and `bibtex`; empty where that has none of its own.
+        tags: of the trainer, for the Hub.
     """
 
     base_model: str | None = None
     base_model_revision: str | None = None
     datasets: list[DatasetRecord] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     trainable_parameters: int | None = None
     total_parameters: int | None = None
@@ -95,6 +103,7 @@ class TrainingRecord:
     train_time: float | None = None
     gates: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    loss_terms: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
@@ -105,11 +114,14 @@ class TrainingRecord:
     language: list[str] = field(default_factory=list)
     license: str | None = None
     pipeline_tag: str | None = None
+    trainer: str | None = None
+    paper: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into the adapter's folder."""
         path = Path(folder) / FILE
-        path.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod
