@@ -86,6 +86,8 @@ def check_fields(config_cls: type, given: Mapping[str, Any]) -> None:
             number = name in ANY_NUMBER and fits(value, float)
             if not number:
                 refuse(name, value, f"must be of type {getattr(hints[name], '__name__', hints[name])}")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            refuse(name, value, "must lie in [0, 1)")
         if name in NAMES and value is not None:
             for entry in [value] if isinstance(value, str) else value:
                 if not NAME.fullmatch(entry):

@@ -4,6 +4,7 @@ refuses, and after each refusal the base model is what it was, down to its hooks
 Each attack is first run on stock peft, so that the test says so when peft closes the hole.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -24,6 +25,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PeftModelForSequenceClassification,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -32,14 +34,14 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig, load_adapter
 from hf_peft_ext.hub_cards import push_adapter
 from hf_peft_ext.patterns import matching
 from hf_peft_ext.safe_load.config import ONLY, STOCK
 
-from .backbones import BACKBONES, output
+from .backbones import BACKBONES, SPECIAL, VOCAB, output
 from .hub_server import STRANGER
 from .methods import METHODS, randomise
 
@@ -164,6 +166,22 @@ def test_every_stock_type_is_tried():
 def test_modules_to_save_of_ours(tmp_path):
     config = METHODS["unipelt"](modules_to_save=["pooler"], trainable_token_indices=[3, 4])
     assert_equal_to_stock(saved(tmp_path, config, "bert"), BACKBONES["bert"])
+
+
+@pytest.mark.parametrize("make", [METHODS["unipelt"], LoraConfig], ids=["unipelt", "lora"])
+def test_a_classifier(make, tmp_path):
+    """With a task type, peft saves the head too, on its own account."""
+    tiny = AutoConfig.for_model("bert", vocab_size=VOCAB, num_labels=2, **SPECIAL, **BACKBONES["bert"].config)
+    base = AutoModelForSequenceClassification.from_config(tiny)
+    bases = [copy.deepcopy(base) for _ in range(2)]
+    model = get_peft_model(base, make(task_type="SEQ_CLS"))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded, inputs = load_adapter(bases[0], tmp_path), BACKBONES["bert"].inputs()
+    with torch.no_grad():
+        assert torch.equal(output(loaded, inputs), output(PeftModel.from_pretrained(bases[1], tmp_path), inputs))
+    assert type(loaded) is PeftModelForSequenceClassification
+    assert any("classifier" in key for key in load_file(tmp_path / WEIGHTS))
 
 
 def test_a_second_adapter(tmp_path):
@@ -504,7 +522,7 @@ BAD_FIELDS = [
     ({"peft_type": ["LORA"]}, "`peft_type` .* must be one of those"),
     ({"modules_to_save": ["a|b"]}, "`modules_to_save` .* must name modules by"),
     ({"r": -1}, "makes no LoraConfig|does not fit|positive"),
-    ({"lora_dropout": 3.0}, "The adapter does not fit LlamaForCausalLM: dropout probability"),
+    ({"lora_dropout": 3.0}, "`lora_dropout` \\(=3.0\\) must lie in"),
     ({"trainable_token_indices": [10**5]}, "`token_indices` .* must be rows of 0 to 59"),
     ({"lora_alpha": 2**21}, "`lora_alpha` .* must be a finite number of at most"),
 ]
