@@ -103,7 +103,7 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "r": st.sampled_from(["2", 2.0, [2], {}, True, 0, -1, -(2**19), 1, 3, 7, 2**20]),
     "lora_alpha": st.sampled_from(["2", [2], {}, True]),
     "lora_dropout": st.sampled_from(["0", [0.0], None, True, -1.0, 1.5, 2]),
-    "target_modules": st.sampled_from([3, 1.5, True, [1], [["q_proj"]], {"q_proj": 1}, ["nosuch"], "nosuch", "(", []])
+    "target_modules": st.sampled_from([3, 1.5, True, [1], [["q_proj"]], {"q_proj": 1}, ["nosuch"], "nosuch", "("])
     | st.text("({[*+?|\\^$", min_size=1, max_size=30).map(lambda text: "(" + text),
     "modules_to_save": st.sampled_from([3, "lm_head", [3], {}, ["(.*)*"], ["nosuch", ""], ["model layers"]]),
     "feedforward_modules": st.sampled_from([3, [3], {"a": 1}, "(", True]),
