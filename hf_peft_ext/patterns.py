@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import regex
 
-SECONDS = 0.5  # for one pattern on all paths of a model; honest ones take a few milliseconds
+SECONDS = 0.5  # of the processor, for one pattern on all paths of a model; honest ones take milliseconds
 
 
 def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | None = None) -> list[str]:
@@ -14,13 +14,13 @@ def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | 
     Args:
         pattern: a regular expression for the whole path, or a list of endings.
         paths: paths of modules.
-        until: when to give up, by `time.monotonic`; None for half a second from now.
+        until: when to give up, by `time.process_time`, the clock of `regex`; None for half a second from now.
 
     Raises:
         ValueError: the pattern is no regular expression, or takes too long.
     """
     if isinstance(pattern, str):
-        return fully_matching(pattern, paths, time.monotonic() + SECONDS if until is None else until)
+        return fully_matching(pattern, paths, time.process_time() + SECONDS if until is None else until)
     endings = set(pattern)
     return [path for path in paths if any(part in endings for part in endings_of(path))]
 
@@ -28,7 +28,7 @@ def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | 
 def fully_matching(pattern: str, paths: Iterable[str], until: float) -> list[str]:
     try:
         compiled = regex.compile(pattern)
-        return [path for path in paths if compiled.fullmatch(path, timeout=max(until - time.monotonic(), 1e-6))]
+        return [path for path in paths if compiled.fullmatch(path, timeout=max(until - time.process_time(), 1e-6))]
     except TimeoutError as error:
         raise ValueError(f"The pattern {shortened(pattern)} takes too long to match; name the modules.") from error
     except (regex.error, RecursionError, OverflowError) as error:

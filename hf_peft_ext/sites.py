@@ -92,7 +92,7 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
         ValueError: no module matches, or what matches cannot be such a site.
     """
     layers, modules = layer_paths(model), dict(own_modules(model))
-    until = time.monotonic() + SECONDS
+    until = time.process_time() + SECONDS
     for name, pattern in overrides.items():
         hosts = matching(pattern, filter(None, modules), until)
         if not hosts:

@@ -12,7 +12,7 @@ from ..tuners.composed import ADAPTER_NAME
 from .config import read_config
 from .files import adapter_folder
 from .implied import implied_tensors
-from .weights import check_weights
+from .weights import check_header, check_weights
 
 
 def load_adapter(
@@ -61,7 +61,9 @@ def load_adapter(
     rule = "must be False: peft cannot train prompts further that it has loaded"
     check("is_trainable", is_trainable, not (is_trainable and config.is_prompt_learning), rule)
     config.inference_mode = not is_trainable
-    check_weights(folder / SAFETENSORS_WEIGHTS_NAME, implied_tensors(model, config, adapter_name))
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    check_header(weights)  # cheap, so it comes before the work of finding out what is implied
+    check_weights(weights, implied_tensors(model, config, adapter_name))
     config.adapter_revision = commit
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=config)
