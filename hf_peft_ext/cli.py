@@ -2,9 +2,16 @@
 
 import typer
 
-app = typer.Typer(help="Train, push and load adapters of hf_peft_ext.", no_args_is_help=True)
+from .recipes import command as recipes
+
+app = typer.Typer(help="Train, push and load adapters of hf_peft_ext.", no_args_is_help=True, rich_markup_mode="rich")
+app.command("train", help=recipes.HELP)(recipes.train_command)
 
 
 @app.callback()
 def main() -> None:
     """Every command has its own `--help`."""
+
+
+if __name__ == "__main__":  # torchrun -m hf_peft_ext.cli train ...
+    app()

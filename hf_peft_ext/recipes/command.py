@@ -1,0 +1,109 @@
+"""`hf-peft-ext train`: a recipe from the command line."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .draft import RecipeError
+from .recipe import FILE, Recipe
+from .train import Outcome, prepare, train
+
+HELP = """Train an adapter as a recipe says, and save it with its record and its recipe.
+
+A recipe is a YAML file of up to six sections; its keys are the names of the Python arguments:
+
+\b
+  [cyan]model[/]         model_name_or_path, revision, dtype, attn_implementation, as in from_pretrained;
+                local_path: where the same model lies on this machine
+  [cyan]quantization[/]  those of transformers.BitsAndBytesConfig; leave it out for none
+  [cyan]peft[/]          peft_type (UNIPELT, MAM, LORA or any other that peft knows), task_type (SEQ_CLS,
+                CAUSAL_LM, SEQ_2_SEQ_LM), and the fields of that type's config
+  [cyan]data[/]          path, name, data_files, revision, as in datasets.load_dataset; train_split,
+                eval_split, split_column, max_train_samples, max_eval_samples; and
+                  SEQ_CLS: text_column (one, or two for pairs), label_column, max_length
+                  CAUSAL_LM: text_column, or prompt_column and response_column, or messages_column
+                  SEQ_2_SEQ_LM: prompt_column, response_column, max_length, max_target_length
+  [cyan]training[/]      those of transformers.TrainingArguments, for CAUSAL_LM trl.SFTConfig, for
+                SEQ_2_SEQ_LM Seq2SeqTrainingArguments; output_dir says where the adapter goes
+  [cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS), exact_match (SEQ_2_SEQ_LM)
+
+Any key can be changed behind the file: section.key=value, or key=value where one section alone has
+the key, or section={...} for a whole section, or section=null to leave it out. Values are YAML.
+
+\b
+  hf-peft-ext train examples/recipes/unipelt.yaml
+  hf-peft-ext train examples/recipes/unipelt.yaml --dry-run peft.r=4 learning_rate=1e-4
+  hf-peft-ext train examples/recipes/qlora.yaml quantization=null bf16=false use_cpu=true
+
+\b
+On several processes (examples/accelerate/README.md says more):
+  torchrun --nproc-per-node 2 -m hf_peft_ext.cli train RECIPE
+  accelerate launch --config_file examples/accelerate/ddp.yaml -m hf_peft_ext.cli train RECIPE
+"""
+
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load everything and print the plan; train and write nothing.")
+    ] = False,
+) -> None:
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that speaks
+    out, errors = (Console(stderr=e, quiet=not first, soft_wrap=True, highlight=False) for e in (False, True))
+    try:
+        wanted = Recipe.read(recipe, changes or ())
+        trainer = prepare(wanted)
+    except RecipeError as error:
+        errors.print(f"[bold red]Error[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+    out.print(plan(wanted, trainer))
+    if dry_run:
+        out.print("\nThe recipe, changes included:\n", Text(wanted.text()), sep="\n")
+    else:
+        out.print(report(wanted, train(wanted, trainer)))
+
+
+def plan(recipe: Recipe, trainer: Any) -> Table:
+    """What will be done."""
+    args = recipe.training
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    train, evaluated = (0 if rows is None else len(rows) for rows in (trainer.train_dataset, trainer.eval_dataset))
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+    return rows(
+        ("adapter", f"{recipe.peft.peft_type.value} on {recipe.model.model_name_or_path}"),
+        ("parameters", f"{trainable:,} of {total:,} are trained ({trainable / total:.2%})"),
+        ("data", f"{recipe.data.title}: {train} rows to train on, {evaluated} to evaluate on"),
+        ("training", f"{length}, {batch} rows a step, {processes} on {args.device.type}"),
+    )
+
+
+def report(recipe: Recipe, outcome: Outcome) -> Table:
+    """What came out, where it lies, and what to do next."""
+    measured = {name.removeprefix("eval_"): value for name, value in outcome.metrics.items()}
+    shown = ["loss", "mean_token_accuracy", *recipe.metrics]
+    return rows(
+        *((name, f"{measured[name]:.4g}") for name in shown if name in measured),
+        ("trained for", f"{outcome.seconds:,.0f} s"),
+        ("adapter", f"{outcome.folder}"),
+        ("recipe", f"{outcome.folder / FILE}"),
+        ("next", f"hf-peft-ext push {outcome.folder} USER/NAME"),
+    )
+
+
+def rows(*pairs: tuple[str, str]) -> Table:
+    table = Table("name", "value", box=None, show_header=False, pad_edge=False)
+    for name, value in pairs:
+        table.add_row(f"[cyan]{name}[/]", escape(value))
+    return table
