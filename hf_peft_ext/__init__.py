@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import hub_cards as hub_cards  # from here on, adapters are saved and pushed with their cards
 from .adapterhub import from_adapterhub as from_adapterhub
 from .autoload import install_autoload as install_autoload
 from .autoload import uninstall_autoload as uninstall_autoload

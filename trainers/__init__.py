@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .mixin import AdapterTrainerMixin as AdapterTrainerMixin
-from .transformers import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer
-from .transformers import AdapterTrainer as AdapterTrainer
+from .trainer import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer
+from .trainer import AdapterTrainer as AdapterTrainer
 
 if TYPE_CHECKING:
     from .sft import AdapterSFTTrainer as AdapterSFTTrainer

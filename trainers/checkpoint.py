@@ -6,8 +6,8 @@ name when all is there: a process that dies while it saves leaves nothing that l
 
 import json
 import os
-import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..placement import check
@@ -31,18 +32,28 @@ STATE = "trainer_state.json"
 FILES = "checkpoint_files.json"  # what a complete checkpoint holds: name -> bytes
 WEIGHTS = "adapter_model.safetensors"
 TRAINED = "trained_weights.safetensors"  # where prefixes are the output of a network: that network too
+SUMS = "running_sums.json"  # what was not logged yet, so that the next log is that of a run without a break
 UNFINISHED = "unfinished"
 
 
 class AdapterCheckpoints(Base):
     """What a trainer of adapters saves, and how it takes it up again."""
 
-    _unfinished: str | None = None  # where a checkpoint is being written
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._unfinished: str | None = None  # where a checkpoint is being written
+        self._resumed: Path | None = None  # the checkpoint that training goes on from
+        super().__init__(*args, **kwargs)
+        self.add_callback(AtBegin(lambda: self._resumed and self._take_up(self._resumed)))
 
     @property
     def peft_model(self) -> PeftModel:
         """The model, without what it is wrapped in."""
         return cast(PeftModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def adapter_folder(self, folder: str | Path) -> Path:
+        """Where the active adapter lies in what is saved: peft gives all but "default" a folder of their own."""
+        name = cast(str, self.peft_model.active_adapter)
+        return Path(folder) if name == "default" else Path(folder) / name
 
     # Saving
 
@@ -54,7 +65,8 @@ class AdapterCheckpoints(Base):
         self.peft_model.save_pretrained(str(folder), state_dict=state_dict)
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+            for place in {folder, self.adapter_folder(folder)}:
+                tokenizer.save_pretrained(str(place))
         arguments = without_secrets(self.args.to_dict(), self.args.hub_token)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, sort_keys=True, default=str) + "\n", "utf-8")
 
@@ -75,8 +87,10 @@ class AdapterCheckpoints(Base):
             self._unfinished = None
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
+        sums = self._running_sums()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            (written / SUMS).write_text(json.dumps(sums) + "\n", "utf-8")
             self._complete(written, final)
             rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
@@ -98,7 +112,14 @@ class AdapterCheckpoints(Base):
         written.rename(final)
         shutil.rmtree(written.parent, ignore_errors=True)
 
+    def _running_sums(self) -> dict[str, Any]:
+        """What has been summed up since the last log; for all processes to call."""
+        return {}
+
     # Resuming
+
+    def _take_up(self, folder: Path) -> None:
+        """Called when training is about to go on from a checkpoint."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint: the last complete one for `resume_from_checkpoint=True`.
@@ -112,6 +133,7 @@ class AdapterCheckpoints(Base):
             check("output_dir", folder, resume_from_checkpoint is not None, "holds no complete checkpoint to resume")
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -125,6 +147,16 @@ class AdapterCheckpoints(Base):
             super()._load_best_model()
         else:
             restore(self.peft_model, Path(cast(str, self.state.best_model_checkpoint)))
+
+
+class AtBegin(TrainerCallback):
+    """Calls a function when training begins: Trainer has then restored its own state."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self.call = call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.call()
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -171,13 +203,12 @@ def restore(model: PeftModel, folder: Path) -> None:
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The complete checkpoint of the most steps in a run's folder."""
-    steps = {int(found[1]): path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-             if (found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and is_complete(path)}  # fmt: skip
+    steps: dict[int, Path] = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and not missing(path):
+            steps[int(step)] = path
     return str(steps[max(steps)]) if steps else None
-
-
-def is_complete(folder: Path) -> bool:
-    return not missing(folder)
 
 
 def check_complete(folder: str | Path) -> None:

@@ -1,22 +1,19 @@
 """What makes a Trainer a trainer of adapters; for transformers' own and for other people's."""
 
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from ..papers import Paper
 from .checkpoint import AdapterCheckpoints
-
-if TYPE_CHECKING:
-    from transformers import Trainer as Base
-else:
-    Base = object
+from .gates import GateLog
+from .recording import Recording
+from .terms import LossTerms
 
 
-class AdapterTrainerMixin(AdapterCheckpoints, Base):
+class AdapterTrainerMixin(Recording, GateLog, LossTerms, AdapterCheckpoints):
     """Makes any Trainer class one of adapters: `class MyTrainer(AdapterTrainerMixin, TheirTrainer)`.
 
     Args:
@@ -29,10 +26,6 @@ class AdapterTrainerMixin(AdapterCheckpoints, Base):
         ValueError: there are two.
     """
 
-    _name: ClassVar[str] = "Adapter"
-    _paper: ClassVar[Paper | None] = None
-    _tags: ClassVar[tuple[str, ...]] = ()
-
     def __init__(
         self,
         model: Any = None,
@@ -42,7 +35,8 @@ class AdapterTrainerMixin(AdapterCheckpoints, Base):
         **kwargs: Any,
     ):
         self._peft_config = peft_config
-        if peft_config is not None and "peft_config" in inspect.signature(super().__init__).parameters:
+        theirs = inspect.signature(super(AdapterCheckpoints, self).__init__).parameters
+        if peft_config is not None and "peft_config" in theirs:
             kwargs["peft_config"] = peft_config  # TRL's trainers wrap the model in their own way
         elif model is not None:
             model = self._with_adapter(model, args)
@@ -58,12 +52,11 @@ class AdapterTrainerMixin(AdapterCheckpoints, Base):
                 raise ValueError("`peft_config` must be None where `model` has an adapter already.")
             return model
         if config is None:
-            raise TypeError(
-                f"`model` (={type(model).__name__}) must be a PeftModel, or `peft_config` say which adapter to put on it."
-            )
+            kind = type(model).__name__
+            raise TypeError(f"`model` (={kind}) must be a PeftModel, or `peft_config` say which adapter to put on it.")
         if args is not None:
             set_seed(args.seed)  # adapters start at random, and Trainer sets the seed too late
             if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-                checkpointing = args.gradient_checkpointing
+                checkpointing = bool(args.gradient_checkpointing)
                 model = prepare_model_for_kbit_training(model, checkpointing, args.gradient_checkpointing_kwargs)
         return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """TRL's supervised fine-tuning, for adapters."""
 
 try:
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 except ImportError as error:
     raise ImportError("AdapterSFTTrainer needs TRL: pip install 'hf_peft_ext[trl]'") from error
 

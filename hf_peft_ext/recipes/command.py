@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .draft import RecipeError
 from .recipe import FILE, Recipe
-from .train import Outcome, prepare, train
+from . import train as runs
 
 HELP = """Train an adapter as a recipe says, and save it with its record and its recipe.
 
@@ -49,7 +49,7 @@ On several processes (examples/accelerate/README.md says more):
 
 
 
-def train_command(
+def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)
@@ -62,7 +62,7 @@ def train_command(
     out, errors = (Console(stderr=e, quiet=not first, soft_wrap=True, highlight=False) for e in (False, True))
     try:
         wanted = Recipe.read(recipe, changes or ())
-        trainer = prepare(wanted)
+        trainer = runs.prepare(wanted)
     except RecipeError as error:
         errors.print(f"[bold red]Error[/] {escape(str(error))}")
         raise typer.Exit(2) from None
@@ -70,7 +70,7 @@ def train_command(
     if dry_run:
         out.print("\nThe recipe, changes included:\n", Text(wanted.text()), sep="\n")
     else:
-        out.print(report(wanted, train(wanted, trainer)))
+        out.print(report(wanted, runs.train(wanted, trainer)))
 
 
 def plan(recipe: Recipe, trainer: Any) -> Table:
@@ -89,7 +89,7 @@ def plan(recipe: Recipe, trainer: Any) -> Table:
     )
 
 
-def report(recipe: Recipe, outcome: Outcome) -> Table:
+def report(recipe: Recipe, outcome: runs.Outcome) -> Table:
     """What came out, where it lies, and what to do next."""
     measured = {name.removeprefix("eval_"): value for name, value in outcome.metrics.items()}
     shown = ["loss", "mean_token_accuracy", *recipe.metrics]

@@ -8,9 +8,7 @@ from typing import Any
 
 import yaml
 
-SECRET_NAMES = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key", "password")
-SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # how the Hub's tokens look
-
+from ..trainers.secret import is_secret, without_secrets
 
 class RecipeError(ValueError):
     """What is wrong in a recipe, and where; raised before a model is loaded or a file is written."""
@@ -83,16 +81,17 @@ class Draft:
         parts = name.split(".")
         dotted = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         place = next((self.places[key] for key in dotted if key in self.places), None)
-        return RecipeError(f"{place}: `{name}` {rule}." if place else f"`{name}` {rule}.")
+        end = "" if rule.endswith("?") else "."
+        return RecipeError(f"{place}: `{name}` {rule}{end}" if place else f"`{name}` {rule}{end}")
 
     def refuse_secrets(self) -> None:
         """A recipe is saved beside the adapter and pushed with it, so no secret may stand in it.
 
         Raises:
-            RecipeError: a key is named like a secret or a value looks like a token of the Hub. It does not show it.
+            RecipeError: a key is named like a secret, or a value looks like one. It does not show it.
         """
         for name, value in _values(self.sections):
-            if name.split(".")[-1] in SECRET_NAMES or (isinstance(value, str) and SECRET_VALUE.search(value)):
+            if is_secret(name) or without_secrets(value) != value:
                 rule = "is a secret, and a recipe is saved and pushed with the adapter"
                 raise self.error(name, f"{rule}; leave it out and log in with `hf auth login`, or set HF_TOKEN")
 

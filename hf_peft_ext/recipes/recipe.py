@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
+from ..trainers.secret import is_secret
 from .data import DataArguments
 from .draft import Draft, RecipeError, split_override
+from .metrics import GENERATION
 from .tasks import TASKS, Task, optional
 
 FILE = "recipe.yaml"
@@ -104,6 +107,8 @@ def _override(draft: Draft, overrides: Sequence[str]) -> None:
             draft.set(name, value)
         elif _is_kind(name):
             draft.set(f"peft.{name}", value)
+        elif is_secret(name):
+            draft.set(f"training.{name}", value)  # refused with the others
         else:
             draft.set(_full_name(name, _keys(draft)), value)
 
@@ -114,24 +119,26 @@ def _is_kind(name: str) -> bool:
 
 def _full_name(name: str, keys: dict[str, dict[str, Any]]) -> str:
     """`name`, with its section in front."""
-    first = name.split(".")[0]
+    first, _, rest = name.partition(".")
     found = [section for section in keys if first in keys[section]]
     if len(found) > 1:
         choices = " or ".join(f"`{section}.{name}`" for section in found)
         raise RecipeError(f"command line: `{name}` stands in more than one section; write {choices}.")
     if not found:
-        raise RecipeError(f"command line: `{name}` is not a key of a recipe{_hint('', first, keys)}.")
+        section = difflib.get_close_matches(first, SECTIONS, 1) if rest else []
+        hint = f"; did you mean `{section[0]}.{rest}`?" if section else _hint("", first, keys) or "."
+        raise RecipeError(f"command line: `{name}` is not a key of a recipe{hint}")
     return f"{found[0]}.{name}"
 
 
 def _hint(section: str, key: str, keys: dict[str, dict[str, Any]]) -> str:
     """The nearest right name: the same key in another section, else a similar one in this section, else anywhere."""
-    elsewhere = [f"{other}.{key}" for other in keys if key in keys[other]]
-    near = elsewhere or [f"{section}.{name}" for name in difflib.get_close_matches(key, keys.get(section, {}), 1)]
+    near = [f"{other}.{key}" for other in keys if key in keys[other]]
+    near = near or [f"{section}.{name}" for name in difflib.get_close_matches(key, keys.get(section, {}), 1)]
     if not near:
         names = {name: other for other in keys for name in keys[other]}
         near = [f"{names[name]}.{name}" for name in difflib.get_close_matches(key, names, 1)]
-    return f"; did you mean `{near[0]}`" if near else ""
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _keys(draft: Draft) -> dict[str, dict[str, Any]]:
@@ -143,7 +150,7 @@ def _keys(draft: Draft) -> dict[str, dict[str, Any]]:
     for name, section in draft.sections.items():
         if name not in SECTIONS:
             near = difflib.get_close_matches(str(name), SECTIONS, 1)
-            hint = f"; did you mean `{near[0]}`" if near else ""
+            hint = f"; did you mean `{near[0]}`?" if near else ""
             raise draft.error(str(name), f"is not a section of a recipe ({', '.join(SECTIONS)}){hint}")
         kind = list if name == "metrics" else dict
         if section is not None and not isinstance(section, kind):
@@ -174,8 +181,9 @@ def _choice(draft: Draft, key: str, choices: list[str]) -> str:
     value = (draft.sections.get("peft") or {}).get(key)
     if value not in choices:
         near = difflib.get_close_matches(str(value).upper(), choices, 1)
-        rule = f"must be one of {', '.join(choices)}" if not near else f"is not one that a recipe can have; did you mean {near[0]}"
-        raise draft.error(f"peft.{key}", f"(={value!r}) {rule}" if value is not None else f"is missing; it {rule}")
+        given = "is missing; it" if value is None else f"(={value!r})"
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise draft.error(f"peft.{key}", f"{given} must be one of {', '.join(choices)}{hint}")
     return value
 
 
@@ -185,7 +193,8 @@ def _check(draft: Draft, keys: dict[str, dict[str, Any]]) -> None:
         for key, value in (draft.sections.get(section) or {}).items():
             name = f"{section}.{key}"
             if key not in known:
-                raise draft.error(name, f"is not a key of a recipe{_hint(section, str(key), keys)}")
+                kinds = " and ".join(draft.sections["peft"][kind] for kind in ("peft_type", "task_type"))
+                raise draft.error(name, f"is not a key of `{section}` for {kinds}{_hint(section, str(key), keys)}")
             if not _fits(value, known[key]):
                 kind = getattr(known[key], "__name__", None) or str(known[key]).replace("typing.", "")
                 raise draft.error(name, f"(={value!r}) must be {kind}, not {type(value).__name__}")
@@ -214,6 +223,7 @@ def _build(draft: Draft, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
     peft_type, task_type = (sections["peft"][key] for key in ("peft_type", "task_type"))
     task, config = TASKS[task_type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
     options = {key: value for key, value in sections["peft"].items() if key != "peft_type"}
+    options["revision"] = sections["model"].get("revision")
     built = {
         "model": ModelArguments(**sections["model"]),
         "peft": _checked(draft, "peft", config, options),
@@ -228,18 +238,30 @@ def _build(draft: Draft, keys: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """An object of `cls`; what it says of its arguments is said of the recipe's keys."""
     try:
         return cls(**options)
     except (ValueError, TypeError, AttributeError) as error:
-        raise draft.error(section, f"is not right: {str(error).rstrip('.')}") from error
+        text = str(error).removesuffix(".")
+        named = [key for key in options if re.search(rf"\b{key}\b", text)]
+        quoted = [key for key, value in options.items() if isinstance(value, str) and value in text]
+        name = ".".join([section, *(named or quoted)[:1]])
+        raise draft.error(name, f"is not right: {text}") from error
 
 
 def _metrics(draft: Draft, task: Task) -> list[str]:
     names = draft.sections.get("metrics") or []
+    data, training = (draft.sections.get(section) or {} for section in ("data", "training"))
     for name in names:
         if name not in task.metrics:
             near = difflib.get_close_matches(str(name), task.metrics, 1)
             has = f"has {', '.join(task.metrics)}" if task.metrics else "has the loss alone, and needs no metrics"
-            hint = f"; did you mean {near[0]}" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise draft.error("metrics", f"has {name!r}, but this task {has}{hint}")
+    if names and data.get("eval_split") is None:
+        raise draft.error("metrics", "needs rows to measure on: set `data.eval_split`")
+    if names and task.metrics is GENERATION and not training.get("predict_with_generate"):
+        raise draft.error("metrics", "compares generated texts: set `training.predict_with_generate=true`")
+    if training.get("eval_strategy", "no") != "no" and data.get("eval_split") is None:
+        raise draft.error("training.eval_strategy", "needs rows to evaluate on: set `data.eval_split`")
     return list(names)

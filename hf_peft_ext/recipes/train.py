@@ -8,7 +8,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from ..hub_cards import TrainingRecord
 from .draft import RecipeError
 from .metrics import classification_metrics, generation_metrics
 from .recipe import Recipe
@@ -48,12 +47,14 @@ def prepare(recipe: Recipe) -> Any:
         train, evaluated = (None if part is None else data.encode(part, tokenizer, labels) for part in rows)
     model = load_model(recipe, source, labels, tokenizer)
     try:
-        return recipe.task.trainer()(
+        trainer = recipe.task.trainer()(
             model=model, args=args, train_dataset=train, eval_dataset=evaluated, processing_class=tokenizer,
             peft_config=recipe.peft, **_task_options(recipe, model, tokenizer),
         )  # fmt: skip
     except ValueError as error:
         raise RecipeError(f"{recipe.peft.peft_type.value} on {recipe.model.model_name_or_path}: {error}") from error
+    trainer.record.recipe = recipe.written
+    return trainer
 
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
@@ -64,9 +65,6 @@ def train(recipe: Recipe, trainer: Any) -> Outcome:
     folder = Path(recipe.training.output_dir)
     if trainer.is_world_process_zero():
         recipe.save(folder)
-        record = TrainingRecord.load(folder) or TrainingRecord()
-        record.recipe = recipe.written
-        record.save(folder)
     trainer.accelerator.wait_for_everyone()
     return Outcome(folder, metrics, trained.metrics["train_runtime"])
 
