@@ -5,25 +5,18 @@ Every failure on the way must leave the adapter complete, say what to run, and b
 
 import io
 import re
-import shlex
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import TrainingArguments
-from typer.testing import CliRunner
 
-from hf_peft_ext import UniPELTConfig
-from hf_peft_ext.cli import app
-from hf_peft_ext.hub_cards import PushError, publishable, push_adapter
+from hf_peft_ext.hub_cards import publishable, push_adapter
 
 from .backbones import BACKBONES, output
-from .hub_server import OWNER, STRANGER
+from .hub_server import OWNER
 from .methods import METHODS, randomise
 
 BERT = BACKBONES["bert"]

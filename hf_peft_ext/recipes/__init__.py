@@ -2,6 +2,6 @@
 
 from .draft import RecipeError as RecipeError
 from .recipe import Recipe as Recipe
-from .train import Outcome as Outcome
-from .train import prepare as prepare
-from .train import train as train
+from .runs import Outcome as Outcome
+from .runs import prepare as prepare
+from .runs import train as train

@@ -1,6 +1,8 @@
 """`hf-peft-ext train`: a recipe from the command line."""
 
 import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,47 +12,55 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from . import runs
 from .draft import RecipeError
 from .recipe import FILE, Recipe
-from . import train as runs
 
-HELP = """Train an adapter as a recipe says, and save it with its record and its recipe.
+HELP = """Train an adapter as a recipe says; save it with its record and its recipe.
 
-A recipe is a YAML file of up to six sections; its keys are the names of the Python arguments:
+A recipe is a YAML file. Its sections, and their keys in the names of the
+Python arguments:
 
 \b
-  [cyan]model[/]         model_name_or_path, revision, dtype, attn_implementation, as in from_pretrained;
-                local_path: where the same model lies on this machine
-  [cyan]quantization[/]  those of transformers.BitsAndBytesConfig; leave it out for none
-  [cyan]peft[/]          peft_type (UNIPELT, MAM, LORA or any other that peft knows), task_type (SEQ_CLS,
-                CAUSAL_LM, SEQ_2_SEQ_LM), and the fields of that type's config
-  [cyan]data[/]          path, name, data_files, revision, as in datasets.load_dataset; train_split,
-                eval_split, split_column, max_train_samples, max_eval_samples; and
-                  SEQ_CLS: text_column (one, or two for pairs), label_column, max_length
-                  CAUSAL_LM: text_column, or prompt_column and response_column, or messages_column
-                  SEQ_2_SEQ_LM: prompt_column, response_column, max_length, max_target_length
-  [cyan]training[/]      those of transformers.TrainingArguments, for CAUSAL_LM trl.SFTConfig, for
-                SEQ_2_SEQ_LM Seq2SeqTrainingArguments; output_dir says where the adapter goes
-  [cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS), exact_match (SEQ_2_SEQ_LM)
+[cyan]model[/]         model_name_or_path, revision, dtype, attn_implementation, and
+              local_path: where the same model lies on this machine
+[cyan]quantization[/]  those of transformers.BitsAndBytesConfig; none without it
+[cyan]peft[/]          peft_type: UNIPELT, MAM, LORA or any other that peft knows
+              task_type: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM
+              and the fields of that type's config
+[cyan]data[/]          path, name, data_files, revision, as in load_dataset;
+              train_split, eval_split, split_column,
+              max_train_samples, max_eval_samples, and for
+                SEQ_CLS: text_column (two for pairs), label_column, max_length
+                CAUSAL_LM: text_column, or messages_column,
+                  or prompt_column and response_column
+                SEQ_2_SEQ_LM: prompt_column, response_column, max_length,
+                  max_target_length
+[cyan]training[/]      those of transformers.TrainingArguments, for CAUSAL_LM of
+              trl.SFTConfig, for SEQ_2_SEQ_LM of Seq2SeqTrainingArguments;
+              output_dir says where the adapter goes
+[cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS),
+              exact_match (SEQ_2_SEQ_LM)
 
-Any key can be changed behind the file: section.key=value, or key=value where one section alone has
-the key, or section={...} for a whole section, or section=null to leave it out. Values are YAML.
+Changes come behind the file, their values in YAML: section.key=value, or
+key=value where one section alone has the key; section={...} for a whole
+section, section=null for none.
 
 \b
   hf-peft-ext train examples/recipes/unipelt.yaml
-  hf-peft-ext train examples/recipes/unipelt.yaml --dry-run peft.r=4 learning_rate=1e-4
-  hf-peft-ext train examples/recipes/qlora.yaml quantization=null bf16=false use_cpu=true
+  hf-peft-ext train examples/recipes/unipelt.yaml --dry-run
+  hf-peft-ext train examples/recipes/unipelt.yaml peft.r=4 learning_rate=2e-3
+
+On several processes (examples/launch/README.md says more):
 
 \b
-On several processes (examples/accelerate/README.md says more):
   torchrun --nproc-per-node 2 -m hf_peft_ext.cli train RECIPE
-  accelerate launch --config_file examples/accelerate/ddp.yaml -m hf_peft_ext.cli train RECIPE
+  accelerate launch --config_file CONFIG -m hf_peft_ext.cli train RECIPE
 """
 
 
-
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)
     ] = None,
@@ -60,6 +70,8 @@ def train(
 ) -> None:
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that speaks
     out, errors = (Console(stderr=e, quiet=not first, soft_wrap=True, highlight=False) for e in (False, True))
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # they are for programmers: python -W default -m hf_peft_ext.cli shows them
     try:
         wanted = Recipe.read(recipe, changes or ())
         trainer = runs.prepare(wanted)
@@ -82,7 +94,7 @@ def plan(recipe: Recipe, trainer: Any) -> Table:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
     return rows(
-        ("adapter", f"{recipe.peft.peft_type.value} on {recipe.model.model_name_or_path}"),
+        ("adapter", f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}"),
         ("parameters", f"{trainable:,} of {total:,} are trained ({trainable / total:.2%})"),
         ("data", f"{recipe.data.title}: {train} rows to train on, {evaluated} to evaluate on"),
         ("training", f"{length}, {batch} rows a step, {processes} on {args.device.type}"),

@@ -1,7 +1,9 @@
 """A recipe as it is written: YAML, and what the command line changes in it. Knows nothing of what the keys mean."""
 
+import difflib
+import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,27 @@ import yaml
 
 from ..trainers.secret import is_secret, without_secrets
 
+
 class RecipeError(ValueError):
     """What is wrong in a recipe, and where; raised before a model is loaded or a file is written."""
+
+
+def optional(module: str, extra: str) -> Any:
+    """A module that comes with an extra of this package.
+
+    Raises:
+        RecipeError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RecipeError(f"This recipe needs {module}: pip install 'hf_peft_ext[{extra}]'.") from error
+
+
+def did_you_mean(word: object, words: Iterable[str], prefix: str = "") -> str:
+    """The end of an error: the word that is nearest, as a question; nothing where none is near."""
+    near = difflib.get_close_matches(str(word), list(words), 1)
+    return f"; did you mean `{prefix}{near[0]}`?" if near else ""
 
 
 class Loader(yaml.SafeLoader):
@@ -19,10 +40,16 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
@@ -42,7 +69,7 @@ class Draft:
         """The draft of a file.
 
         Raises:
-            RecipeError: the file is not there, is not YAML, or gives a key twice.
+            RecipeError: the file is not there, is not YAML, gives a key twice, or holds a secret.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -53,7 +80,9 @@ class Draft:
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
-            raise RecipeError(f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}.") from error
+            raise RecipeError(
+                f"{path}{line}: this is not YAML: {getattr(error, 'problem', None) or error}."
+            ) from error
         if not isinstance(sections, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(sections).__name__}.")
         places: dict[str, str] = {}
@@ -61,10 +90,12 @@ class Draft:
             if name in places:
                 raise RecipeError(f"{path}, line {line}: `{name}` stands there a second time; first: {places[name]}.")
             places[name] = f"{path}, line {line}"
-        return cls(sections, places)
+        draft = cls(sections, places)
+        draft.refuse_secrets()
+        return draft
 
     def set(self, name: str, value: Any) -> None:
-        """Change one value from the command line; `name` is dotted: "training.seed", "training.fsdp_config.version"."""
+        """Change one value from the command line; `name` is dotted: "training.seed", "training.fsdp_config.x"."""
         *parents, last = name.split(".")
         mapping = self.sections
         for parent in parents:
@@ -75,6 +106,7 @@ class Draft:
                 raise self.error(name, f"has no place: `{parent}` is no mapping")
         mapping[last] = value
         self.places[name] = "command line"
+        self.refuse_secrets()
 
     def error(self, name: str, rule: str) -> RecipeError:
         """An error that says where the key stands."""

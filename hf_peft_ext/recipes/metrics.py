@@ -17,12 +17,14 @@ def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     """F1 = 2 TP / (2 TP + FP + FN) of each class, and the mean over the classes (macro)."""
     classes = np.union1d(predicted, labels)
-    scores = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum()) for c in classes]
+    scores = [
+        2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum()) for c in classes
+    ]
     return float(np.mean(scores))
 
 
 def matthews_correlation(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The correlation of predicted and right classes, for any number of classes (Gorodkin 2004); 0 if one is constant."""
+    """The correlation of predicted and right classes, any number of them (Gorodkin 2004); 0 if one is constant."""
     classes = np.union1d(predicted, labels)
     p, y = (np.asarray(x)[:, None] == classes for x in (predicted, labels))
     p, y = p - p.mean(0), y - y.mean(0)
@@ -56,7 +58,8 @@ def generation_metrics(
     """`compute_metrics` of a Trainer that generates text."""
 
     def texts(ids: Any) -> list[str]:
-        return tokenizer.batch_decode(np.where(ids >= 0, ids, tokenizer.pad_token_id), skip_special_tokens=True)
+        ids = np.where(np.asarray(ids) >= 0, ids, tokenizer.pad_token_id)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def compute(evaluated: EvalPrediction) -> dict[str, float]:
         predicted, labels = texts(evaluated.predictions), texts(evaluated.label_ids)

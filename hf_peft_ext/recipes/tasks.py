@@ -1,27 +1,15 @@
 """The tasks a recipe can train: which model, data, trainer and metrics belong to each `task_type`."""
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 
 from .. import trainers
-from .data import Classification, DataArguments, Instruction, Sequences
-from .draft import RecipeError
+from .data import Classification, Instruction, Sequences
+from .draft import optional
 from .metrics import CLASSIFICATION, GENERATION, Metric
-
-
-def optional(module: str, extra: str) -> Any:
-    """A module that comes with an extra of this package.
-
-    Raises:
-        RecipeError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RecipeError(f"This recipe needs {module}: pip install 'hf_peft_ext[{extra}]'.") from error
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +25,7 @@ class Task:
     """
 
     model: Any
-    data: type[DataArguments]
+    data: type[Rows]
     arguments: str
     trainer_name: str
     metrics: dict[str, Metric] = field(default_factory=dict)

@@ -52,7 +52,9 @@ def prepare(recipe: Recipe) -> Any:
             peft_config=recipe.peft, **_task_options(recipe, model, tokenizer),
         )  # fmt: skip
     except ValueError as error:
-        raise RecipeError(f"{recipe.peft.peft_type.value} on {recipe.model.model_name_or_path}: {error}") from error
+        raise RecipeError(
+            f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}: {error}"
+        ) from error
     trainer.record.recipe = recipe.written
     return trainer
 
