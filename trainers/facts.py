@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from torch import nn
 from transformers import TrainingArguments
 
 from ..hub_cards import DatasetRecord
@@ -129,18 +128,3 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def quantization(model: nn.Module) -> str | None:
-    """How the base model's weights are kept, such as "4-bit NF4, double quantisation"; None where they are whole."""
-    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return None
-    if isinstance(config, dict):
-        return str(config.get("quant_method", "quantised"))
-    if getattr(config, "load_in_4bit", False):
-        double = ", double quantisation" if config.bnb_4bit_use_double_quant else ""
-        return f"4-bit {config.bnb_4bit_quant_type.upper()}{double}"
-    if getattr(config, "load_in_8bit", False):
-        return "8-bit"
-    return str(getattr(config.quant_method, "value", config.quant_method))

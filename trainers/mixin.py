@@ -8,12 +8,11 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from .checkpoint import AdapterCheckpoints
-from .gates import GateLog
-from .recording import Recording
+from .pushing import AdapterPushes
 from .terms import LossTerms
 
 
-class AdapterTrainerMixin(Recording, GateLog, LossTerms, AdapterCheckpoints):
+class AdapterTrainerMixin(AdapterPushes, LossTerms):
     """Makes any Trainer class one of adapters: `class MyTrainer(AdapterTrainerMixin, TheirTrainer)`.
 
     Args:

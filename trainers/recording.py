@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..hub_cards import DatasetRecord, Result, TrainingRecord
+from ..hub_cards.told import quantization
 from ..papers import Paper
 from ..placement import check
-from .facts import dataset_record, hardware, hyperparameters, peak_memory, quantization, versions
+from .facts import dataset_record, hardware, hyperparameters, peak_memory, versions
 from .gates import GateLog
 from .secret import command_line, without_secrets
 
@@ -183,7 +184,7 @@ class Recording(GateLog):
         record.seeds = [args.seed]
         record.versions = versions()
         record.hardware = hardware(args.world_size, args.device)
-        record.quantization = quantization(model)
+        record.quantization = quantization(config)
         given = {r.place for r in record.results}
         measured = [result for result in self._measured.values() if result.place not in given]
         return replace(record, results=[*measured, *record.results])
