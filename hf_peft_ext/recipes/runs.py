@@ -1,6 +1,7 @@
 """Carries out a recipe: data, model and adapter, trainer; then training, evaluation, and the adapter saved once."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,15 @@ def prepare(recipe: Recipe) -> Any:
     """The trainer, with data, model and adapter in it. Writes nothing.
 
     Raises:
-        RecipeError: there are no such data, no such model, or the adapter does not fit it.
+        RecipeError: there are no such data, no such model, the adapter does not fit it, or the processes that were
+            started are not one group.
     """
     args, data = recipe.training, recipe.data
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:  # each would train for itself, and write over the others
+        raise RecipeError(
+            f"{started} processes were started, but train as {args.world_size}: on CPUs, add `use_cpu=true`."
+        )
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
         rows = data.load(args.seed)
@@ -108,6 +115,10 @@ def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -
         raise RecipeError(f"`model.model_name_or_path` (={source!r}) cannot be loaded: {error}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if labels:
+        # transformers 5.23 takes this loss for a sum over tokens, and multiplies it by the number of processes and of
+        # accumulated batches; it is a mean over rows
+        model.accepts_loss_kwargs = False
     model.name_or_path = model.config._name_or_path = wanted.model_name_or_path  # what the adapter will name
     return model
 
