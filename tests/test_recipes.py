@@ -87,7 +87,7 @@ def text_classifier(folder, labels=8):
 # the recipes of examples/
 
 
-@pytest.mark.parametrize("name", ["unipelt", "mam"])
+@pytest.mark.parametrize("name", ["unipelt", pytest.param("mam", marks=pytest.mark.slow)])
 def test_classification(name, models, tmp_path):
     """The saved adapter, loaded by peft alone, has the accuracy that the command reports and records."""
     out = tmp_path / "adapter"
@@ -105,17 +105,17 @@ def test_classification(name, models, tmp_path):
 
     model = PeftModel.from_pretrained(text_classifier(models["bert"]), out).eval()
     recipe = Recipe.read(out / "recipe.yaml")
-    train, test = recipe.data.load(recipe.training.seed)
+    _, test, labels = recipe.data.load(recipe.training.seed)
     batch = tokenizer()(test["text"][:], padding=True, return_tensors="pt", truncation=True, max_length=128)
     with torch.no_grad():
         predicted = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits.argmax(-1)
-    labels = recipe.data.labels(train)
     right = [labels[i] == intent for i, intent in zip(predicted, test["intent"][:], strict=True)]
     assert np.mean(right) == pytest.approx(measured["accuracy"], abs=1e-6)
     assert sorted({*labels}) == labels
     assert len(labels) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "peft", [None, "peft={peft_type: UNIPELT, task_type: CAUSAL_LM, r: 4}"], ids=["lora", "unipelt"]
 )
@@ -172,7 +172,7 @@ def test_sequence_to_sequence(models, tmp_path):
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shown = succeed(tmp_path / "recipe.yaml", *(change for change in FAST if not change.startswith("load_best")))
-    assert re.search(r"^exact_match +0$", shown, re.MULTILINE)
+    assert re.search(r"^exact_match +0 *$", shown, re.MULTILINE)
     loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(models["t5"]), out)
     assert loaded.peft_config["default"].num_virtual_tokens == 2
 
@@ -309,7 +309,7 @@ def test_metrics():
 
 WRONG = {
     "learning_rat=1": r"line: `learning_rat` is not a key of a recipe; did you mean `training.learning_rate`\?",
-    "training.sede=1": r"`training.sede` is not a key of `training` for UNIPELT and SEQ_CLS; did you mean `training.seed`",
+    "training.sede=1": "`training.sede` is not a key of `training` for UNIPELT and SEQ_CLS; did you mean .*seed`",
     "peft.learning_rate=3": r"did you mean `training.learning_rate`\?",
     "peft.lerning_rate=3": r"did you mean `training.learning_rate`\?",
     "traning.seed=1": r"did you mean `training.seed`\?",

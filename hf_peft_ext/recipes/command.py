@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -72,12 +73,15 @@ def train(
     out, errors = (Console(stderr=e, quiet=not first, soft_wrap=True, highlight=False) for e in (False, True))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for programmers: python -W default -m hf_peft_ext.cli shows them
-    try:
-        wanted = Recipe.read(recipe, changes or ())
-        trainer = runs.prepare(wanted)
-    except RecipeError as error:
-        errors.print(f"[bold red]Error[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
+    with TemporaryDirectory() as nowhere:
+        try:
+            wanted = Recipe.read(recipe, changes or ())
+            if dry_run:  # a Trainer makes its folder, and its repository on the Hub, as soon as it is there
+                wanted.training.output_dir, wanted.training.push_to_hub = nowhere, False
+            trainer = runs.prepare(wanted)
+        except RecipeError as error:
+            errors.print(f"[bold red]Error[/] {escape(str(error))}")
+            raise typer.Exit(2) from None
     out.print(plan(wanted, trainer))
     if dry_run:
         out.print("\nThe recipe, changes included:\n", Text(wanted.text()), sep="\n")

@@ -28,15 +28,6 @@ class Classification(Rows):
     def columns(self) -> list[str]:
         return [*self.texts(), self.label_column]
 
-    def load(self, seed: int) -> tuple[Any, Any]:
-        train, evaluated = super().load(seed)
-        if evaluated is not None:
-            strange = sorted(set(self._names(evaluated)) - set(self.labels(train)))
-            if strange:
-                rule = f"has classes that no row to train on has: {', '.join(strange[:5])}"
-                raise RecipeError(f"`data.eval_split` (={self.eval_split!r}) {rule}.")
-        return train, evaluated
-
     def labels(self, rows: Any) -> list[str]:
         """The names of the classes, in the order of their indices."""
         feature = rows.features[self.label_column]
@@ -57,8 +48,13 @@ class Classification(Rows):
             return dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
 
         index = {label: i for i, label in enumerate(labels)}
+        names = self._names(rows)
+        strange = sorted(set(names) - set(labels))
+        if strange:
+            rule = f"has classes that no row to train on has: {', '.join(strange[:5])}"
+            raise RecipeError(f"`data.eval_split` (={self.eval_split!r}) {rule}.")
         encoded = rows.map(inputs, batched=True, remove_columns=rows.column_names)
-        return encoded.add_column("labels", [index[name] for name in self._names(rows)])
+        return encoded.add_column("labels", [index[name] for name in names])
 
 
 @dataclass

@@ -68,16 +68,18 @@ class Rows:
         """The names of the classes, in the order of their indices; none where nothing is classified."""
         return []
 
-    def load(self, seed: int) -> tuple[Any, Any]:
-        """The rows to train on and those to evaluate on (None without `eval_split`), with every column.
+    def load(self, seed: int) -> tuple[Any, Any, list[str]]:
+        """The rows to train on, those to evaluate on (None without `eval_split`), and the classes there are in all.
 
         Raises:
             RecipeError: there are no such data, splits or columns, or a cell is empty.
         """
-        train = self._draw(self._split(self.train_split, "train_split"), self.max_train_samples, seed)
-        if self.eval_split is None:
-            return train, None
-        return train, self._draw(self._split(self.eval_split, "eval_split"), self.max_eval_samples, seed)
+        train = self._split(self.train_split, "train_split")
+        evaluated = None if self.eval_split is None else self._split(self.eval_split, "eval_split")
+        labels = self.labels(train)
+        if evaluated is not None:
+            evaluated = self._draw(evaluated, self.max_eval_samples, seed)
+        return self._draw(train, self.max_train_samples, seed), evaluated, labels
 
     def _split(self, split: str, key: str) -> Any:
         datasets = optional("datasets", "trl")

@@ -44,8 +44,7 @@ def prepare(recipe: Recipe) -> Any:
         )
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
-        rows = data.load(args.seed)
-    labels = data.labels(rows[0])
+        *rows, labels = data.load(args.seed)
     source = find_model(recipe)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.model.revision)
     if tokenizer.pad_token is None:
