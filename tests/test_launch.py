@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import HfDeepSpeedConfig
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
