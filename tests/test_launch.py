@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -79,7 +79,7 @@ def test_two_processes_train_as_one(bert, tmp_path):
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
         base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=8)
         model = PeftModel.from_pretrained(base, out)
-        loaded = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+        loaded = get_peft_model_state_dict(model)
         assert all(torch.equal(loaded[name], value) for name, value in found.items())
         record = json.loads((out / "training_record.json").read_text())
         one = json.loads((alone / "training_record.json").read_text())
