@@ -114,10 +114,6 @@ def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -
         raise RecipeError(f"`model.model_name_or_path` (={source!r}) cannot be loaded: {error}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if recipe.peft.task_type != "CAUSAL_LM":
-        # the loss of BERT, T5, BART... is a mean over a batch; transformers 5.23 takes it for a sum, and so multiplies
-        # it by the number of processes and of accumulated batches
-        model.accepts_loss_kwargs = False
     model.name_or_path = model.config._name_or_path = wanted.model_name_or_path  # what the adapter will name
     return model
 
