@@ -28,14 +28,14 @@ Stock = Callable[..., Any]
 
 @extend
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """As peft does, and a card for each adapter."""
+    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends."""
     vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
     try:
         stock(save_directory, *args, **kwargs)
     finally:
         del vars(model)["create_or_update_model_card"]
     given = inspect.signature(stock).bind(save_directory, *args, **kwargs).arguments
-    if given.get("is_main_process", True):
+    if given.get("is_main_process", True) and given.get("safe_serialization", True):
         write_cards(Path(save_directory), model, given.get("selected_adapters"))
 
 

@@ -280,3 +280,10 @@ def test_command_line_errors(hub, tmp_path):
     assert text.splitlines()[-1].endswith(f"Run this to finish the push: hf-peft-ext push {folder} ann/tiny")
     Path(folder, "adapter_config.json").unlink()
     assert "must hold adapter_config.json" in run(f"hf-peft-ext push {folder} ann/tiny")[1]
+
+
+def test_a_pickle_has_no_card(tmp_path):
+    """Where somebody asks for a pickle, it is saved as peft does, and no card beside it."""
+    model = get_peft_model(BERT.build(), METHODS["bitfit"]())
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.bin"]

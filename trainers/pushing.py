@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
 from ..hub_cards.push import explained
+from ..hub_cards.saving import published_cards
 from ..registry import REGISTERED
 from .checkpoint import STATE, TRAINED, UNFINISHED
 from .recording import Recording
@@ -168,22 +168,11 @@ class AdapterPushes(Recording):
     def _push(self, stage: Path, message: str | None, token: str | None, revision: str | None) -> CommitInfo:
         repo_id = cast(str, self.hub_model_id)
         with explained(stage, repo_id, {"revision": revision, "commit_message": message}):
-            published = published_cards(stage, repo_id, revision, token)
+            published = published_cards(repo_id, revision, token)
         self._write_cards(stage, repo_id, published)
         pushed = push_adapter(stage, repo_id, revision=revision, token=token, commit_message=message)
         shutil.rmtree(stage)
         return pushed
-
-
-def published_cards(stage: Path, repo_id: str, revision: str | None, token: str | None) -> dict[str, str]:
-    """The cards that the Hub has of what is to be pushed, for the edits that were made there: path -> text."""
-    api = HfApi(token=token, library_name="hf_peft_ext")
-    try:
-        files = api.list_repo_files(repo_id, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):  # the push will create it
-        return {}
-    cards = [file for file in files if PurePosixPath(file).name == CARD and (stage / file).exists()]
-    return {card: Path(api.hf_hub_download(repo_id, card, revision=revision)).read_text("utf-8") for card in cards}
 
 
 def copy(source: Path, target: Path) -> None:
