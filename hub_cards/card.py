@@ -35,7 +35,12 @@ class AdapterCard(ModelCard):
 
     @classmethod
     def from_adapter(
-        cls, folder: str | Path, record: TrainingRecord | None = None, *, repo_id: str | None = None
+        cls,
+        folder: str | Path,
+        record: TrainingRecord | None = None,
+        *,
+        repo_id: str | None = None,
+        subfolder: str | None = None,
     ) -> "AdapterCard":
         """The card of an adapter's folder as it is generated, without anybody's edits.
 
@@ -43,6 +48,7 @@ class AdapterCard(ModelCard):
             folder: a saved adapter.
             record: how it was trained; what the folder holds by default.
             repo_id: the repository on the Hub that the card is for; its loading snippet names it.
+            subfolder: where in the repository the adapter lies; None for the repository itself.
 
         Raises:
             ValueError: the folder holds no adapter, `repo_id` is none, or the record has metadata that the Hub does
@@ -53,7 +59,7 @@ class AdapterCard(ModelCard):
         adapter = SavedAdapter(folder)
         record = record or TrainingRecord.load(folder) or TrainingRecord()
         data = card_data(adapter, record, repo_id or plain(adapter.folder.resolve().name))
-        card = cls.from_template(data, **values(adapter, record, repo_id))
+        card = cls.from_template(data, **values(adapter, record, repo_id, subfolder))
         parts = [NAME.split(block) for block in split(card.text)]  # ["", name, block]
         return cls.of(Version.of(card.data.to_dict(), {name: block for _, name, block in parts}))
 
@@ -63,7 +69,12 @@ class AdapterCard(ModelCard):
 
 
 def write_card(
-    folder: str | Path, model: PeftModel | None = None, *, repo_id: str | None = None, published: str | None = None
+    folder: str | Path,
+    model: PeftModel | None = None,
+    *,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+    published: str | None = None,
 ) -> Path:
     """Write README.md, figures and recipe.yaml into an adapter's folder, keeping what its author has edited.
 
@@ -75,6 +86,7 @@ def write_card(
         folder: a saved adapter, with or without a training record.
         model: the model that was saved; what it tells beyond its files is noted in the record.
         repo_id: the repository on the Hub that the card is for; its loading snippet names it.
+        subfolder: where in the repository the adapter lies; None for the repository itself.
         published: the card that is on the Hub now, for the edits that were made there.
 
     Returns:
@@ -89,7 +101,7 @@ def write_card(
     if model is not None:
         record = told_by(model, found)
     adapter = SavedAdapter(folder)
-    version = Version.read(AdapterCard.from_adapter(folder, record, repo_id=repo_id).content)
+    version = Version.read(AdapterCard.from_adapter(folder, record, repo_id=repo_id, subfolder=subfolder).content)
     path = folder / FILE
     if path.exists():
         version = without_stock(Version.read(path.read_text(encoding="utf-8-sig")), adapter).renewed(version)

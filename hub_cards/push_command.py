@@ -82,7 +82,9 @@ def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> Non
     for file in publishable(folder):
         card = PurePath(file).parent / CARD
         if PurePath(file).name == CONFIG_NAME and (file == CONFIG_NAME or (folder / card).exists()):
-            write_card(folder / card.parent, repo_id=repo_id, published=published.get(card.as_posix()))
+            inside = None if file == CONFIG_NAME else card.parent.as_posix()
+            text = published.get(card.as_posix())
+            write_card(folder / card.parent, repo_id=repo_id, subfolder=inside, published=text)
 
 
 def contents(folder: Path, files: list[str]) -> Table:

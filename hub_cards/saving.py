@@ -133,7 +133,9 @@ def write_cards(
     names = selected or list(model.peft_config)
     for name in names:
         home = PurePosixPath("" if name == "default" else name)
-        write_card(folder / home, model, repo_id=repo_id, published=published.get(str(home / CARD)))
+        inside = name if repo_id and name != "default" else None
+        text = published.get(str(home / CARD))
+        write_card(folder / home, model, repo_id=repo_id, subfolder=inside, published=text)
     if "default" not in names:
         write_contents(folder, names, published.get(CARD))
     if tags:

@@ -77,6 +77,7 @@ def snippet(
     revision: str | None = None,
     labels: Sequence[str] = (),
     repo_id: str | None = None,
+    subfolder: str | None = None,
 ) -> str:
     """Python that loads the base model and the adapter, and uses them where the task says how.
 
@@ -86,6 +87,7 @@ def snippet(
         revision: its commit.
         labels: names of the classes, in order.
         repo_id: where the adapter is on the Hub; its folder's name by default.
+        subfolder: the folder of the repository in which it lies; None for the repository itself.
     """
     cls, use = auto_class(adapter), USES.get(adapter.config.task_type, "")
     load = "hf_peft_ext.load_adapter" if adapter.is_ours else "PeftModel.from_pretrained"
@@ -98,10 +100,11 @@ def snippet(
         lines += [call(f"model = {cls}.from_pretrained", ["base", *arguments])]
     else:
         lines += ["model = ...  # the base model, as it was before training"]
-    lines += [f"model = {load}(model, adapter)"]
+    place = f", subfolder={literal(subfolder)}" if subfolder else ""
+    lines += [f"model = {load}(model, adapter{place})"]
     if use:
         saved = (adapter.folder / "tokenizer_config.json").is_file()
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({'adapter' if saved else 'base'})", use]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({f'adapter{place}' if saved else 'base'})", use]
     return "\n".join(lines)
 
 

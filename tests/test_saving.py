@@ -187,13 +187,16 @@ def test_published_cards(hub):
 
 @pytest.mark.parametrize("first", ["default", "first"])
 def test_several_adapters_are_pushed_each_in_its_folder(first, hub):
-    """As peft saves them; each is pulled by its sub-folder."""
+    """As peft saves them; each is pulled by its sub-folder, as its card says."""
     model = two_adapters(first)
     model.push_to_hub("ann/two")
     for name in (first, "other"):
         folder = {} if name == "default" else {"subfolder": name}
         model.set_adapter(name)
         assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/two", **folder)), logits(model))
+    cards = published_cards("ann/two")
+    assert 'load_adapter(model, adapter, subfolder="other")' in cards["other/README.md"]
+    assert "subfolder" not in cards["README.md"] or first != "default"
 
 
 def test_a_refused_push_leaves_nothing_behind(hub, temporary):

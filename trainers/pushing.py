@@ -86,7 +86,8 @@ class AdapterPushes(Recording):
         for name in self.peft_model.peft_config:
             home = folder if name == "default" else folder / name
             text = (published or {}).get((home / CARD).relative_to(folder).as_posix())
-            write_card(home, self.peft_model, repo_id=repo_id, published=text)
+            inside = name if repo_id and name != "default" else None
+            write_card(home, self.peft_model, repo_id=repo_id, subfolder=inside, published=text)
 
     # The push
 
