@@ -79,13 +79,15 @@ def test_trains_as_transformers_trainer_does(tmp_path):
 
 
 def test_model_init_and_search(tmp_path):
-    """A base model from `model_init` gets the adapter each time; `hyperparameter_search` is Trainer's own."""
+    """`model_init` starts each training from a new base model and a new adapter; the search is Trainer's own."""
     args = arguments(tmp_path, max_steps=2, save_strategy="no")
     made = AdapterTrainer(model_init=classifier, args=args, train_dataset=separable(), peft_config=config())
-    first = trained(made.model)
-    made.train()
-    assert made.model is not first
-    assert {name for name in first if "sublayer_of" in name}
+    models = [(made.train(), made.model)[1] for _ in range(2)]
+    first, second = ({name: p.detach().clone() for name, p in trained(model).items()} for model in models)
+    assert models[0] is not models[1]
+    assert first.keys() == second.keys()
+    assert any("sublayer_of" in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)  # the same seed, from the start
     assert AdapterTrainer.hyperparameter_search is Trainer.hyperparameter_search
 
 
