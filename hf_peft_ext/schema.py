@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 MAX_BYTES = 2**18  # of the file; the longest seen, with a rank for each module, is a tenth of it
 MAX_NUMBER = 2**20  # of any number: ranks, widths, layers, token ids, scalings
-MAX_CHARS = 2**13
+MAX_CHARS = 2**15
 MAX_ITEMS = 2**12
 MAX_DEPTH = 5
 # peft puts the entries of these into regular expressions of its own, so they must be names.
@@ -29,13 +29,25 @@ def read_json(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     Raises:
         ValueError: it is no ordinary file, too large, or not strict JSON: NaN, infinities and repeated keys are not.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file.")
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
+    content = read_start(path, limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} is longer than {limit} bytes.")
     return parse_json(content, str(path))
+
+
+def read_start(path: str | Path, length: int) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        ValueError: it is no ordinary file, or cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file.")
+    try:
+        with open(path, "rb") as file:
+            return file.read(length)
+    except OSError as error:  # a link to something that only looks like a file
+        raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def parse_json(content: bytes, what: str) -> dict[str, Any]:
@@ -74,6 +86,8 @@ def check_fields(config_cls: type, given: Mapping[str, Any]) -> None:
             number = name in ANY_NUMBER and fits(value, float)
             if not number:
                 refuse(name, value, f"must be of type {getattr(hints[name], '__name__', hints[name])}")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            refuse(name, value, "must lie in [0, 1)")
         if name in NAMES and value is not None:
             for entry in [value] if isinstance(value, str) else value:
                 if not NAME.fullmatch(entry):

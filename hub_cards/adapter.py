@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..placement import check
 from ..tuners.config import PlacedConfig
@@ -24,7 +24,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = re.compile(r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # In which dimension of which tensor a sub-layer's size stands.
-SIZES = {"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")}
+SIZES = {
+    **{"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")},
+    **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
+}
 SITE_NAMES = {
     "after_attention": "after attention",
     "after_ffn": "after the FFN",
@@ -105,23 +108,27 @@ class SavedAdapter:
 
     @property
     def prefix(self) -> str:
-        return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type]
+        """What the names of its tensors begin with, for types of peft's own."""
+        return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].rstrip("_")
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
+        try:
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
+        except SafetensorError as error:
+            raise ValueError(f"`folder` (={str(self.folder)!r}) holds an {WEIGHTS} that is none: {error}.") from error
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        path = key.removeprefix("base_model.model.")
+        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if self.is_ours and (found := OURS.fullmatch(path)) and (place := PLACE.fullmatch(found["place"])):
             return Tensor(key, shape, found["host"], place["sublayer"], place["site"], found["rest"])
         parts = path.split(".")
         at = next((i for i, part in enumerate(parts) if not self.is_ours and part.startswith(self.prefix)), None)
         if at:
             return Tensor(key, shape, ".".join(parts[:at]), self.method, parts[at - 1], ".".join(parts[at:]))
-        if parts[0] in ("prompt_embeddings", "base_model"):
-            return Tensor(key, shape, "", self.method, "input", path)
+        if parts[0] in ("prompt_embeddings", "base_model"):  # in no module of the model
+            return Tensor(key, shape, "", self.method, parts[-1], path)
         return Tensor(key, shape, ".".join(parts[:-1]), "saved whole", parts[-2] if len(parts) > 1 else path, path)
 
     @property

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GATES, LOSSES = "figures/gates.png", "figures/losses.png"
-INK, FAINT = "#1a1a2e", "#c9ccd6"
+INK, FAINT, NONE = "#1a1a2e", "#c9ccd6", "#dcdce2"
 COLORS = ("#1f5fbf", "#d1495b", "#2e933c", "#8a5fbf", "#e08e1b", "#17a2a2", "#8c564b", "#7f7f7f")
-WIDEST = 40  # layers that still carry a number in each field
+WIDEST = 16  # layers whose fields have room for a number
 Points = list[tuple[float, float]]
 
 
@@ -61,7 +61,7 @@ def heat_map(grid: dict[str, dict[int, float]]) -> "Figure":
     from matplotlib.figure import Figure
 
     layers = sorted({layer for row in grid.values() for layer in row})
-    size = (3.4 + 0.5 * max(6, min(len(layers), WIDEST)), 1.5 + 0.45 * len(grid))
+    size = (3.2 + 0.42 * max(6, min(len(layers), WIDEST)), 1.3 + 0.4 * len(grid))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     values = [[row.get(layer, float("nan")) for layer in layers] for row in grid.values()]
@@ -70,7 +70,8 @@ def heat_map(grid: dict[str, dict[int, float]]) -> "Figure":
         for x, gate in enumerate(row):
             color = "white" if abs(gate - 0.5) > 0.3 else INK
             axes.text(x, y, f"{gate:.2f}" if gate == gate else "", ha="center", va="center", color=color, fontsize=9)
-    every = -(-len(layers) // WIDEST)
+    axes.set_facecolor(NONE)  # where a layer has no such sub-layer
+    every = -(-len(layers) // (2 * WIDEST))
     axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     axes.set_yticks(range(len(grid)), [label(sublayer) for sublayer in grid], parse_math=False)
     axes.set_xlabel("layer")
@@ -94,7 +95,7 @@ def curves(losses: dict[str, Points]) -> "Figure":
         said = {"loss": "training", "eval_loss": "evaluation"}.get(name) or label(name)
         (line,) = axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if len(steps) < 40 else None, ms=3.5)
         line.set_label(said)
-    legend = axes.legend(frameon=False, labelcolor="linecolor")
+    legend = axes.legend(frameon=False, labelcolor="linecolor", loc="upper left", bbox_to_anchor=(1, 1))
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.set_xlabel("step")

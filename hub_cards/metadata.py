@@ -14,7 +14,7 @@ from huggingface_hub.utils import yaml_dump
 from ..placement import check
 from .adapter import SavedAdapter, is_hub_id
 from .record import DatasetRecord, Result, TrainingRecord
-from .snippet import pipeline_tag
+from .snippet import auto_class, pipeline_tag
 from .text import plain
 
 # https://huggingface.co/docs/hub/repositories-licenses
@@ -56,7 +56,7 @@ TASKS = frozenset(
     video-text-to-text keypoint-detection visual-document-retrieval any-to-any video-to-video other
     """.split()
 )
-METRIC = re.compile(r"[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")
+METRIC = re.compile(r"(?!loss$)[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")  # a loss is no metric of the Hub's
 
 
 def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> ModelCardData:
@@ -95,8 +95,9 @@ def base_model(adapter: SavedAdapter, record: TrainingRecord) -> str | None:
 
 def tags(adapter: SavedAdapter, record: TrainingRecord, base: str | None) -> list[str]:
     """peft's own tags, the method, the trainer's, and this package where it is needed."""
-    needed, model = ["hf_peft_ext"] * adapter.is_ours, [f"base_model:adapter:{base}"] * bool(base)
-    return list(dict.fromkeys(["peft", *needed, "transformers", adapter.method, *record.tags, *model]))
+    needed = ["hf_peft_ext"] * adapter.is_ours + ["transformers"] * bool(auto_class(adapter))
+    named = [f"base_model:adapter:{base}"] * bool(base)
+    return list(dict.fromkeys(["peft", *needed, adapter.method, *record.tags, *named]))
 
 
 def eval_results(record: TrainingRecord, task: str | None) -> list[EvalResult]:

@@ -26,7 +26,7 @@ from ..placement import check
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("source.spm", "target.spm", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
 ALLOWED = (
     *("*.safetensors", CONFIG_NAME, "README.md", "figures/*.png", "recipe.yaml"),
@@ -187,7 +187,7 @@ def is_as_named(file: Path) -> bool:
     content = file.read_bytes()
     if file.suffix == ".png":
         return content.startswith(b"\x89PNG\r\n\x1a\n")
-    if file.suffix == ".model" and content.startswith(b"\n"):  # sentencepiece's protocol buffer
+    if file.suffix in (".model", ".spm") and content.startswith(b"\n"):  # sentencepiece's protocol buffer
         return True
     return b"\0" not in content and is_utf8(content)
 

@@ -28,7 +28,7 @@ Private = Annotated[
     bool, typer.Option("--private", help="Make a new repository private. One that exists stays as it is.")
 ]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request; needs no right to write.")]
-Message = Annotated[str | None, typer.Option(help="The commit's first line.", show_default='"Upload adapter"')]
+Message = Annotated[str | None, typer.Option(help="The commit's first line.", show_default="Upload adapter")]
 Description = Annotated[str | None, typer.Option(help="What else the commit or the pull request says.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would go and what would stay.")]
 
@@ -47,8 +47,8 @@ def push(
 
     Writes its card (README.md, keeping what you have edited) and uploads, in one commit, the files on a list:
     weights as safetensors, their configuration, the tokenizer, card and figures, recipe, training record and
-    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden files.
-    A file that holds an access token stops the push.
+    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden
+    files. A file that holds an access token stops the push.
 
     Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token: it would stay in the
     shell's history. After a lost connection run the same command again; weights that have arrived are not sent twice.
@@ -82,7 +82,9 @@ def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> Non
     for file in publishable(folder):
         card = PurePath(file).parent / CARD
         if PurePath(file).name == CONFIG_NAME and (file == CONFIG_NAME or (folder / card).exists()):
-            write_card(folder / card.parent, repo_id=repo_id, published=published.get(card.as_posix()))
+            inside = None if file == CONFIG_NAME else card.parent.as_posix()
+            text = published.get(card.as_posix())
+            write_card(folder / card.parent, repo_id=repo_id, subfolder=inside, published=text)
 
 
 def contents(folder: Path, files: list[str]) -> Table:

@@ -1,8 +1,12 @@
 """What a training run knows and its card shows: a plain record, kept as JSON beside the adapter."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import sqrt
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from ..placement import check
@@ -31,6 +35,11 @@ class Result:
     method: str = "adapter"
     dataset: str | None = None
     split: str | None = None
+
+    @property
+    def place(self) -> tuple[str | None, ...]:
+        """What it is a number of: results of equal places can be taken together."""
+        return (self.metric, self.method, self.dataset, self.split)
 
 
 @dataclass
@@ -125,6 +134,36 @@ class TrainingRecord:
         return path
 
     @classmethod
+    def merge(cls, records: Sequence["TrainingRecord"]) -> "TrainingRecord":
+        """One record of several runs of a recipe: the first one's, with mean and spread of what they all measured.
+
+        Args:
+            records: of runs that differ in their seeds.
+
+        Raises:
+            ValueError: there are none, or they are of different base models or numbers of parameters.
+        """
+        check("records", records, len(records) > 0, "must hold at least one record")
+        for name in ("base_model", "trainable_parameters"):
+            values = {getattr(record, name) for record in records}
+            check(name, sorted(map(str, values)), len(values) == 1, "must be the same in all records")
+        places: dict[tuple[str | None, ...], list[Result]] = {}
+        for result in (result for record in records for result in record.results):
+            places.setdefault(result.place, []).append(result)
+        shared = set(records[0].gates).intersection(*(record.gates for record in records))
+        times = [record.train_time for record in records if record.train_time is not None]
+        steps = [record.step_time for record in records if record.step_time is not None]
+        return replace(
+            deepcopy(records[0]),
+            results=[pooled(results) for results in places.values()],
+            seeds=[seed for record in records for seed in record.seeds],
+            gates={name: fmean(record.gates[name] for record in records) for name in sorted(shared)},
+            peak_memory=max((record.peak_memory for record in records if record.peak_memory), default=None),
+            train_time=fmean(times) if times else None,
+            step_time=median(steps) if steps else None,
+        )
+
+    @classmethod
     def load(cls, folder: str | Path) -> "TrainingRecord | None":
         """The record of an adapter's folder, or None where there is none.
 
@@ -145,3 +184,14 @@ class TrainingRecord:
         record.datasets = [DatasetRecord(**data) for data in stored.get("datasets", [])]
         record.results = [Result(**result) for result in stored.get("results", [])]
         return record
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Results of the same place as one: over all their runs, the mean and the sample standard deviation."""
+    runs = sum(result.runs for result in results)
+    mean = sum(result.runs * result.value for result in results) / runs
+    known = all(result.runs == 1 or result.spread is not None for result in results)
+    squares = sum(r.runs * (r.value - mean) ** 2 + (r.runs - 1) * (r.spread or 0.0) ** 2 for r in results)
+    return replace(
+        results[0], value=mean, runs=runs, spread=sqrt(squares / (runs - 1)) if known and runs > 1 else None
+    )

@@ -28,16 +28,20 @@ Stock = Callable[..., Any]
 
 @extend
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """As peft does, and a card for each adapter."""
-    stock(save_directory, *args, **kwargs)
+    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
+    try:
+        stock(save_directory, *args, **kwargs)
+    finally:
+        del vars(model)["create_or_update_model_card"]
     given = inspect.signature(stock).bind(save_directory, *args, **kwargs).arguments
-    if given.get("is_main_process", True):
+    if given.get("is_main_process", True) and given.get("safe_serialization", True):
         write_cards(Path(save_directory), model, given.get("selected_adapters"))
 
 
 @extend
 def create_or_update_model_card(stock: Stock, model: PeftModel, output_dir: str | Path) -> None:
-    """The card of an adapter that lies there; none before it is saved, which is when peft asks."""
+    """The card of an adapter that lies there; none where there is no adapter."""
     if Path(output_dir, CONFIG_NAME).exists():
         write_card(output_dir, model)
 
@@ -129,7 +133,9 @@ def write_cards(
     names = selected or list(model.peft_config)
     for name in names:
         home = PurePosixPath("" if name == "default" else name)
-        write_card(folder / home, model, repo_id=repo_id, published=published.get(str(home / CARD)))
+        inside = name if repo_id and name != "default" else None
+        text = published.get(str(home / CARD))
+        write_card(folder / home, model, repo_id=repo_id, subfolder=inside, published=text)
     if "default" not in names:
         write_contents(folder, names, published.get(CARD))
     if tags:

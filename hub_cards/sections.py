@@ -18,12 +18,16 @@ VERSION = re.compile(r"[0-9][0-9a-z.+]*")
 HUB = "https://huggingface.co"
 
 
-def values(adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None) -> dict[str, Any]:
+def values(
+    adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None, subfolder: str | None = None
+) -> dict[str, Any]:
     """The variables of the template; what is None or empty is left out of the card."""
     base = base_model(adapter, record)
     revision = record.base_model_revision or adapter.config.revision
     drawn = figures.drawable(record)
     trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
+    place = {"repo_id": repo_id, "subfolder": subfolder}
+    loading = snippet(adapter, base, revision=revision, labels=record.labels, **place)
     cited = [*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")]
     return {
         "method": methods.name(adapter),
@@ -33,7 +37,7 @@ def values(adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None) -
         "size": in_units(adapter.bytes, BYTES),
         "trained_on": listed(trained_on) if trained_on else None,
         "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours else 'peft'}", "bash"),
-        "snippet": fenced(snippet(adapter, base, revision=revision, labels=record.labels, repo_id=repo_id), "python"),
+        "snippet": fenced(loading, "python"),
         "labels": ", ".join(code(label) for label in record.labels),
         "results": results(record.results),
         "spread": spread(record.results),

@@ -44,12 +44,15 @@ USES = {"SEQ_CLS": CLASSIFY, "CAUSAL_LM": GENERATE, "SEQ_2_SEQ_LM": GENERATE}
 MANY = 20  # more names of classes would bury the code
 
 
-def auto_class(adapter: SavedAdapter) -> str:
-    """The class of transformers that loads the base model: by the task type, else the class that was adapted."""
+def auto_class(adapter: SavedAdapter) -> str | None:
+    """The class of transformers that loads the base model: by the task type, else the class that was adapted.
+
+    None for models that are not of transformers.
+    """
     if adapter.config.task_type in TASKS:
         return TASKS[adapter.config.task_type][0]
     found = base_class(adapter)
-    return "AutoModel" if found is None else found.__name__
+    return found.__name__ if found else None
 
 
 def base_class(adapter: SavedAdapter) -> Any:
@@ -74,6 +77,7 @@ def snippet(
     revision: str | None = None,
     labels: Sequence[str] = (),
     repo_id: str | None = None,
+    subfolder: str | None = None,
 ) -> str:
     """Python that loads the base model and the adapter, and uses them where the task says how.
 
@@ -83,26 +87,37 @@ def snippet(
         revision: its commit.
         labels: names of the classes, in order.
         repo_id: where the adapter is on the Hub; its folder's name by default.
+        subfolder: the folder of the repository in which it lies; None for the repository itself.
     """
     cls, use = auto_class(adapter), USES.get(adapter.config.task_type, "")
-    arguments = [f"revision={literal(revision)}"] if base_model and revision else []
-    if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") or cls.endswith("Classification"):
-        arguments += classes(labels, adapter.labels())
-    lines = [
-        *(["import hf_peft_ext  # comes first: it makes the method known to peft"] if adapter.is_ours else []),
-        *(["import torch"] if "torch." in use else []),
-        "from peft import PeftModel",
-        f"from transformers import {', '.join(sorted([cls, *(['AutoTokenizer'] if use else [])]))}",
-        "",
-        f"base = {literal(base_model or 'path/to/the/base/model')}",
-        f"adapter = {literal(repo_id or adapter.folder.resolve().name)}",
-        call(f"model = {cls}.from_pretrained", ["base", *arguments]),
-        "model = PeftModel.from_pretrained(model, adapter)",
-    ]
+    load = "hf_peft_ext.load_adapter" if adapter.is_ours else "PeftModel.from_pretrained"
+    lines = [*imports(adapter, cls, use), "", f"adapter = {literal(repo_id or adapter.folder.resolve().name)}"]
+    if cls:
+        arguments = [f"revision={literal(revision)}"] if base_model and revision else []
+        if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") or cls.endswith("Classification"):
+            arguments += classes(labels, adapter.labels())
+        lines += [f"base = {literal(base_model or 'path/to/the/base/model')}"]
+        lines += [call(f"model = {cls}.from_pretrained", ["base", *arguments])]
+    else:
+        lines += ["model = ...  # the base model, as it was before training"]
+    place = f", subfolder={literal(subfolder)}" if subfolder else ""
+    lines += [f"model = {load}(model, adapter{place})"]
     if use:
         saved = (adapter.folder / "tokenizer_config.json").is_file()
-        lines += [f"tokenizer = AutoTokenizer.from_pretrained({'adapter' if saved else 'base'})", use]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({f'adapter{place}' if saved else 'base'})", use]
     return "\n".join(lines)
+
+
+def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
+    ours = "import hf_peft_ext  # comes first: it makes the method known to peft"
+    names = sorted(name for name in (cls, "AutoTokenizer" if use else None) if name)
+    lines = {
+        ours: adapter.is_ours,
+        "import torch": "torch." in use,
+        "from peft import PeftModel": not adapter.is_ours,
+        f"from transformers import {', '.join(names)}": bool(names),
+    }
+    return [line for line, needed in lines.items() if needed]
 
 
 def call(function: str, arguments: Sequence[str]) -> str:

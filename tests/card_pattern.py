@@ -51,17 +51,16 @@ pip install hf_peft_ext
 ```python
 import hf_peft_ext  # comes first: it makes the method known to peft
 import torch
-from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = "acme/tiny-bert"
 adapter = "unipelt"
+base = "acme/tiny-bert"
 model = AutoModelForSequenceClassification.from_pretrained(
     base,
     revision="aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     id2label={0: "refund", 1: "lost card", 2: "other"},
 )
-model = PeftModel.from_pretrained(model, adapter)
+model = hf_peft_ext.load_adapter(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(base)
 
 inputs = tokenizer("A text to classify.", return_tensors="pt")

@@ -38,11 +38,14 @@ ADAPTERS = {
 
 
 def saved(folder: Path, name: str, base: str | None = BASE) -> PeftModel:
-    """An adapter with weights that matter, saved as if its base model came from the Hub."""
+    """An adapter with weights that matter, saved as if its base model came from the Hub; without a card."""
     model = ADAPTERS[name]()
     randomise(model)
     model.get_base_model().name_or_path = base or ""
     model.save_pretrained(folder)
+    if name in ("unipelt", "mam", "bitfit"):  # peft's own types keep the blank card that peft gives them
+        for file in ("README.md", "training_record.json"):
+            (folder / file).unlink(missing_ok=True)
     return model.eval()
 
 

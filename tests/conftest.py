@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import _xet
 
 import hf_peft_ext  # noqa: F401  registers the methods
 
@@ -49,7 +48,6 @@ def hub(request, monkeypatch, tmp_path):
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())  # it reads the environment once
         yield server
 
 

@@ -175,6 +175,7 @@ class Request(BaseHTTPRequestHandler):
     """One request; which method answers it is said by `route`."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body does not wait for the headers to be acknowledged
     hub: Hub
     deaf = False
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord, write_card
-from hf_peft_ext.hub_cards.edits import COMMENT, Version, merge, split
+from hf_peft_ext.hub_cards.edits import COMMENT, Version, digest, merge, split
 
 from .cards import full_record, saved
 
@@ -197,6 +197,16 @@ def test_files_of_the_author_stay(folder):
         assert (folder / "figures" / "losses.png").exists()
 
 
+def test_a_card_names_no_other_files(folder):
+    """Its comment can be a stranger's: files that it names besides are not touched."""
+    other = folder.parent / "other.txt"
+    other.write_text("mine")
+    forged = f'"generated":{{"file:../other.txt":"{digest(b"mine".hex())}",'
+    edit(folder, ('"generated":{', forged))
+    write_card(folder)
+    assert other.read_text() == "mine"
+
+
 # Cards that others wrote
 
 
@@ -239,7 +249,7 @@ def test_a_card_without_its_comment(folder):
 def test_saving_again_over_a_card(tmp_path, name):
     """peft writes its own metadata over what is there; the author's text stays, and so does what we wrote."""
     model = saved(tmp_path, name)
-    first = write_card(tmp_path).read_text()
+    first = write_card(tmp_path, model).read_text()
     edit(tmp_path, ("## Use", f"{OWN}\n\n## Use"))
     model.save_pretrained(tmp_path, save_embedding_layers=False)  # or it asks the Hub for the base model
     text = write_card(tmp_path).read_text()

@@ -4,19 +4,23 @@ import importlib.util
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
 from hf_peft_ext.hub_cards.adapter import SavedAdapter, layers
 from hf_peft_ext.hub_cards.edits import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards.told import quantization
 from hf_peft_ext.papers import IA3, LORA, MAM, UNIPELT
 
 from .backbones import BACKBONES
@@ -80,6 +84,9 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds no adapter_config.json; save an adapter there\."):
         write_card(tmp_path)
     saved(tmp_path, "bitfit")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds an adapter_model.safetensors that is none"):
+        write_card(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOVEL"}')
     with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type that this"):
         write_card(tmp_path)
@@ -140,6 +147,8 @@ def test_snippet_names_the_repository(tmp_path):
     code = code_of(write_card(tmp_path, repo_id="me/support").read_text())
     assert 'adapter = "me/support"' in code
     assert f'base = "{BASE}"' in code
+    with pytest.raises(ValueError, match=r"`repo_id` \(='a b'\) must be an id on the Hub, such as 'name/adapter'\."):
+        write_card(tmp_path, repo_id="a b")
 
 
 def test_snippet_takes_the_tokenizer_beside_the_adapter(tmp_path):
@@ -156,6 +165,27 @@ def test_snippet_counts_the_classes_of_the_head(tmp_path):
     assert named in write_card(tmp_path, model).read_text()
     assert named in write_card(tmp_path).read_text()
     assert TrainingRecord.load(tmp_path) == TrainingRecord(labels=LABELS)
+
+
+def test_quantisation_of_a_model():
+    """As the model's config has it; whole weights have none."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    assert quantization(SimpleNamespace(quantization_config=four)) == "4-bit NF4, double quantisation"
+    assert quantization(SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))) == "8-bit"
+    assert quantization(SimpleNamespace(quantization_config={"quant_method": "gptq"})) == "gptq"
+    assert quantization(SimpleNamespace()) is None
+
+
+def test_a_model_of_ones_own(tmp_path):
+    """Not of transformers: the card neither says so nor guesses how to load it."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    get_peft_model(deepcopy(net), LoraConfig(target_modules=["0"], r=2)).save_pretrained(tmp_path)
+    card = write_card(tmp_path).read_text()
+    assert "transformers" not in card
+    code = code_of(card).replace("model = ...", "model = net").replace(tmp_path.name, str(tmp_path))
+    space = {"net": net}
+    exec(compile(code, "snippet", "exec"), space)
+    assert space["model"].peft_config["default"].r == 2
 
 
 # Method and architecture
@@ -189,6 +219,14 @@ def test_places_are_those_of_the_config(tmp_path):
         ("low rank", "query projection", "0 to 1", "r = 8", "auto"),
         ("low rank", "value projection", "0 to 1", "r = 8", "auto"),
         ("saved whole", "`classifier`", "outside the layers", "", ""),
+    ]
+
+
+def test_ranks_of_a_stock_type(tmp_path):
+    saved(tmp_path, "lora")
+    assert [(row.sublayer, row.site, row.size) for row in SavedAdapter(tmp_path).rows()] == [
+        ("LORA", "`query`", "r = 2"),
+        ("LORA", "`value`", "r = 2"),
     ]
 
 
@@ -284,13 +322,16 @@ def test_results_side_by_side(tmp_path):
 
 
 def test_results_that_are_no_numbers_stay_off_the_leaderboard(tmp_path):
-    """A diverged run: its card says nan, the Hub's index holds numbers only."""
+    """A diverged run: its card says nan, the Hub's index holds numbers only, and no losses."""
     record = full_record()
-    record.results = [Result("accuracy", float("nan"), dataset="nyu-mll/glue"), Result("f1", 0.5, float("inf"), 2)]
+    glue = {"dataset": "nyu-mll/glue", "split": "test"}
+    record.results = [Result("accuracy", float("nan"), **glue), Result("loss", 0.5, float("inf"), 2, **glue)]
     card = card_of(tmp_path, "unipelt", record)
-    assert "| `accuracy` | `nyu-mll/glue` | nan |" in card
-    assert "0.5 ± inf" in card
-    assert "model-index" not in ModelCard(card).data.to_dict()
+    assert "| `accuracy` | `nyu-mll/glue` | `test` | nan |" in card
+    assert "| `loss` | `nyu-mll/glue` | `test` | 0.5 ± inf |" in card
+    data = ModelCard(card).data.to_dict()
+    assert "model-index" not in data
+    assert data["metrics"] == ["accuracy"]
 
 
 # Figures and recipe

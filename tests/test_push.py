@@ -57,7 +57,14 @@ def contents(folder):
 PUBLISHED = [
     *("adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "training_record.json"),
     *("trainer_state.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
-    *("merges.txt", "spiece.model", "chat_template.jinja", "additional_chat_templates/rag.jinja", "figures/loss.png"),
+    *(
+        "merges.txt",
+        "spiece.model",
+        "source.spm",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "figures/loss.png",
+    ),
     *("second/adapter_config.json", "second/adapter_model.safetensors", "checkpoint-8/trainer_state.json"),
     *("checkpoint-8/adapter_model.safetensors",),
 ]
@@ -139,6 +146,14 @@ def test_the_token_given_is_looked_for_too(folder, hub):
         push_adapter(folder, "ann/tiny", token="canary")
     with pytest.raises(ValueError, match=r"`commit_message` \(='...'\) must not hold an access token"):
         push_adapter(folder, "ann/tiny", commit_message=f"with {OWNER}")
+
+
+def test_invalid_metadata(folder, hub):
+    """What the Hub says of a card's metadata is raised before a file is sent."""
+    (folder / "README.md").write_text("---\nbase_model: /data/models/bert\n---\n")
+    with pytest.raises(ValueError, match="\"base_model\" with value '/data/models/bert' is not valid"):
+        push_adapter(folder, "ann/tiny")
+    assert hub.files("ann/tiny").keys() == {".gitattributes"}
 
 
 def test_other_refusals(folder, hub, tmp_path):

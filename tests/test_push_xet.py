@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import _xet
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -23,8 +24,10 @@ xet = pytest.mark.parametrize("hub", ["xet"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def hf_xet():
+def hf_xet(monkeypatch):
+    """A session of hf_xet for each test, since it reads the environment once."""
     pytest.importorskip("hf_xet")
+    monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
 
 
 @pytest.fixture

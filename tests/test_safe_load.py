@@ -4,6 +4,7 @@ refuses, and after each refusal the base model is what it was, down to its hooks
 Each attack is first run on stock peft, so that the test says so when peft closes the hole.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from huggingface_hub import upload_file
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import (
     HRAConfig,
     IA3Config,
@@ -22,6 +25,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PeftModelForSequenceClassification,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -30,14 +34,19 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig, load_adapter
+from hf_peft_ext.hub_cards import push_adapter
 from hf_peft_ext.patterns import matching
 from hf_peft_ext.safe_load.config import ONLY, STOCK
 
-from .backbones import BACKBONES, output
+from .backbones import BACKBONES, SPECIAL, VOCAB, output
+from .hub_server import STRANGER
 from .methods import METHODS, randomise
+
+# peft's advice on settings that are as they should be here
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -88,7 +97,10 @@ def fingerprint(model):
 def saved(folder, config, backbone="llama"):
     """A folder with an adapter whose weights matter."""
     model = get_peft_model(BACKBONES[backbone].build(), config)
-    randomise(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -123,7 +135,7 @@ def refused(folder, message, backbone="llama", **kwargs):
 def assert_equal_to_stock(folder, family):
     stock = PeftModel.from_pretrained(family.build(), folder)
     base = family.build()
-    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    weights = [(tensor, tensor.clone()) for tensor in (*base.parameters(), *base.buffers())]
     loaded = load_adapter(base, folder)
     inputs = family.inputs()
     with torch.no_grad():
@@ -133,10 +145,7 @@ def assert_equal_to_stock(folder, family):
     assert loaded.training == stock.training
     kinds = {name: (p.dtype, p.requires_grad) for name, p in stock.named_parameters()}
     assert {name: (p.dtype, p.requires_grad) for name, p in loaded.named_parameters()} == kinds
-    after = loaded.get_base_model().state_dict() if loaded.active_peft_config.is_prompt_learning else None
-    if after is None:
-        after = loaded.unload().state_dict()
-    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    assert all(torch.equal(tensor, before) for tensor, before in weights)
 
 
 @pytest.mark.parametrize("backbone", ["bert", "llama", "t5"])
@@ -157,6 +166,22 @@ def test_every_stock_type_is_tried():
 def test_modules_to_save_of_ours(tmp_path):
     config = METHODS["unipelt"](modules_to_save=["pooler"], trainable_token_indices=[3, 4])
     assert_equal_to_stock(saved(tmp_path, config, "bert"), BACKBONES["bert"])
+
+
+@pytest.mark.parametrize("make", [METHODS["unipelt"], LoraConfig], ids=["unipelt", "lora"])
+def test_a_classifier(make, tmp_path):
+    """With a task type, peft saves the head too, on its own account."""
+    tiny = AutoConfig.for_model("bert", vocab_size=VOCAB, num_labels=2, **SPECIAL, **BACKBONES["bert"].config)
+    base = AutoModelForSequenceClassification.from_config(tiny)
+    bases = [copy.deepcopy(base) for _ in range(2)]
+    model = get_peft_model(base, make(task_type="SEQ_CLS"))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded, inputs = load_adapter(bases[0], tmp_path), BACKBONES["bert"].inputs()
+    with torch.no_grad():
+        assert torch.equal(output(loaded, inputs), output(PeftModel.from_pretrained(bases[1], tmp_path), inputs))
+    assert type(loaded) is PeftModelForSequenceClassification
+    assert any("classifier" in key for key in load_file(tmp_path / WEIGHTS))
 
 
 def test_a_second_adapter(tmp_path):
@@ -253,6 +278,29 @@ def test_pinned_revision(hub_cache, revision):
     assert config.bottleneck_size == (3 if commit == hub_cache["v1"] else 4)
 
 
+# 2026-11: huggingface_hub 2.4 gives httpx2 the bytes of LFS files by an old name
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+def test_over_http(hub, tmp_path):
+    """From a private repository: the pinned commit, and of its files the two that are needed."""
+    commits = {}
+    for r in (2, 3):
+        saved(tmp_path / str(r), METHODS["unipelt"](r=r))
+        commits[r] = push_adapter(tmp_path / str(r), "ann/adapter", private=True).oid
+    upload_file(path_or_fileobj=b"print(1)", path_in_repo="modeling.py", repo_id="ann/adapter")
+    upload_file(path_or_fileobj=b"pickle", path_in_repo="adapter_model.bin", repo_id="ann/adapter")
+    hub.log.clear()
+    for revision, r in ((None, 3), (commits[2], 2), (commits[3], 3)):
+        config = load_adapter(BACKBONES["llama"].build(), "ann/adapter", revision=revision).peft_config["default"]
+        assert config.r == r
+        assert config.adapter_revision == (revision or hub.repos["ann/adapter"].refs["main"])
+    fetched = {line.split()[1].rpartition("/")[2] for line in hub.log if line.startswith("GET /ann/adapter/resolve")}
+    assert fetched == {CONFIG, WEIGHTS}
+    with pytest.raises(RevisionNotFoundError):
+        load_adapter(BACKBONES["llama"].build(), "ann/adapter", revision="nope")
+    with pytest.raises(RepositoryNotFoundError):
+        load_adapter(BACKBONES["llama"].build(), "ann/adapter", revision=commits[2][:8], token=STRANGER)
+
+
 def test_revision_of_a_folder(tmp_path):
     saved(tmp_path, METHODS["mam"]())
     refused(tmp_path, "`revision` \\(='v1'\\) must be None: a local folder has no revisions.", revision="v1")
@@ -282,7 +330,7 @@ def test_extra_keys_that_overwrite_the_base_model(target, method, tmp_path):
         stock = PeftModel.from_pretrained(base, tmp_path)
         assert not stock.state_dict()[key].any()
     else:  # ours are refused on the stock way too, with the base weights as they were
-        with pytest.raises(ValueError, match=f"holds tensors that are no part of the adapter"):
+        with pytest.raises(ValueError, match="holds tensors that are no part of the adapter"):
             PeftModel.from_pretrained(base, tmp_path)
         assert torch.equal(base.get_parameter(name), weight)
     refused(tmp_path, f"holds tensors that its config does not imply: {key}")
@@ -296,7 +344,7 @@ def test_adapter_name_that_is_a_path(tmp_path):
     assert (tmp_path / "outside" / WEIGHTS).exists()
     for name in (outside, "../up", "a.b", "", "a" * 65, "name\n", "ä"):
         refused(tmp_path / "adapter", "`adapter_name` .* must match", adapter_name=name)
-    with pytest.raises(ValueError, match="`adapter_name` .* must match"):
+    with pytest.raises(ValueError, match=r"`adapter_name` .* must match"):
         get_peft_model(BACKBONES["llama"].build(), METHODS["unipelt"](), adapter_name=outside)
 
 
@@ -342,12 +390,12 @@ EVIL = r"(\w|.)*\d\d\d"
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "sites"])
 def test_patterns_that_take_for_ever(field, tmp_path):
-    """Stock peft is still matching after two seconds, and would be after a year."""
+    """Stock peft is still matching after a second, and would be for hours."""
     saved(tmp_path, METHODS["unipelt"]() if field == "sites" else STOCK_METHODS["lora"]())
     value = {"rank_pattern": {EVIL: 4}, "modules_to_save": [EVIL], "sites": {"query": EVIL}}.get(field, EVIL)
     rewrite(tmp_path, **{field: value})
     if field != "sites":
-        with pytest.raises(StillBusyError), at_most(2):
+        with pytest.raises(StillBusyError), at_most(1):
             PeftModel.from_pretrained(BACKBONES["llama"].build(), tmp_path)
     else:
         with pytest.raises(ValueError, match="takes too long to match"):
@@ -359,7 +407,7 @@ def test_patterns_that_take_for_ever(field, tmp_path):
 
 def test_patterns_match_as_in_peft():
     paths = ["model.layers.0.q_proj", "model.layers.1.q_proj", "layers.0.q_proj", "model.layers.0.q_proj.x"]
-    assert matching(r".*\.0\..*proj", paths) == ["model.layers.0.q_proj"]
+    assert matching(r".*\.0\..*proj", paths) == ["model.layers.0.q_proj", "layers.0.q_proj"]
     assert matching(["layers.0.q_proj"], paths) == ["model.layers.0.q_proj", "layers.0.q_proj"]
     with pytest.raises(ValueError, match=r"The pattern '\(' is no regular expression"):
         matching("(", paths)
@@ -445,6 +493,9 @@ FORBIDDEN = {
     "megatron_config": {"a": 1},
     "megatron_core": "os",
     "arrow_config": {"top_k": 2},
+    "monteclora_config": {"num_samples": 2},
+    "use_bdlora": {"nblocks": 2},
+    "velora_config": {"num_groups": 2},
     "tokenizer_kwargs": {"trust_remote_code": True},
 }
 
@@ -463,7 +514,7 @@ BAD_FIELDS = [
     ({"use_dora": 1}, "`use_dora` \\(=1\\) must be of type bool"),
     ({"target_modules": {"q_proj": 1}}, "`target_modules` .* must be of type"),
     ({"target_modules": ["x"] * 5000}, "`target_modules` .* must have at most 4096 entries"),
-    ({"target_modules": "a" * 9000}, "`target_modules` .* must have at most 8192 characters"),
+    ({"target_modules": "a" * 2**16}, "`target_modules` .* must have at most 32768 characters"),
     ({"target_modules": r"no\.such"}, "`target_modules` .* matches no module"),
     ({"target_modules": ["nosuch"]}, "The adapter does not fit LlamaForCausalLM: Target modules"),
     ({"auto_mapping": {"a": [[[[[[1]]]]]]}}, "`auto_mapping` .* 5 levels"),
@@ -471,8 +522,8 @@ BAD_FIELDS = [
     ({"peft_type": ["LORA"]}, "`peft_type` .* must be one of those"),
     ({"modules_to_save": ["a|b"]}, "`modules_to_save` .* must name modules by"),
     ({"r": -1}, "makes no LoraConfig|does not fit|positive"),
-    ({"lora_dropout": 3.0}, "The adapter does not fit LlamaForCausalLM: dropout probability"),
-    ({"trainable_token_indices": [10**5]}, "lacks tensors"),
+    ({"lora_dropout": 3.0}, "`lora_dropout` \\(=3.0\\) must lie in"),
+    ({"trainable_token_indices": [10**5]}, "`token_indices` .* must be rows of 0 to 59"),
     ({"lora_alpha": 2**21}, "`lora_alpha` .* must be a finite number of at most"),
 ]
 
@@ -484,6 +535,7 @@ def test_bad_fields(fields, message, tmp_path):
 
 def test_tokens_beyond_the_vocabulary(tmp_path):
     saved(tmp_path, TrainableTokensConfig(token_indices=[1, 2, 3]))
+    assert_equal_to_stock(tmp_path, BACKBONES["llama"])
     refused(rewrite(tmp_path, token_indices=[1, 2, 60]), "`token_indices` .* must be rows of")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, TrainableTokensConfig, get_peft_model
@@ -24,7 +23,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from hf_peft_ext import BottleneckConfig, ComposedConfig, Placement, UniPELTConfig, load_adapter
 
 from .backbones import BACKBONES
-from .test_safe_load import CONFIG, STOCK_METHODS, WEIGHTS, fingerprint
+from .test_safe_load import CONFIG, WEIGHTS, fingerprint
 
 SECONDS, MEGABYTES = 2, 200
 QV = ["q_proj", "v_proj"]
@@ -94,7 +93,7 @@ class Files:
 JUNK = st.one_of(
     st.integers(2**20 + 1, 2**80) | st.integers(-(2**80), -(2**20) - 1),
     st.integers(5, 60).map(lambda depth: json.loads("[" * depth + "]" * depth)),
-    st.just("long").map(lambda _: "q" * 9000),
+    st.just("long").map(lambda _: "q" * 40_000),
     st.just("wide").map(lambda _: [1] * 5000),
     st.dictionaries(st.sampled_from(["a", "r", "__class__"]), st.just({"x": [2**90]}), min_size=1),
     st.floats(min_value=1e7, max_value=1e300),
@@ -104,7 +103,7 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "r": st.sampled_from(["2", 2.0, [2], {}, True, 0, -1, -(2**19), 1, 3, 7, 2**20]),
     "lora_alpha": st.sampled_from(["2", [2], {}, True]),
     "lora_dropout": st.sampled_from(["0", [0.0], None, True, -1.0, 1.5, 2]),
-    "target_modules": st.sampled_from([3, 1.5, True, [1], [["q_proj"]], {"q_proj": 1}, ["nosuch"], "nosuch", "(", []])
+    "target_modules": st.sampled_from([3, 1.5, True, [1], [["q_proj"]], {"q_proj": 1}, ["nosuch"], "nosuch", "("])
     | st.text("({[*+?|\\^$", min_size=1, max_size=30).map(lambda text: "(" + text),
     "modules_to_save": st.sampled_from([3, "lm_head", [3], {}, ["(.*)*"], ["nosuch", ""], ["model layers"]]),
     "feedforward_modules": st.sampled_from([3, [3], {"a": 1}, "(", True]),
@@ -123,10 +122,13 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "sites": st.sampled_from([3, "query", [], {"nosuch": ["q_proj"]}, {"query": 3}, {"query": "("}, {"query": ["x"]}]),
     "style": st.sampled_from([3, "nosuch", None, ["houlsby"], "houlsby"]),
     "placements": st.sampled_from(
-        [3, "x", {}, [], [3], [{}], [{"sublayer": "bias"}], [{"sublayer": [], "site": {}}], [[[]]]]
-        + [[{"sublayer": "bias", "site": "bias"}] * 2, [{"sublayer": "bias", "site": "bias", "options": {"r": 1}}]]
-        + [[{"sublayer": "low_rank", "site": "query", "options": {"r": "2"}}]]
-        + [[{"sublayer": "bottleneck", "site": "after_ffn", "options": {"r": 2, "activation": []}}]]
+        [
+            *(3, "x", {}, [], [3], [{}], [[[]]], [{"sublayer": "bias"}], [{"sublayer": [], "site": {}}]),
+            [{"sublayer": "bias", "site": "bias"}] * 2,
+            [{"sublayer": "bias", "site": "bias", "options": {"r": 1}}],
+            [{"sublayer": "low_rank", "site": "query", "options": {"r": "2"}}],
+            [{"sublayer": "bottleneck", "site": "after_ffn", "options": {"r": 2, "activation": []}}],
+        ]
     ),
     "peft_type": st.sampled_from([3, None, [], {}, "XLORA", "lora", "POLY"]) | st.text(max_size=20),
     "peft_version": st.sampled_from([3, [], {}, True]),
@@ -144,7 +146,7 @@ def wrong_field(draw, files):
     names = sorted(WRONG.keys() & files.config.keys())
     name = draw(st.sampled_from(names))
     value = draw(WRONG[name])
-    if name == "peft_type" and value in {t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING}:
+    if name == "peft_type" and value in [t.value for t in PEFT_TYPE_TO_CONFIG_MAPPING]:
         value = f"{value}_"
     files.config[name] = value
 
@@ -306,9 +308,7 @@ def broken_header(draw, files):
 def bad_value(draw, files):
     """NaN, an infinity, or a number that half precision does not reach, anywhere in the data."""
     at = 4 * draw(st.integers(0, len(files.data) // 4 - 1))
-    value = draw(
-        st.sampled_from([float("nan"), float("inf"), -float("inf"), 3e38, -3e38]) | st.floats(1e5, 3e38, width=32)
-    )
+    value = draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 3e38, -3e38]) | st.floats(1e5, 3e38))
     files.data = files.data[:at] + struct.pack("<f", value) + files.data[at + 4 :]
 
 
@@ -376,7 +376,7 @@ def test_malformed_adapters_are_refused(count, sound, tmp_path, capsys):
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.data())
     def refused(data):
-        nonlocal slowest
+        nonlocal base, slowest
         files, name = sound[data.draw(st.sampled_from(sorted(sound)))].copy(), "default"
         mutate = data.draw(st.sampled_from([*IN_FILES, *IN_FOLDER, None]))
         for path in tmp_path.iterdir():
@@ -390,8 +390,13 @@ def test_malformed_adapters_are_refused(count, sound, tmp_path, capsys):
             name = data.draw(st.text(max_size=70).filter(lambda name: not name.isidentifier() or len(name) > 64))
             name = name.replace("-", "/") + "." * (not name or name.isdigit())
         start = time.process_time()
-        with pytest.raises(ValueError):  # noqa: PT011  whichever
+        try:
             load_adapter(base, tmp_path, name)
+        except ValueError:
+            pass
+        else:
+            base = base_model()  # for the next, as hypothesis makes the case smaller
+            pytest.fail("was loaded")
         slowest = max(slowest, time.process_time() - start)
         assert slowest < SECONDS
         assert fingerprint(base) == before

@@ -3,6 +3,7 @@
 Over HTTP, against a small Hub (hub_server.py).
 """
 
+import base64
 import re
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def test_saving_again_keeps_edits(tmp_path):
     model.create_or_update_model_card(str(tmp_path))
     assert "## Intended use\n\nFor Ann's letters." in path.read_text()
     assert path.read_text().count("import hf_peft_ext") == 1
+
+
+def test_what_lay_there_before_does_not_matter(tmp_path):
+    """Saved over a file that a process left half written, and over an adapter of another method."""
+    adapter(method="bitfit").save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+    adapter().save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), str(tmp_path))), logits(adapter()))
+    assert "# UniPELT adapter" in (tmp_path / "README.md").read_text()
 
 
 def test_no_card_before_there_is_an_adapter(tmp_path):
@@ -144,16 +154,8 @@ def test_push_to_hub(hub, temporary):
     assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter()))
 
 
-def test_save_pretrained_with_push_to_hub_is_as_in_peft(tmp_path, hub):
-    """peft's save_pretrained takes no `push_to_hub`; ours neither sends anything."""
-    adapter().save_pretrained(str(tmp_path / "out"))
-    assert not hub.log
-
-
 def edit(hub, repo_id, text):
     """What an author does on the web page of a repository: a commit that adds a section to the card."""
-    import base64
-
     card = hub.files(repo_id)["README.md"] + text.encode()
     value = {"path": "README.md", "content": base64.b64encode(card).decode()}
     hub.commit(hub.repos[repo_id], "main", "main", [{"key": "file", "value": value}])
@@ -185,13 +187,16 @@ def test_published_cards(hub):
 
 @pytest.mark.parametrize("first", ["default", "first"])
 def test_several_adapters_are_pushed_each_in_its_folder(first, hub):
-    """As peft saves them; each is pulled by its sub-folder."""
+    """As peft saves them; each is pulled by its sub-folder, as its card says."""
     model = two_adapters(first)
     model.push_to_hub("ann/two")
     for name in (first, "other"):
         folder = {} if name == "default" else {"subfolder": name}
         model.set_adapter(name)
         assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/two", **folder)), logits(model))
+    cards = published_cards("ann/two")
+    assert 'load_adapter(model, adapter, subfolder="other")' in cards["other/README.md"]
+    assert "subfolder" not in cards["README.md"] or first != "default"
 
 
 def test_a_refused_push_leaves_nothing_behind(hub, temporary):
@@ -252,6 +257,16 @@ def test_command_opens_a_pull_request(hub, tmp_path):
     assert hub.repos["ann/tiny"].messages == [("refs/pr/1", "A proposal", "")]
 
 
+def test_command_takes_adapters_of_peft_s_own(hub, tmp_path):
+    model = lora()
+    randomise(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/lora")
+    assert code == 0, text
+    assert "import hf_peft_ext" not in hub.files("ann/lora")["README.md"].decode()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/lora").eval()), logits(model.eval()))
+
+
 def test_command_line_errors(hub, tmp_path):
     """One sentence and exit code 1, no traceback."""
     folder = tmp_path / "out"
@@ -268,3 +283,10 @@ def test_command_line_errors(hub, tmp_path):
     assert text.splitlines()[-1].endswith(f"Run this to finish the push: hf-peft-ext push {folder} ann/tiny")
     Path(folder, "adapter_config.json").unlink()
     assert "must hold adapter_config.json" in run(f"hf-peft-ext push {folder} ann/tiny")[1]
+
+
+def test_a_pickle_has_no_card(tmp_path):
+    """Where somebody asks for a pickle, it is saved as peft does, and no card beside it."""
+    model = get_peft_model(BERT.build(), METHODS["bitfit"]())
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.bin"]

@@ -33,6 +33,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "megatron_config": ((None,), "must be None: it has peft import a module that the file names"),
     "megatron_core": ((None, "megatron.core"), "must be 'megatron.core': peft imports the module"),
     "arrow_config": ((None,), "must be None: it needs further adapters"),
+    "monteclora_config": ((None,), "must be None: it is not checked"),
+    "use_bdlora": ((None,), "must be None: it is not checked"),
+    "velora_config": ((None,), "must be None: it is not checked"),
     "tokenizer_kwargs": ((None, {}), "must be None: it would be passed on to a tokenizer's loader"),
 }
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of endings
@@ -101,10 +104,10 @@ def name_modules(config: Any, paths: list[str]) -> None:
     for field in KEYED_PATTERNS:
         numbers: dict[str, Any] = {}
         for pattern, number in (getattr(config, field, None) or {}).items():
-            if NAME.fullmatch(pattern):
+            if not NAME.fullmatch(pattern):  # peft looks for endings here
+                named = matching(rf"(?:.*\.)?(?:{pattern})", paths, until)
+                pattern = "|".join(f"^{re.escape(path)}" for path in named)
+            if pattern:
                 numbers.setdefault(pattern, number)
-            else:
-                for path in matching(rf"(?:.*\.)?(?:{pattern})", paths, until):  # peft looks for endings here
-                    numbers.setdefault(f"^{re.escape(path)}", number)
         if numbers:
             setattr(config, field, numbers)

@@ -14,6 +14,7 @@ from peft import (
 )
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..placement import check
 
@@ -30,18 +31,18 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
     """
     config = copy.deepcopy(config)
     skeleton = without_data(model)
-    given = {id(tensor) for tensor in tensors(skeleton)}
+    given = {id(tensor): tensor for tensor in tensors(skeleton)}
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user sees them when the adapter is loaded
             adapted = with_adapter(skeleton, config, adapter_name)
+            new = sum(tensor.numel() for tensor in tensors(adapted) if id(tensor) not in given)
             found = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
             check_name(adapted, found, adapter_name)
             check_rows(adapted, adapter_name)
     except Exception as error:  # peft raises all kinds; each of them says that the config cannot be carried out
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"The adapter does not fit {type(model).__name__}: {reason}") from error
-    new = sum(tensor.numel() for tensor in tensors(adapted) if id(tensor) not in given)
     held = sum(tensor.numel() for tensor in found.values())
     if new > 2 * held + SPARE:
         raise ValueError(f"The adapter would allocate {new} numbers, but its file must hold {held} only.")
@@ -72,24 +73,31 @@ def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Pef
     return peft_cls(model, config, adapter_name, low_cpu_mem_usage=True)
 
 
+class OnMeta(TorchFunctionMode):
+    """While it is active, a deep copy of a tensor has its shape and type, but no data, unless it is a single number.
+
+    Single numbers stay, since they are read (bitsandbytes' offsets).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        copied = tensor.clone() if tensor.numel() == 1 else torch.empty_like(tensor, device="meta")
+        return memo.setdefault(id(tensor), copied)
+
+
 def without_data(model: nn.Module) -> nn.Module:
-    """A copy of a model whose tensors are all on the meta device."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = on_meta(value)
-                memo |= {id(part): part for part in vars(value).values()}  # a quantised weight's statistics
-    return copy.deepcopy(model, memo)
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    """The tensor without its data: of the same kind, with the same attributes."""
-    meta = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        meta = torch.Tensor._make_subclass(type(tensor), meta, tensor.requires_grad)
-    vars(meta).update(vars(tensor))
-    return meta
+    """A copy of a model with its tensors on the meta device."""
+    parameters = list(model.parameters())
+    memo: dict[int, Any] = {}  # filled beforehand, since parameters copy themselves in ways of their own
+    for parameter in parameters:
+        meta = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = torch.Tensor._make_subclass(type(parameter), meta, parameter.requires_grad)
+    with OnMeta():
+        for parameter in parameters:  # what it carries: the statistics of a quantised weight, its module
+            vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
+        return copy.deepcopy(model, memo)
 
 
 def tensors(model: nn.Module) -> list[Tensor]:

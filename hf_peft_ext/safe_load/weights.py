@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..schema import parse_json
+from ..schema import parse_json, read_start
 
 MAX_HEADER = 2**22  # bytes; some 30,000 tensors
 MAX_WEIGHT = 65504  # what half precision can hold; NaN and infinities are beyond it too
@@ -40,14 +40,10 @@ def check_weights(path: Path, implied: Mapping[str, Tensor]) -> None:
 
 def check_header(path: Path) -> None:
     """Refuse headers that are too long, or have a key twice; of these safetensors would take the last."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"{path} has a header of {length} bytes, but the file has {size}; at most {MAX_HEADER}.")
-        parse_json(file.read(length), f"The header of {path}")
+    length, size = int.from_bytes(read_start(path, 8), "little"), path.stat().st_size
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise ValueError(f"{path} has a header of {length} bytes, but the file has {size}; at most {MAX_HEADER}.")
+    parse_json(read_start(path, 8 + length)[8:], f"The header of {path}")
 
 
 def check_keys(found: Iterable[str], implied: Iterable[str]) -> None:

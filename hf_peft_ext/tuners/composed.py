@@ -144,10 +144,10 @@ class ComposedModel(BaseTuner):
         aligned = {key: value.clone() for key, value in state_dict.items()}
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
         base = sorted(key for key in found if adapter_name not in key.split("."))
-        check("adapter_model", base, not base, "holds tensors that are no part of the adapter")
+        check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
         real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
         broken = [key for key, value in real.items() if not value.isfinite().all()]
-        check("adapter_model", broken, not broken, "holds weights that are not finite")
+        check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
         return found
 
     # Batches that mix adapters

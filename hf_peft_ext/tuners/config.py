@@ -126,8 +126,8 @@ class PrefixedConfig(PlacedConfig):
     Args:
         num_virtual_tokens: number of prefix vectors in a layer.
         prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network
-            is dropped when the adapter is saved, so training cannot be resumed from such a checkpoint; see
-            `fold_prefixes`.
+            is dropped when the adapter is saved (see `fold_prefixes`), so training can be resumed from the checkpoints
+            of `hf_peft_ext.trainers` alone, which keep it.
         encoder_hidden_size: width of that network.
     """
 
