@@ -83,7 +83,8 @@ def why_not_packed(model: nn.Module) -> str | None:
     if config._attn_implementation not in KERNELS:
         return f"attention '{config._attn_implementation}' takes no mask of blocks, 'sdpa' and 'eager' do"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if any(getattr(module, "is_causal", True) is False for module in base.get_decoder().modules()):
+    said = {module.is_causal for module in base.get_decoder().modules() if hasattr(module, "is_causal")}
+    if False in said or not (said or getattr(config, "is_decoder", True)):
         return f"{name} lets tokens see those behind them"
     if base._is_stateful or kinds or getattr(config, "attention_chunk_size", None):
         return f"{name} has layers that are no plain attention"
