@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .losses import IGNORED, TokenScores, token_scores
+from .placement import check
 from .tuners.attention import KERNELS
 from .tuners.composed import attached
 
@@ -46,16 +47,30 @@ def choice_token_scores(
         packed: whether prompts are read once; None for wherever the model can. Both ways give the same numbers.
 
     Raises:
+        ValueError: `packed` is True and the model cannot, or a prompt or a choice has no tokens.
+    """
+    for name, seen in (("prompt_mask", batch["prompt_mask"]), ("choice_ids", batch["choice_ids"] != IGNORED)):
+        empty = (~seen.bool().any(dim=1)).nonzero()[:, 0].tolist()
+        check(name, empty, not empty, "has rows without a token")
+    packed = packs(model, packed)
+    if bare(model).config.is_encoder_decoder:
+        return encoder_decoder(model, batch, shared=packed)
+    return behind_one_prompt(model, batch) if packed else one_row_each(model, batch)
+
+
+def packs(model: nn.Module, packed: bool | None) -> bool:
+    """Whether prompts are read once: what `packed` says or, if it is None, wherever the model can.
+
+    Raises:
         ValueError: `packed` is True and the model cannot.
     """
-    if packed is not False and (reason := why_not_packed(model)):
-        if packed:
-            raise ValueError(f"`packed` (=True) is not possible: {reason}.")
-        logger.warning_once(f"Each choice is run behind a copy of its prompt, which is slower: {reason}.")
-        packed = False
-    if not bare(model).config.is_encoder_decoder:
-        return one_row_each(model, batch) if packed is False else behind_one_prompt(model, batch)
-    return encoder_decoder(model, batch, shared=packed is not False)
+    reason = None if packed is False else why_not_packed(model)
+    if reason is None:
+        return packed is not False
+    if packed:
+        raise ValueError(f"`packed` (=True) is not possible: {reason}.")
+    logger.warning_once(f"Each choice is run behind a copy of its prompt, which is slower: {reason}.")
+    return False
 
 
 def bare(model: nn.Module) -> Any:
@@ -88,8 +103,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"{name} lets tokens see those behind them"
     if base._is_stateful or kinds or getattr(config, "attention_chunk_size", None):
         return f"{name} has layers that are no plain attention"
-    gates = (sub.gate for layer in attached(base) for key, sub in layer.sublayer_of.items() if key in layer.present)
-    if any(gate is not None and gate.pooling != "token" for gate in gates):
+    acting = (layer.sublayer_of[name] for layer in attached(base) for name in layer.present)
+    if any(getattr(getattr(sublayer, "gate", None), "pooling", "token") != "token" for sublayer in acting):
         return "gates that are means over tokens would see the other choices; `gate_pooling='token'` would not"
     return None
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .choices import Example, collate, encode_choices
-from .packing import bare, choice_token_scores, why_not_packed
+from .packing import bare, choice_token_scores, packs
 from .placement import check, check_count
+from .tuners.composed import keep_4bit_trainable
 
 Normalization = Literal["token", "byte", "character", "none"]
 Choices = Sequence[str] | Sequence[Sequence[str]]
@@ -51,7 +52,7 @@ def score_choices(
         choices: texts that all prompts share, or such a list for each prompt, of any lengths.
         normalization: what divides the log-probability of a choice: "token", "byte", "character" or "none".
         separator: goes between prompt and choice where neither has white space there; decoders only.
-        max_tokens: how many tokens a forward may read, padding included, which bounds its memory. Prompts share a
+        max_tokens: how many tokens a forward may hold, padding included, which bounds its memory. Prompts share a
             forward, and the choices of a prompt are split over several, to keep to it; a single choice is never split.
         packed: whether a prompt is read once for its choices; None for wherever the model can.
 
@@ -68,10 +69,10 @@ def score_choices(
     texts = choices_by_prompt(prompts, choices)
     base = bare(model)
     seq2seq = base.config.is_encoder_decoder
-    if packed is None:
-        packed = why_not_packed(model) is None
+    packed = packs(model, packed)
     examples = [encode_choices(tokenizer, *pair, seq2seq, separator) for pair in zip(prompts, texts, strict=True)]
     scores = [torch.zeros(len(example.choices)) for example in examples]
+    keep_4bit_trainable(base)
     with evaluating(model):
         for parts in batches(examples, max_tokens, packed and not seq2seq):
             batch = collate([examples[i].part(start, stop) for i, start, stop in parts])

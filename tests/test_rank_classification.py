@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from hf_peft_ext.choices import Example, collate, encode_choices
+from hf_peft_ext.losses import choice_scores
+from hf_peft_ext.packing import choice_token_scores
 from hf_peft_ext.rank_classification import RankClassifier, batches, score_choices
 
 from .backbones import BACKBONES
@@ -215,6 +217,22 @@ def test_half_precision():
     expected = score_choices(model, tok, PROMPTS, CHOICES)
     for a, b in zip(score_choices(model.bfloat16(), tok, PROMPTS, CHOICES), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.1)
+
+
+def test_four_bit_models_train_after_scoring(tmp_path):
+    """bitsandbytes' repacking at the first evaluation on a CPU takes no gradient from stock adapters either."""
+    pytest.importorskip("bitsandbytes")
+    BACKBONES["llama"].build(vocab_size=320, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"]))
+    scores = score_choices(model, DECODER, PROMPTS, CHOICES)
+    batch = collate([encode_choices(DECODER, *pair) for pair in zip(PROMPTS, CHOICES, strict=True)])
+    choice_scores(choice_token_scores(model.train(), batch)).sum().backward()
+    # B is 0 at the start, so that A has a gradient of 0
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+    assert_same(score_choices(model, DECODER, PROMPTS, CHOICES), scores)
 
 
 def test_training_batches_are_the_same():

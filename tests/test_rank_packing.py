@@ -288,3 +288,14 @@ def test_what_cannot_pack_says_so(case):
     if case != "mean gates":  # their padding is seen by no token, so that these too are as if alone
         expected = alone(model, model.config)
         torch.testing.assert_close(scores.row_sums(scores.log_p), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_tokens_are_named():
+    model, made = GENERATORS["llama"].build(), batch()
+    made["choice_ids"][2] = -100
+    with pytest.raises(ValueError, match=r"`choice_ids` \(=\[2\]\) has rows without a token"):
+        choice_token_scores(model, made)
+    made = batch()
+    made["prompt_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"`prompt_mask` \(=\[1\]\) has rows without a token"):
+        choice_token_scores(model, made)
