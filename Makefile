@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo train test test-slow check clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -13,6 +13,10 @@ help:  ## show this list
 
 demo: .venv/.demo  ## UniPELT, LoRA and full fine-tuning on 100 messages; writes results/
 	@$(BIN)/python examples/01_unipelt.py
+
+RECIPE ?= examples/recipes/unipelt.yaml
+train: .venv/.train  ## an adapter from a recipe: make train RECIPE=examples/recipes/mam.yaml CHANGES="seed=1"
+	@$(BIN)/hf-peft-ext train $(RECIPE) $(CHANGES)
 
 test: .venv/.test  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -32,10 +36,11 @@ clean:  ## remove results, caches and build files; .venv stays
 
 # The stamps: .venv/.NAME is younger than pyproject.toml once the extras of NAME are installed.
 .venv/.demo: EXTRAS = demo
+.venv/.train: EXTRAS = demo,trl
 .venv/.test: EXTRAS = test,quantized,trl,demo,studies
 .venv/.dev: EXTRAS = dev
 
-.venv/.demo .venv/.test .venv/.dev: pyproject.toml | .venv/.torch
+.venv/.demo .venv/.train .venv/.test .venv/.dev: pyproject.toml | .venv/.torch
 	@echo "Installing hf_peft_ext[$(EXTRAS)] into .venv ..."
 	@$(BIN)/python -m pip install -qq -e ".[$(EXTRAS)]"
 	@touch $@

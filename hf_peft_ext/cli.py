@@ -3,8 +3,18 @@
 import typer
 
 from . import lm_eval_command
+from .hub_cards.push_command import push
+from .recipes import command as recipes
 
-app = typer.Typer(help="Train, push and load adapters of hf_peft_ext.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train adapters, and push them to the Hub.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+app.command("train", help=recipes.HELP)(recipes.train)
+app.command()(push)
+app.command("lm-eval", context_settings=lm_eval_command.OPTIONS)(lm_eval_command.lm_eval)
 
 
 @app.callback()
@@ -12,4 +22,5 @@ def main() -> None:
     """Every command has its own `--help`."""
 
 
-app.command("lm-eval", context_settings=lm_eval_command.OPTIONS)(lm_eval_command.lm_eval)
+if __name__ == "__main__":  # torchrun -m hf_peft_ext.cli train ...
+    app()

@@ -88,6 +88,23 @@ MAM = paper(
     2022,
     "2110.04366",
 )
+IA3 = paper(
+    "liu2022few",
+    "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+    "Liu, Haokun and Tam, Derek and Muqeeth, Mohammed and Mohta, Jay and Huang, Tenghao and Bansal, Mohit and "
+    "Raffel, Colin",
+    "Advances in Neural Information Processing Systems",
+    2022,
+    "2205.05638",
+)
+PROMPT_TUNING = paper(
+    "lester2021power",
+    "The Power of Scale for Parameter-Efficient Prompt Tuning",
+    "Lester, Brian and Al-Rfou, Rami and Constant, Noah",
+    "Conference on Empirical Methods in Natural Language Processing",
+    2021,
+    "2104.08691",
+)
 
 # PEFT type, in lower case -> the papers of the method, its own first.
 PAPERS: dict[str, tuple[Paper, ...]] = {
@@ -97,4 +114,11 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "unipelt": (UNIPELT, PFEIFFER, PREFIX_TUNING, LORA),
     "mam": (MAM, PREFIX_TUNING),
     "composed": (),
+}
+# The same for types of peft's own that results of this package are saved as, or compared with.
+STOCK_PAPERS: dict[str, tuple[Paper, ...]] = {
+    "lora": (LORA,),
+    "ia3": (IA3,),
+    "prefix_tuning": (PREFIX_TUNING,),
+    "prompt_tuning": (PROMPT_TUNING,),
 }

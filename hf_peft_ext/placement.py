@@ -97,7 +97,8 @@ class Placement:
         if "dropout" in o:
             check_dropout("dropout", o["dropout"])
         if "activation" in o:
-            check("activation", o["activation"], o["activation"] in ACT2FN, "must be an activation of transformers")
+            known = isinstance(o["activation"], str) and o["activation"] in ACT2FN
+            check("activation", o["activation"], known, "must be an activation of transformers")
         if "counts_positions" in o:
             counts = o["counts_positions"]
             check("counts_positions", counts, isinstance(counts, bool), "must be True or False")

@@ -1,16 +1,20 @@
-"""Registers the methods of this package with peft. The only file that touches peft's tables.
+"""Registers the methods of this package with peft. The only file that touches peft's tables and classes.
 
 peft has no entry point for new methods, and `register_peft_method` refuses names outside the `PeftType` enum. So the
 names become real members of that enum: a plain string in peft's tables breaks transformers' loading and the status
 report, which ask for `.value`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
+
+REGISTERED: set[PeftType] = set()
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> PeftType:
@@ -28,6 +32,7 @@ def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
     elif registered.__qualname__ != config_cls.__qualname__ or registered.__module__ != config_cls.__module__:
         raise RuntimeError(f"`name` (={name!r}) is already a PEFT type, registered by {registered.__module__}.")
+    REGISTERED.add(peft_type)
     return peft_type
 
 
@@ -54,3 +59,23 @@ def closed(value: str) -> RuntimeError:
     return RuntimeError(
         f"`name` (={value.lower()!r}) cannot become a PeftType in this peft; see the supported versions."
     )
+
+
+def extend(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Have `PeftModel` use `ours` for adapters of this package, in place of its method of the same name.
+
+    `ours` is called with peft's own method, the model and the arguments. Models with other adapters keep that method.
+    """
+    name = ours.__name__
+    stock = getattr(PeftModel, name)
+    stock = getattr(stock, "stock", stock)  # of a module that is loaded again
+
+    @functools.wraps(stock)
+    def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type in REGISTERED:
+            return ours(functools.partial(stock, self), self, *args, **kwargs)
+        return stock(self, *args, **kwargs)
+
+    vars(method)["stock"] = stock
+    setattr(PeftModel, name, method)
+    return ours

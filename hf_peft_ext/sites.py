@@ -4,12 +4,14 @@ A transformer is one or more stacks of blocks; a block has attention modules, wi
 leaves, and a feed-forward network with input and output leaves. `find_sites` says where each of these is.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .patterns import SECONDS, matching
 from .structure import (
     FFN_GATES,
     attention_leaves,
@@ -25,7 +27,6 @@ from .structure import (
     layer_of,
     layer_paths,
     leaf_size,
-    matches,
     own_modules,
     prefix_act,
 )
@@ -91,8 +92,9 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
         ValueError: no module matches, or what matches cannot be such a site.
     """
     layers, modules = layer_paths(model), dict(own_modules(model))
+    until = time.process_time() + SECONDS
     for name, pattern in overrides.items():
-        hosts = [path for path in modules if path and matches(pattern, path)]
+        hosts = matching(pattern, filter(None, modules), until)
         if not hosts:
             raise ValueError(f"`sites` (={{{name!r}: {pattern!r}}}) matches no module of {type(model).__name__}.")
         kept = [site for site in sites if not site.serves(name)]

@@ -5,13 +5,12 @@ What the module tree cannot tell stands in the tables at the top.
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -210,10 +209,3 @@ def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[
         return {"query": rows[:, :-2].flatten(), "key": rows[:, -2].flatten(), "value": rows[:, -1].flatten()}
     query, key, value = rows.split([d_out - 2 * heads * d_k, heads * d_k, heads * d_k])
     return {"query": query, "key": key, "value": value}
-
-
-def matches(pattern: str | Iterable[str], path: str) -> bool:
-    """peft's rule for `target_modules`: a string must match the whole path, a list names endings."""
-    if isinstance(pattern, str):
-        return match_target_against_key(pattern, path) is not None
-    return any(path == ending or path.endswith(f".{ending}") for ending in pattern)

@@ -1,8 +1,12 @@
 """What a training run knows and its card shows: a plain record, kept as JSON beside the adapter."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import sqrt
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from ..placement import check
@@ -32,6 +36,11 @@ class Result:
     dataset: str | None = None
     split: str | None = None
 
+    @property
+    def place(self) -> tuple[str | None, ...]:
+        """What it is a number of: results of equal places can be taken together."""
+        return (self.metric, self.method, self.dataset, self.split)
+
 
 @dataclass
 class DatasetRecord:
@@ -45,6 +54,7 @@ class DatasetRecord:
         revision: the commit on the Hub.
         fingerprint: that of `datasets.Dataset`, which changes with the content.
         on_hub: whether `name` is a Hub id.
+        used_for: "train" or "eval"; None where that is not known.
     """
 
     name: str
@@ -54,6 +64,7 @@ class DatasetRecord:
     revision: str | None = None
     fingerprint: str | None = None
     on_hub: bool = False
+    used_for: str | None = None
 
 
 @dataclass
@@ -64,6 +75,7 @@ class TrainingRecord:
         base_model: Hub id (or path) of the base model.
         base_model_revision: the commit it was loaded at.
         datasets: the data.
+        labels: names of the classes, in order.
         results: the numbers measured, baselines included.
         trainable_parameters: how many were trained.
         total_parameters: how many the model has, the adapter included.
@@ -72,6 +84,7 @@ class TrainingRecord:
         train_time: seconds of the whole training.
         gates: layer and sub-layer, as `gate_values` names them -> mean gate over an evaluation batch.
         history: the log, one entry a logging step: {"step": ..., "loss": ..., terms of the loss...}.
+        loss_terms: what the terms of the loss are called there.
         hyperparameters: the training arguments that differ from their defaults, without secrets.
         recipe: the run as a recipe for `hf-peft-ext train`; empty if it was not started from one.
         command: the command line, without secrets.
@@ -82,11 +95,15 @@ class TrainingRecord:
         language: ISO 639-1 codes.
         license: identifier on the Hub, such as "apache-2.0".
         pipeline_tag: the Hub's task, such as "text-classification".
+        trainer: the name of the trainer, such as "SFT".
+        paper: of the way it was trained, with `title`, `arxiv` and `bibtex`; empty where that has none of its own.
+        tags: of the trainer, for the Hub.
     """
 
     base_model: str | None = None
     base_model_revision: str | None = None
     datasets: list[DatasetRecord] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     trainable_parameters: int | None = None
     total_parameters: int | None = None
@@ -95,6 +112,7 @@ class TrainingRecord:
     train_time: float | None = None
     gates: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    loss_terms: list[str] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
@@ -105,12 +123,45 @@ class TrainingRecord:
     language: list[str] = field(default_factory=list)
     license: str | None = None
     pipeline_tag: str | None = None
+    trainer: str | None = None
+    paper: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into the adapter's folder."""
         path = Path(folder) / FILE
-        path.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return path
+
+    @classmethod
+    def merge(cls, records: Sequence["TrainingRecord"]) -> "TrainingRecord":
+        """One record of several runs of a recipe: the first one's, with mean and spread of what they all measured.
+
+        Args:
+            records: of runs that differ in their seeds.
+
+        Raises:
+            ValueError: there are none, or they are of different base models or numbers of parameters.
+        """
+        check("records", records, len(records) > 0, "must hold at least one record")
+        for name in ("base_model", "trainable_parameters"):
+            values = {getattr(record, name) for record in records}
+            check(name, sorted(map(str, values)), len(values) == 1, "must be the same in all records")
+        places: dict[tuple[str | None, ...], list[Result]] = {}
+        for result in (result for record in records for result in record.results):
+            places.setdefault(result.place, []).append(result)
+        shared = set(records[0].gates).intersection(*(record.gates for record in records))
+        times = [record.train_time for record in records if record.train_time is not None]
+        steps = [record.step_time for record in records if record.step_time is not None]
+        return replace(
+            deepcopy(records[0]),
+            results=[pooled(results) for results in places.values()],
+            seeds=[seed for record in records for seed in record.seeds],
+            gates={name: fmean(record.gates[name] for record in records) for name in sorted(shared)},
+            peak_memory=max((record.peak_memory for record in records if record.peak_memory), default=None),
+            train_time=fmean(times) if times else None,
+            step_time=median(steps) if steps else None,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingRecord | None":
@@ -133,3 +184,14 @@ class TrainingRecord:
         record.datasets = [DatasetRecord(**data) for data in stored.get("datasets", [])]
         record.results = [Result(**result) for result in stored.get("results", [])]
         return record
+
+
+def pooled(results: Sequence[Result]) -> Result:
+    """Results of the same place as one: over all their runs, the mean and the sample standard deviation."""
+    runs = sum(result.runs for result in results)
+    mean = sum(result.runs * result.value for result in results) / runs
+    known = all(result.runs == 1 or result.spread is not None for result in results)
+    squares = sum(r.runs * (r.value - mean) ** 2 + (r.runs - 1) * (r.spread or 0.0) ** 2 for r in results)
+    return replace(
+        results[0], value=mean, runs=runs, spread=sqrt(squares / (runs - 1)) if known and runs > 1 else None
+    )

@@ -9,8 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants, hf_api
 
 import hf_peft_ext  # noqa: F401  registers the methods
+
+from .hub_server import Hub
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -26,6 +29,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(request, monkeypatch, tmp_path):
+    """A Hub of this test's own, which huggingface_hub takes for the real one; the test is logged in as "ann".
+
+    It stores large files by LFS; `@pytest.mark.parametrize("hub", ["xet"], indirect=True)` has them stored by xet.
+    """
+    use_xet = getattr(request, "param", "lfs") == "xet"
+    with Hub(use_xet) as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_OFFLINE": False}
+        values |= {"HF_HUB_CACHE": str(tmp_path / "hub-cache"), "HF_HUB_DISABLE_XET": not use_xet}
+        values |= {"HF_TOKEN_PATH": str(tmp_path / "token")}  # whatever this machine is logged in as
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        for name, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter):

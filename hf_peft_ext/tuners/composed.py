@@ -1,5 +1,6 @@
 """One tuner for every method: it carries out a list of placements."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ LAYERS: dict[str, type[Attached]] = {
     "attention": InAttention,
     "cache": InCache,
 }
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # The names of the parts of sub-layers.
 PARTS = frozenset(
     {"A", "B", "b", "bias", "down", "embedding", "gate", "hidden", "keys", "last", "projection", "scaling", "up"}
@@ -52,7 +54,7 @@ class ComposedModel(BaseTuner):
         config = cast(PlacedConfig, self.peft_config[adapter_name])
         planned = plan(model, config)
         check_adapter_name(adapter_name, planned)
-        self._plan, self._projections = planned, Projections()
+        self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)
         target_modules = config.target_modules
         if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
             config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
@@ -73,13 +75,13 @@ class ComposedModel(BaseTuner):
                 parameter.requires_grad = requires_grad
             raise
         finally:
-            del self._plan, self._projections
+            del self._plan, self._projections, self._excluded
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        return _ExcludedModule() if excluded(key, peft_config) else key in self._plan
+        return _ExcludedModule() if key in self._excluded else key in self._plan
 
     def _create_and_replace(
         self,
@@ -127,13 +129,25 @@ class ComposedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        """The tensors of a file by their names in the model.
+
+        Raises:
+            ValueError: one of them is no part of the adapter, but would overwrite a weight of the base model, or is
+                not finite.
+        """
         if fold_prefixes(model, adapter_name):
             warnings.warn(
                 "The saved prefixes are plain: the reparameterisation of this model was folded away.", stacklevel=2
             )
         # tensors mapped from a file lie at odd addresses, where matrix products differ in the last bit
         aligned = {key: value.clone() for key, value in state_dict.items()}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
+        base = sorted(key for key in found if adapter_name not in key.split("."))
+        check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
+        real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
+        broken = [key for key, value in real.items() if not value.isfinite().all()]
+        check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
+        return found
 
     # Batches that mix adapters
 
@@ -234,7 +248,8 @@ class ComposedModel(BaseTuner):
 
 
 def check_adapter_name(name: str, plan: Plan) -> None:
-    """peft tells adapters apart by a part of the key, so none may be called like another part."""
+    """Refuse names that lead out of a folder, where peft saves the adapter, or that another part of its keys has."""
+    check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), "must match [A-Za-z0-9_-]{1,64}")
     parts = PARTS | {"base_model", "model", "sublayer_of"} | {part for host in plan for part in host.split(".")}
     check(
         "adapter_name", name, name not in parts, "is the name of a part of the model or of a sub-layer; take another"

@@ -3,11 +3,14 @@
 import difflib
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..placement import SITES, Placement, check, check_count
+from ..schema import check_fields, read_json
 
 
 @dataclass
@@ -35,8 +38,10 @@ class PlacedConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    sites: dict[str, Any] | None = field(default=None, metadata={"help": "Site name -> modules, to say where it is."})
-    trainable_token_indices: Any = field(default=None, metadata={"help": "Rows of the embedding to train."})
+    sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Site name -> modules."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train."}
+    )
     bias: str = field(default="none", metadata={"help": 'Must be "none"; see BitFitConfig.'})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Must be None."})
 
@@ -48,6 +53,19 @@ class PlacedConfig(PeftConfig):
             hint = f"; did you mean `{near[0]}`?" if near else "."
             raise ValueError(f"`{name}` (={kwargs[name]!r}) is not a field of {cls.__name__}{hint}")
         return super().__new__(cls)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        pickled = (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
+        check("path", str(folder), not pickled, f"holds its weights as a pickle, {WEIGHTS_NAME}, which is not loaded")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        given = read_json(path_json_file)
+        check_fields(cls, given)
+        return given
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,8 +112,8 @@ class PrefixedConfig(PlacedConfig):
     Args:
         num_virtual_tokens: number of prefix vectors in a layer.
         prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network
-            is dropped when the adapter is saved, so training cannot be resumed from such a checkpoint; see
-            `fold_prefixes`.
+            is dropped when the adapter is saved (see `fold_prefixes`), so training can be resumed from the checkpoints
+            of `hf_peft_ext.trainers` alone, which keep it.
         encoder_hidden_size: width of that network.
     """
 
@@ -133,7 +151,7 @@ class ComposedConfig(PlacedConfig):
 
     method = "composed"
 
-    placements: list[Any] = field(default_factory=list, metadata={"help": "The sub-layers and where they sit."})
+    placements: list[Placement] = field(default_factory=list, metadata={"help": "The sub-layers and where they sit."})
 
     def __post_init__(self) -> None:
         self.placements = [Placement.of(p) for p in self.placements]

@@ -61,6 +61,28 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     return {name: values[name] for name in found if name in values}
 
 
+def gate_means(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
+    """The mean of every gate over a batch, padding left out.
+
+    Args:
+        model: a model with gated sub-layers, a `PeftModel` or not.
+        batch: the arguments of its forward.
+
+    Returns:
+        Layer and sub-layer -> mean, as `gate_values` names them.
+
+    Raises:
+        ValueError: as in `gate_values`.
+    """
+    masks = [mask for key in ("attention_mask", "decoder_attention_mask") if (mask := batch.get(key)) is not None]
+
+    def mean(value: Tensor) -> float:
+        weight = next((mask for mask in masks if mask.shape == value.shape), torch.ones_like(value))
+        return ((value * weight).sum() / weight.sum()).item()
+
+    return {name: mean(value) for name, value in gate_values(model, batch).items()}
+
+
 def fix_gates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
     """Fix every gate to its mean over a batch, padding left out, so that gated low-rank branches can be merged.
 
@@ -69,13 +91,7 @@ def fix_gates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         Layer and sub-layer -> the constant, as `gate_values` names them.
     """
-    masks = [mask for key in ("attention_mask", "decoder_attention_mask") if (mask := batch.get(key)) is not None]
-
-    def mean(value: Tensor) -> float:
-        weight = next((mask for mask in masks if mask.shape == value.shape), torch.ones_like(value))
-        return ((value * weight).sum() / weight.sum()).item()
-
-    means = {name: mean(value) for name, value in gate_values(model, batch).items()}
+    means = gate_means(model, batch)
     found = gates(model)
     for name, constant in means.items():
         found[name].fix(constant)

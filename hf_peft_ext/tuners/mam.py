@@ -1,7 +1,7 @@
 """MAM: prefixes in attention, a scaled parallel adapter beside the FFN."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..placement import Placement, check_count
 from .config import PrefixedConfig
@@ -29,7 +29,9 @@ class MAMConfig(PrefixedConfig):
     num_virtual_tokens: int = field(default=30, metadata={"help": "Prefix vectors in a layer."})
     encoder_hidden_size: int = field(default=800, metadata={"help": "Width of the reparameterisation."})
     bottleneck_size: int = field(default=512, metadata={"help": "Width of the adapter."})
-    scaling: Any = field(default=4.0, metadata={"help": 'Factor on the adapter, a number or "learned".'})
+    scaling: float | Literal["learned"] = field(
+        default=4.0, metadata={"help": 'Factor on the adapter, a number or "learned".'}
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapter."})
 
     def __post_init__(self) -> None:

@@ -6,9 +6,10 @@ from typing import cast
 
 from torch import nn
 
+from ..patterns import matching
 from ..placement import Placement, check
 from ..sites import Site, find_sites, override_sites, user_site
-from ..structure import layer_of, layer_paths, leaf_size, matches, own_modules
+from ..structure import layer_of, layer_paths, leaf_size, own_modules
 from .attach import child_name
 from .attention import check_kernel
 from .config import PlacedConfig
@@ -26,6 +27,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
     sites = override_sites(model, find_sites(model), config.sites or {})
     n_layers = len(layer_paths(model)) or 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
     targets = target_sites(model, config, sites)
+    left_alone = excluded(model, config)
     found: Plan = {}
     for placement in limited(config, n_layers):
         named = [site for site in sites if site.serves(placement.site)]
@@ -41,7 +43,7 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
         check("modules_to_save", config.modules_to_save, bool(free), rule)
         for site in free:
-            if excluded(site.host, config):
+            if site.host in left_alone:
                 continue
             check_gate(model, placement, site)
             if placement.sublayer == "prefix":
@@ -82,13 +84,14 @@ def target_sites(model: nn.Module, config: PlacedConfig, sites: list[Site]) -> l
     if pattern == "all-linear":
         hosts = [path for path, layer in leaves.items() if layer is not None]
     else:
-        hosts = [path for path in leaves if matches(pattern, path)]
+        hosts = matching(pattern, leaves)
     check("target_modules", pattern, bool(hosts), f"matches no linear leaf of {type(model).__name__}")
     return [user_site("target", path, modules, leaves[path], sites) for path in hosts]
 
 
-def excluded(host: str, config: PlacedConfig) -> bool:
-    return bool(config.exclude_modules) and matches(config.exclude_modules, host)
+def excluded(model: nn.Module, config: PlacedConfig) -> frozenset[str]:
+    """The modules that `exclude_modules` names."""
+    return frozenset(matching(config.exclude_modules or [], (path for path, _ in model.named_modules())))
 
 
 def saved_whole(site: Site, config: PlacedConfig) -> bool:

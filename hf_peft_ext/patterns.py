@@ -1,0 +1,45 @@
+"""The rule by which a config names modules; its regular expressions get a time limit, for which `re` has no means."""
+
+import time
+from collections.abc import Iterable
+
+import regex
+
+SECONDS = 0.5  # of the processor, for one pattern on all paths of a model; honest ones take milliseconds
+
+
+def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | None = None) -> list[str]:
+    """The paths that `pattern` names, by peft's rule for `target_modules`.
+
+    Args:
+        pattern: a regular expression for the whole path, or a list of endings.
+        paths: paths of modules.
+        until: when to give up, by `time.process_time`, the clock of `regex`; None for half a second from now.
+
+    Raises:
+        ValueError: the pattern is no regular expression, or takes too long.
+    """
+    if isinstance(pattern, str):
+        return fully_matching(pattern, paths, time.process_time() + SECONDS if until is None else until)
+    endings = set(pattern)
+    return [path for path in paths if any(part in endings for part in endings_of(path))]
+
+
+def fully_matching(pattern: str, paths: Iterable[str], until: float) -> list[str]:
+    try:
+        compiled = regex.compile(pattern)
+        return [path for path in paths if compiled.fullmatch(path, timeout=max(until - time.process_time(), 1e-6))]
+    except TimeoutError as error:
+        raise ValueError(f"The pattern {shortened(pattern)} takes too long to match; name the modules.") from error
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"The pattern {shortened(pattern)} is no regular expression: {error}.") from error
+
+
+def endings_of(path: str) -> list[str]:
+    """The path "a.b.c" as "a.b.c", "b.c" and "c"."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def shortened(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 80 else f"{pattern[:80]}...")

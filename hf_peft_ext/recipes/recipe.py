@@ -1,0 +1,114 @@
+"""A recipe: one run of training, from model to metrics, in the words of the Python arguments; checked at once."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
+from transformers import BitsAndBytesConfig
+
+from .draft import Draft, did_you_mean, optional
+from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
+from .metrics import GENERATION
+from .rows import Rows
+from .tasks import TASKS, Task
+
+FILE = "recipe.yaml"
+
+
+@dataclass
+class Recipe:
+    """One run. `written` is the recipe as it was written, changes from the command line included.
+
+    Raises:
+        RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule. By `read`.
+    """
+
+    model: ModelArguments
+    quantization: BitsAndBytesConfig | None
+    peft: PeftConfig
+    data: Rows
+    training: Any
+    metrics: list[str]
+    written: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """The recipe of a YAML file.
+
+        Args:
+            path: the file.
+            overrides: changes, each `section.key=value`, or `key=value` where one section alone has the key.
+        """
+        draft = Draft.read(path)
+        override(draft, overrides)
+        check_keys(draft, known_keys(draft))
+        return cls(**_build(draft), written=draft.sections)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[str(getattr(self.peft.task_type, "value", self.peft.task_type))]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it as `recipe.yaml`, from which `hf-peft-ext train` repeats the run."""
+        path = Path(folder) / FILE
+        path.write_text(self.text(), encoding="utf-8")
+        return path
+
+    def text(self) -> str:
+        """The recipe as YAML."""
+        return yaml.safe_dump(self.written, sort_keys=False, allow_unicode=True)
+
+
+def _build(draft: Draft) -> dict[str, Any]:
+    """The objects that the sections describe; their classes check the values."""
+    sections = {name: dict(draft.sections.get(name) or {}) for name in SECTIONS if name != "metrics"}
+    peft_type, task_type = (sections["peft"][key] for key in ("peft_type", "task_type"))
+    task, config = TASKS[task_type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    revision = sections["model"].get("revision")
+    options = {**{key: value for key, value in sections["peft"].items() if key != "peft_type"}, "revision": revision}
+    built = {
+        "model": ModelArguments(**sections["model"]),
+        "peft": _checked(draft, "peft", config, options),
+        "data": _checked(draft, "data", task.data, sections["data"]),
+        "quantization": None,
+        "metrics": _metrics(draft, task),
+    }
+    if sections["quantization"]:
+        optional("bitsandbytes", "quantized")
+        built["quantization"] = _checked(draft, "quantization", BitsAndBytesConfig, sections["quantization"])
+    return {**built, "training": _checked(draft, "training", task.training(), sections["training"])}
+
+
+def _checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """An object of `cls`; what it says of its arguments is said of the recipe's keys."""
+    try:
+        return cls(**options)
+    except (ValueError, TypeError, AttributeError) as error:
+        text = str(error).removesuffix(".")
+        named = [key for key in options if re.search(rf"\b{key}\b", text)]
+        quoted = [key for key, value in options.items() if isinstance(value, str) and value in text]
+        name = ".".join([section, *(named or quoted)[:1]])
+        raise draft.error(name, f"is not right: {text}") from error
+
+
+def _metrics(draft: Draft, task: Task) -> list[str]:
+    names = draft.sections.get("metrics") or []
+    data, training = (draft.sections.get(section) or {} for section in ("data", "training"))
+    for name in names:
+        if name not in task.metrics:
+            known = ", ".join(task.metrics) or "none beside the loss"
+            rule = f"(={name!r}) must be a metric of this task: {known}{did_you_mean(name, task.metrics)}"
+            raise draft.error("metrics", rule)
+    if names and data.get("eval_split") is None:
+        raise draft.error("metrics", "need rows to measure on: set `data.eval_split`")
+    if names and task.metrics is GENERATION and not training.get("predict_with_generate"):
+        raise draft.error("metrics", "compare generated texts: set `training.predict_with_generate=true`")
+    if training.get("eval_strategy", "no") != "no" and data.get("eval_split") is None:
+        raise draft.error("training.eval_strategy", "needs rows to evaluate on: set `data.eval_split`")
+    return list(names)

@@ -1,0 +1,141 @@
+"""The card of an adapter: README.md, written from the adapter's files and from its training record."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
+from peft import PeftModel
+
+from ..placement import check
+from . import figures
+from .adapter import SavedAdapter, is_hub_id
+from .edits import Version, digest, split
+from .metadata import card_data, check_metadata
+from .record import TrainingRecord
+from .sections import values
+from .stock import without_stock
+from .text import plain
+from .told import told_by
+
+FILE, RECIPE = "README.md", "recipe.yaml"
+FILES = (figures.GATES, figures.LOSSES, RECIPE)
+NAME = re.compile(r"\A<!-- ([a-z.]+) -->\n")  # in front of each block of the template
+
+
+class AdapterCard(ModelCard):
+    """The card of a saved adapter: what it is, how to load it, how it was made and what it is worth.
+
+    It says what is known and nothing else. Names, labels and commands that come with data stay text in it, whatever
+    they look like.
+    """
+
+    default_template_path = Path(__file__).parent / "card.md.jinja"
+
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | Path,
+        record: TrainingRecord | None = None,
+        *,
+        repo_id: str | None = None,
+        subfolder: str | None = None,
+    ) -> "AdapterCard":
+        """The card of an adapter's folder as it is generated, without anybody's edits.
+
+        Args:
+            folder: a saved adapter.
+            record: how it was trained; what the folder holds by default.
+            repo_id: the repository on the Hub that the card is for; its loading snippet names it.
+            subfolder: where in the repository the adapter lies; None for the repository itself.
+
+        Raises:
+            ValueError: the folder holds no adapter, `repo_id` is none, or the record has metadata that the Hub does
+                not take.
+        """
+        rule = "must be an id on the Hub, such as 'name/adapter'"
+        check("repo_id", repo_id, repo_id is None or is_hub_id(repo_id), rule)
+        adapter = SavedAdapter(folder)
+        record = record or TrainingRecord.load(folder) or TrainingRecord()
+        data = card_data(adapter, record, repo_id or plain(adapter.folder.resolve().name))
+        card = cls.from_template(data, **values(adapter, record, repo_id, subfolder))
+        parts = [NAME.split(block) for block in split(card.text)]  # ["", name, block]
+        return cls.of(Version.of(card.data.to_dict(), {name: block for _, name, block in parts}))
+
+    @classmethod
+    def of(cls, version: Version) -> "AdapterCard":
+        return cls(version.content())
+
+
+def write_card(
+    folder: str | Path,
+    model: PeftModel | None = None,
+    *,
+    repo_id: str | None = None,
+    subfolder: str | None = None,
+    published: str | None = None,
+) -> Path:
+    """Write README.md, figures and recipe.yaml into an adapter's folder, keeping what its author has edited.
+
+    What is still as it was written last is renewed; what the author has changed, added or deleted stays so:
+    paragraphs, tables, entries of the metadata. Files that were changed stay, too. Delete README.md to have all of it
+    written anew.
+
+    Args:
+        folder: a saved adapter, with or without a training record.
+        model: the model that was saved; what it tells beyond its files is noted in the record.
+        repo_id: the repository on the Hub that the card is for; its loading snippet names it.
+        subfolder: where in the repository the adapter lies; None for the repository itself.
+        published: the card that is on the Hub now, for the edits that were made there.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: the folder holds no adapter, or the metadata of the record or of the author are none that the Hub
+            takes. Nothing is written then.
+    """
+    folder = Path(folder)
+    record = found = TrainingRecord.load(folder) or TrainingRecord()
+    if model is not None:
+        record = told_by(model, found)
+    adapter = SavedAdapter(folder)
+    version = Version.read(AdapterCard.from_adapter(folder, record, repo_id=repo_id, subfolder=subfolder).content)
+    path = folder / FILE
+    if path.exists():
+        version = without_stock(Version.read(path.read_text(encoding="utf-8-sig")), adapter).renewed(version)
+    if published is not None:
+        version = without_stock(Version.read(published), adapter).joined(version)
+    AdapterCard.of(version)  # finds errors in the author's model-index
+    check_metadata(version.metadata)
+    if record != found:
+        record.save(folder)
+    made = figures.draw(record)
+    if record.recipe:
+        made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()
+    version.generated = write_files(folder, made, version.generated)
+    written = folder / f".{FILE}"  # whole or not at all: half a card would be taken for its author's
+    written.write_text(version.content(), encoding="utf-8", newline="\n")
+    written.replace(path)
+    return path
+
+
+def write_files(folder: Path, made: Mapping[str, bytes], state: Mapping[str, str]) -> dict[str, str]:
+    """Write the files beside a card, but for those that were changed since; remove those that are made no more.
+
+    Returns:
+        The state, with the files' hashes.
+    """
+    hashes = dict(state)
+    for name in FILES:  # by name: the state stands in the card, which can be a stranger's
+        path, before = folder / name, hashes.pop(f"file:{name}", None)
+        if before and path.exists() and digest(path.read_bytes().hex()) != before:
+            hashes[f"file:{name}"] = before  # the author's
+        elif name in made:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(made[name])
+            hashes[f"file:{name}"] = digest(made[name].hex())
+        elif before:
+            path.unlink(missing_ok=True)
+    return hashes

@@ -1,0 +1,75 @@
+"""What a method is, in a sentence or two, and whose: the paragraph of a card and its citations."""
+
+from typing import Any
+
+from ..papers import HOULSBY, LORA, MAM, PAPERS, PFEIFFER, PREFIX_TUNING, STOCK_PAPERS, UNIPELT, Paper
+from .adapter import SavedAdapter
+from .text import listed
+
+NAMES = {
+    "unipelt": "UniPELT",
+    "mam": "MAM",
+    "bottleneck": "Bottleneck",
+    "layer_prefix": "Prefix-tuning",
+    "bitfit": "BitFit",
+    "composed": "Composed",
+    "lora": "LoRA",
+    "ia3": "(IA)³",
+    "adalora": "AdaLoRA",
+    "prefix_tuning": "Prefix-tuning",
+    "prompt_tuning": "Prompt-tuning",
+}
+STYLES = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": MAM, "scaled_parallel": MAM}
+SUBLAYERS = {
+    "bottleneck": "bottleneck adapters (down to a few dimensions, through an activation, and up again)",
+    "low_rank": "LoRA (low-rank updates of weights)",
+    "prefix": "trained prefixes (keys and values that attention sees in front of every text)",
+    "bias": "trained biases",
+}
+METHODS = {
+    "unipelt": "puts {sublayers} into the layers of a frozen model{gates}.",
+    "mam": "is short for mix-and-match: {sublayers}, both added to a frozen model.",
+    "bottleneck": "adds {sublayers} to a frozen model.",
+    "layer_prefix": "leaves a model as it is and adds {sublayers}.",
+    "bitfit": "trains biases and leaves the weights as they are.",
+    "composed": "is put together for this adapter, of {sublayers}{gates}.",
+    "lora": "leaves the weights as they are and adds to some of them a product of two thin matrices of low rank.",
+    "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
+    "adalora": "is LoRA whose ranks are shared out while training, more to the matrices that matter more.",
+    "prefix_tuning": "adds trained keys and values that attention sees in front of every text.",
+    "prompt_tuning": "adds trained vectors in front of the embedded text.",
+}
+
+
+def name(adapter: SavedAdapter) -> str:
+    """What people call the method."""
+    return NAMES.get(adapter.method, adapter.method.upper())
+
+
+def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
+    """The papers of the method and of the sub-layers that are there, its own first."""
+    if not adapter.is_ours:
+        return STOCK_PAPERS.get(adapter.method, ())
+    if adapter.method == "bottleneck":
+        return (STYLES[adapter.config.style],)
+    present = {placement.sublayer for placement in adapter.config.to_placements()}
+    parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank"}
+    if adapter.method == "composed":
+        return tuple(paper for paper, sublayer in parts.items() if sublayer in present)
+    return tuple(p for p in PAPERS[adapter.method] if p in (UNIPELT, MAM) or parts.get(p, "") in ("", *present))
+
+
+def description(adapter: SavedAdapter) -> str:
+    """The method in a paragraph of Markdown, with a link to its paper."""
+    said = METHODS.get(adapter.method)
+    own = papers(adapter)[:1] if adapter.method != "composed" else ()
+    paper = "".join(f" ([{paper.title}]({paper.url}))" for paper in own)
+    if said is None:
+        return f"{name(adapter)} is a method of peft{paper}."
+    placements: list[Any] = adapter.config.to_placements() if adapter.is_ours else []
+    kinds = dict.fromkeys(placement.sublayer for placement in placements)
+    gates = ""
+    if any(placement.gate for placement in placements):
+        gates = "; gates, small networks of their own, decide from each input how much of them is let through"
+    sublayers = listed(SUBLAYERS[kind] for kind in kinds) if kinds else ""
+    return f"{name(adapter)}{paper} {said.format(sublayers=sublayers, gates=gates)}"

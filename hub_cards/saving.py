@@ -1,0 +1,155 @@
+"""What PeftModel does when adapters of this package are saved and pushed: with a card that tells of them.
+
+peft writes a blank template beside an adapter; `push_to_hub`, which comes from transformers, puts another one on top
+of it and uploads every file at hand. Here both go by `write_card` and `push_adapter`.
+"""
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+
+from ..registry import extend
+from .card import write_card
+from .push import explained, push_adapter
+
+CARD = "README.md"
+Stock = Callable[..., Any]
+
+
+@extend
+def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
+    try:
+        stock(save_directory, *args, **kwargs)
+    finally:
+        del vars(model)["create_or_update_model_card"]
+    given = inspect.signature(stock).bind(save_directory, *args, **kwargs).arguments
+    if given.get("is_main_process", True) and given.get("safe_serialization", True):
+        write_cards(Path(save_directory), model, given.get("selected_adapters"))
+
+
+@extend
+def create_or_update_model_card(stock: Stock, model: PeftModel, output_dir: str | Path) -> None:
+    """The card of an adapter that lies there; none where there is no adapter."""
+    if Path(output_dir, CONFIG_NAME).exists():
+        write_card(output_dir, model)
+
+
+@extend
+def push_to_hub(
+    stock: Stock,
+    model: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Save the adapters into a temporary folder, with their cards, and push it.
+
+    What an author has written into the card on the Hub is kept. The folder is removed when the push has arrived; after
+    an error it stays, and the error names it.
+
+    Args:
+        max_shard_size: no use here: adapters are saved in one file.
+        tags: further tags for the card.
+
+    Raises:
+        ValueError, PushError: as `push_adapter`.
+    """
+    validate_repo_id(repo_id)
+    folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-"))
+    options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr}
+    options |= {"commit_message": commit_message, "commit_description": commit_description}
+    try:
+        model.save_pretrained(str(folder))
+        with explained(folder, repo_id, options):
+            repo_id = full_id(repo_id, token)
+            published = published_cards(repo_id, revision, token)
+        write_cards(folder, model, repo_id=repo_id, published=published, tags=tags)
+        info = push_adapter(folder, repo_id, token=token, **options)
+    except ValueError:  # refused, so there is nothing to finish
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+    return info
+
+
+def full_id(repo_id: str, token: bool | str | None = None) -> str:
+    """A repository as "user/name", also where only its name is given."""
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def published_cards(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> dict[str, str]:
+    """The cards that a repository has on the Hub, by path; what their author has edited there is to be kept.
+
+    Args:
+        repo_id: its full id, "user/name".
+        revision: the branch; the main one where there is no such branch yet.
+    """
+    api = HfApi(token=token, library_name="hf_peft_ext")
+    try:
+        files = api.list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return published_cards(repo_id, None, token) if revision else {}
+    except RepositoryNotFoundError:
+        return {}
+    paths = [file for file in files if PurePosixPath(file).name == CARD]
+    return {file: Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text("utf-8") for file in paths}
+
+
+def write_cards(
+    folder: Path,
+    model: PeftModel,
+    selected: list[str] | None = None,
+    *,
+    repo_id: str | None = None,
+    published: Mapping[str, str] = MappingProxyType({}),
+    tags: list[str] | None = None,
+) -> None:
+    """The card of each adapter, beside it: "default" is saved in the folder itself, the others below.
+
+    Args:
+        selected: the adapters that were saved; all by default.
+        published: the cards on the Hub, by path.
+        tags: further tags for the first card.
+    """
+    names = selected or list(model.peft_config)
+    for name in names:
+        home = PurePosixPath("" if name == "default" else name)
+        inside = name if repo_id and name != "default" else None
+        text = published.get(str(home / CARD))
+        write_card(folder / home, model, repo_id=repo_id, subfolder=inside, published=text)
+    if "default" not in names:
+        write_contents(folder, names, published.get(CARD))
+    if tags:
+        card = ModelCard.load(folder / CARD)
+        card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
+        card.save(folder / CARD)
+
+
+def write_contents(folder: Path, names: list[str], published: str | None) -> None:
+    """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card."""
+    if published is not None:
+        (folder / CARD).write_text(published, encoding="utf-8")
+    elif not (folder / CARD).exists():
+        rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)
+        data = ModelCardData(library_name="peft", tags=["hf_peft_ext"])
+        text = f"Each adapter lies in a folder of its own, which `PeftModel.from_pretrained` is told:\n\n{rows}\n"
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Adapters\n\n{text}").save(folder / CARD)

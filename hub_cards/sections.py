@@ -1,0 +1,179 @@
+"""What a card says, section by section, as Markdown for its template."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.utils import yaml_dump
+
+from . import figures, methods
+from .adapter import SavedAdapter, is_hub_id
+from .metadata import base_model
+from .record import DatasetRecord, Result, TrainingRecord
+from .snippet import base_class, snippet
+from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table
+
+COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
+VERSION = re.compile(r"[0-9][0-9a-z.+]*")
+HUB = "https://huggingface.co"
+
+
+def values(
+    adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None, subfolder: str | None = None
+) -> dict[str, Any]:
+    """The variables of the template; what is None or empty is left out of the card."""
+    base = base_model(adapter, record)
+    revision = record.base_model_revision or adapter.config.revision
+    drawn = figures.drawable(record)
+    trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
+    place = {"repo_id": repo_id, "subfolder": subfolder}
+    loading = snippet(adapter, base, revision=revision, labels=record.labels, **place)
+    cited = [*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")]
+    return {
+        "method": methods.name(adapter),
+        "base_code": code(base) if base else None,
+        "base": link(base) if base else unnamed(adapter),
+        "parameters": f"{adapter.parameters:,}",
+        "size": in_units(adapter.bytes, BYTES),
+        "trained_on": listed(trained_on) if trained_on else None,
+        "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours else 'peft'}", "bash"),
+        "snippet": fenced(loading, "python"),
+        "labels": ", ".join(code(label) for label in record.labels),
+        "results": results(record.results),
+        "spread": spread(record.results),
+        "description": methods.description(adapter),
+        "architecture": architecture(adapter),
+        "gates_note": gates_note(adapter),
+        "gates_figure": figures.GATES in drawn,
+        "losses_figure": figures.LOSSES in drawn,
+        "datasets": datasets(record.datasets),
+        "facts": facts(record, revision),
+        "recipe": bool(record.recipe),
+        "arguments": as_yaml(record.recipe or record.hyperparameters),
+        "command": fenced(record.command, "bash") if record.command else None,
+        "versions": versions({"peft": adapter.config.peft_version} | record.versions),
+        "citations": fenced("\n\n".join(filter(None, cited)), "bibtex") if any(cited) else None,
+    }
+
+
+def link(repo_id: str, kind: str = "") -> str:
+    """A link to what has been checked to be an id on the Hub."""
+    return f"[{code(repo_id)}]({HUB}/{kind}{repo_id})"
+
+
+def data_name(data: DatasetRecord) -> str:
+    return link(data.name, "datasets/") if data.on_hub and is_hub_id(data.name) else cell(data.name)
+
+
+def trains(data: DatasetRecord) -> bool:
+    return data.used_for == "train" or (data.used_for is None and (data.split or "").startswith("train"))
+
+
+def unnamed(adapter: SavedAdapter) -> str:
+    """What is known of a base model without an id."""
+    found = base_class(adapter)
+    return f"a {code(found.__name__) if found else 'base model'} that has no id on the Hub"
+
+
+def results(found: Sequence[Result]) -> str | None:
+    """Methods side by side, one row for each metric on each set of data."""
+    if not found:
+        return None
+    methods = sorted({r.method for r in found}, key=lambda m: (list(COLUMNS).index(m) if m in COLUMNS else 3, m))
+    rows: dict[tuple[str, str | None, str | None], dict[str, str]] = {}
+    for result in found:
+        rows.setdefault((result.metric, result.dataset, result.split), {})[result.method] = number(
+            result.value, result.spread
+        )
+    given = [any(key[i] for key in rows) for i in range(3)]
+    names = [name for name, there in zip(("metric", "data", "split"), given, strict=True) if there]
+    body = [
+        [*(cell(part) if part else "" for part, there in zip(key, given, strict=True) if there),
+         *(cells.get(method, "") for method in methods)]
+        for key, cells in rows.items()
+    ]  # fmt: skip
+    header = [*names, *(COLUMNS.get(method) or cell(method) for method in methods)]
+    return table(header, body, numbers=range(len(names), len(header)))
+
+
+def spread(found: Sequence[Result]) -> str | None:
+    """What stands behind ±."""
+    runs = {result.runs for result in found if result.spread is not None}
+    if not runs:
+        return None
+    counts = f"{runs.pop()} runs" if len(runs) == 1 else f"{min(runs)} to {max(runs)} runs"
+    return f"Mean ± standard deviation over {counts}."
+
+
+def architecture(adapter: SavedAdapter) -> str:
+    """Where the sub-layers sit, how large they are and how many parameters they have."""
+    rows = adapter.rows()
+    columns = [("sub-layer", "sublayer"), ("site", "site"), ("layers", "layers"), ("size", "size"), ("gate", "gate")]
+    shown = [(title, name) for title, name in columns if any(getattr(row, name) for row in rows)]
+    body = [[*(getattr(row, name) for _, name in shown), f"{row.parameters:,}"] for row in rows]
+    return table([*(title for title, _ in shown), "parameters"], body, numbers=[len(shown)])
+
+
+def gates_note(adapter: SavedAdapter) -> str | None:
+    if not any("auto" in row.gate for row in adapter.rows()):
+        return None
+    return (
+        "Gate `auto`: one gate for each token where attention is causal, else one for the whole text, from the mean "
+        "of its tokens."
+    )
+
+
+def datasets(found: Sequence[DatasetRecord]) -> str | None:
+    """The data, with what pins them down."""
+    known = ("used_for", "config", "split", "rows", "revision", "fingerprint")
+    fields = [f for f in known if any(getattr(data, f) for data in found)]
+    body = [
+        [data_name(data), *("" if getattr(data, f) is None else shown(getattr(data, f)) for f in fields)]
+        for data in found
+    ]
+    return (
+        table(
+            ["data", *(f.replace("_", " ") for f in fields)],
+            body,
+            [1 + i for i, f in enumerate(fields) if f == "rows"],
+        )
+        if found
+        else None
+    )
+
+
+def shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else cell(value)
+
+
+def facts(record: TrainingRecord, revision: str | None) -> str | None:
+    """The run in a list."""
+    trained = record.trainable_parameters
+    total = record.total_parameters
+    share = f" of {total:,} ({100 * trained / total:.3g} %)" if trained and total else ""
+    lines = {
+        "Trainer": code(record.trainer) if record.trainer else None,
+        "Trainable parameters": f"{trained:,}{share}" if trained else None,
+        "Base model at revision": code(revision) if revision else None,
+        "Base model quantised": code(record.quantization) if record.quantization else None,
+        "Hardware": code(record.hardware) if record.hardware else None,
+        "Peak memory": in_units(record.peak_memory, BYTES) if record.peak_memory else None,
+        "Step, median": in_units(record.step_time, SECONDS) if record.step_time else None,
+        "Training": in_units(record.train_time, SECONDS) if record.train_time else None,
+        "Seed" if len(record.seeds) == 1 else "Seeds": ", ".join(code(seed) for seed in record.seeds),
+    }
+    return "\n".join(f"- {name}: {line}" for name, line in lines.items() if line) or None
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str | None:
+    return fenced(yaml_dump(dict(settings), sort_keys=False), "yaml") if settings else None
+
+
+def versions(found: Mapping[str, str | None]) -> str | None:
+    """One package a line; peft's as peft writes it itself, which it looks for when it saves once more."""
+    lines = [
+        f"- {'PEFT' if name == 'peft' else code(name)} {version if VERSION.fullmatch(version) else code(version)}"
+        for name, version in found.items()
+        if version
+    ]
+    return "\n".join(lines) or None

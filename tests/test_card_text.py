@@ -1,0 +1,293 @@
+"""Text from strangers in cards, against the card as Markdown renders it: names, labels and commands stay text.
+
+The renderer is markdown-it-py with raw HTML and tables. What else a renderer may do to text, such as turning addresses
+into links, stops at code: so all that strangers write must be in code.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
+from hf_peft_ext.hub_cards.edits import Version
+from hf_peft_ext.hub_cards.text import cell, code, fenced, plain, ranges, table
+
+from .cards import BASE, full_record, saved
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</code></pre><img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![pixel](https://evil.example/pixel.png)",
+    "](javascript:alert(1))",
+    "`](javascript:alert(1))`",
+    "---",
+    "x\n---\nlicense: mit\n---\n# Owned\n",
+    "x\n\n# Heading\n\n| a | b |\n|---|---|\n| c | d |",
+    "```\n# Out of the fence\n```",
+    "````\n~~~\n</pre><script>",
+    "a | b \\| c ` d",
+    "` `` ``` |",
+    "https://evil.example www.evil.example me@evil.example",
+    "<https://evil.example> <!-- comment",
+    "--> <b>bold</b> **bold** _it_ ~~s~~",
+    "{{ 7 * 7 }} {% raw %} {# #}",
+    "$x^2$ \\(y\\) $$\\frac{1}{0$$",
+    "&lt;script&gt; &#60;b&#62; &copy;",
+    "line\r\nbreak\x0bvertical\x85next\u2028separator\u2029",
+    "\u202eright to left\u202c \u200bzero \ud83d half \x00 null \x1b[31m red",
+    "[x]: javascript:alert(1)",
+    '" onmouseover="alert(1)',
+    "'; import os; os.system('x') #",
+    '"""\nimport os\n"""',
+    "- item\n1. item\n> quote\n    code",
+    "!!python/object/apply:os.system ['x']",
+    '<!-- hf_peft_ext renews what stands above unless you change it: {"generated":{},"kept":{}} -->',
+    "x" * 5000,
+    "",
+]
+SAFE = {"code", "pre", "p", "a", "img", "h1", "h2", "h3", "table", "thead", "tbody", "tr", "th", "td", "ul", "li"}
+every_hostile = pytest.mark.parametrize("text", HOSTILE, ids=[str(i) for i in range(len(HOSTILE))])
+
+
+class Reader(HTMLParser):
+    """What a browser makes of the HTML: its elements, what they lead to, and the text in them, in code or outside."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = self.outside = ""
+        self.in_code = 0
+        self.comments: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.in_code += tag == "code"
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        self.in_code -= tag == "code"
+
+    def handle_data(self, data):
+        self.text += data
+        if not self.in_code:
+            self.outside += data
+
+    def handle_comment(self, data):
+        self.comments.append(data)
+
+
+def render(markdown: str) -> Reader:
+    return Reader(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
+
+
+def stranger(text: str) -> TrainingRecord:
+    """A run in which everything that comes from elsewhere is this text."""
+    glue = {"dataset": text, "split": text}
+    return TrainingRecord(
+        base_model=BASE,
+        base_model_revision=text or "x",
+        datasets=[DatasetRecord(text, text, text, 3, text, text, used_for="train"), DatasetRecord("b", used_for=text)],
+        labels=[text, "other"],
+        results=[Result(text, 0.5, 0.1, 3, "adapter", **glue), Result(text, 0.4, method=text, **glue)],
+        gates={f"0.{text}": 0.5, "1.query_low_rank": 0.5},
+        history=[{"step": i, f"{text} loss": 1.0 / i, text: 1.0} for i in (1, 2)],
+        loss_terms=[text],
+        recipe={text: text, "list": [text, {text: [text]}]},
+        command=text or "x",
+        seeds=[1],
+        versions={"peft": text or "1", text: text},
+        hardware=text,
+        quantization=text,
+        trainer=text,
+        paper={"title": text, "arxiv": text, "bibtex": text},
+    )
+
+
+def shape(html: Reader) -> list[str]:
+    """The elements of a card, without the code spans that texts may share."""
+    return [element for element in html.elements if element != "code"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A folder with an adapter, and the card that it has when all its words are harmless."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    saved(folder, "unipelt")
+    replace(stranger("harmless"), gates={}, history=[]).save(folder)  # figures take time
+    card = write_card(folder).read_text()
+    (folder / "README.md").unlink()
+    return folder, card
+
+
+def written(adapter, folder, record: TrainingRecord) -> str:
+    """The card of the same adapter with another record."""
+    shutil.copytree(adapter[0], folder)
+    record.save(folder)
+    return write_card(folder).read_text()
+
+
+@every_hostile
+def test_card(adapter, tmp_path, text):
+    """Outside code the card is that with a harmless word, and so are its links and metadata; its code is Python."""
+    record = replace(stranger(text), gates={}, history=[])
+    cards = [adapter[1], written(adapter, tmp_path / "adapter", record)]
+    harmless, card = (render(ModelCard(card).text) for card in cards)
+    assert set(card.elements) <= SAFE
+    if text:  # without a name a card has fewer parts
+        assert card.outside == harmless.outside
+        assert shape(card) == shape(harmless)
+        assert card.attributes == harmless.attributes
+    assert not any(value and "javascript" in value for _, value in card.attributes)
+    assert len(card.comments) == 1
+    assert card.comments[0].startswith(" hf_peft_ext renews")
+    metadata = [ModelCard(card).data.to_dict() for card in cards]
+    for data in metadata:
+        data.pop("metrics", None)  # a harmless word can be the name of one
+    assert metadata[0] == metadata[1]
+    compile(re.findall(r"^(```+)python\n(.*?)\n\1$", cards[1], re.DOTALL | re.MULTILINE)[0][1], "snippet", "exec")
+    assert plain(text) in card.text
+
+
+@pytest.mark.parametrize("text", [text for text in HOSTILE if re.search(r"\$|\n|\d\.|\x00|x{9}|^$", text)])
+def test_figures(text):
+    """Names in figures are drawn as they are, or with `?` where fonts may lack them; formulas are none."""
+    drawn = figures.draw(stranger(text))
+    assert all(png.startswith(b"\x89PNG") for png in drawn.values())
+    assert figures.GATES in drawn
+    assert len(figures.label(text)) <= 40
+
+
+@every_hostile
+def test_card_is_written_again(adapter, tmp_path, text):
+    """Nothing in it is taken for an author's edit, or for a part of the card."""
+    card = written(adapter, tmp_path / "adapter", replace(stranger(text), gates={}, history=[]))
+    assert write_card(tmp_path / "adapter").read_text() == card
+    assert Version.read(card).kept == {}
+
+
+@every_hostile
+def test_settings(adapter, tmp_path, text):
+    """What is in recipe.yaml and in the card's fence is what was run; arguments without a recipe are fenced, too."""
+    settings = {text: [text]}
+    card = written(adapter, tmp_path / "adapter", TrainingRecord(recipe=settings))
+    safe = text.encode("utf-8", "replace").decode()  # half a character is none
+    recipe = (tmp_path / "adapter" / "recipe.yaml").read_text()
+    assert yaml.safe_load(recipe) in (settings, {safe: [safe]})
+    other = AdapterCard.from_adapter(adapter[0], TrainingRecord(hyperparameters=settings)).content
+    for found in (card, other):
+        html = render(ModelCard(found).text)
+        assert set(html.elements) <= SAFE
+        assert html.elements.count("pre") == 4
+        (shown,) = [token.content for token in MarkdownIt().parse(found) if token.info == "yaml"]
+        ((key, value),) = yaml.safe_load(shown).items()
+        assert plain(key) == plain(value[0]) == plain(text)
+
+
+@every_hostile
+def test_config_of_a_stranger(adapter, tmp_path, text):
+    """The adapter's own files can hold anything, too."""
+    shutil.copytree(adapter[0], tmp_path / "a")
+    (tmp_path / "a" / "training_record.json").unlink()
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"base_model_name_or_path": text, "revision": text, "peft_version": text, "task_type": None}
+    config["auto_mapping"] = {"base_model_class": text or "os", "parent_library": text}
+    path.write_text(json.dumps(config))
+    html = render(ModelCard(write_card(tmp_path / "a").read_text()).text)
+    assert set(html.elements) <= SAFE
+    assert not any(value and ("javascript" in value or "evil" in value) for _, value in html.attributes)
+
+
+@pytest.mark.parametrize("name", ["<b>", "](javascript:x)", "a|b", "`"])
+def test_names_of_folders_and_modules(tmp_path, name):
+    """A folder's name goes into the snippet, a module's into the table."""
+    saved(tmp_path / name, "lora")
+    card = write_card(tmp_path / name).read_text()
+    assert f"adapter = {json.dumps(name)}" in card
+    assert set(render(ModelCard(card).text).elements) <= SAFE
+
+
+def test_hostile_metadata_is_refused(tmp_path):
+    """Where the Hub reads a text as an id, a text that is none is an error, not a link."""
+    saved(tmp_path, "bitfit")
+    for text in HOSTILE:
+        for record in (TrainingRecord(license=text or "-"), TrainingRecord(language=[text]),
+                       TrainingRecord(pipeline_tag=text or "-"),
+                       TrainingRecord(datasets=[DatasetRecord(text, on_hub=True)])):  # fmt: skip
+            with pytest.raises(ValueError, match=r"`(license|language|pipeline_tag|datasets)` \(="):
+                AdapterCard.from_adapter(tmp_path, record)
+
+
+@every_hostile
+def test_tags(adapter, text):
+    """A tag is a word on one line, whatever is in it: text in the metadata, and an error where it is none."""
+    if plain(text) != text or not text:
+        with pytest.raises(ValueError, match=r"`tags` \(="):
+            AdapterCard.from_adapter(adapter[0], TrainingRecord(tags=[text]))
+        return
+    card = AdapterCard.from_adapter(adapter[0], TrainingRecord(tags=[text]))
+    assert text in ModelCard(card.content).data.tags
+    assert ModelCard(card.content).text == card.text
+
+
+# The pieces
+
+texts = st.text(st.characters(exclude_categories=()), max_size=60)
+
+
+@settings(deadline=None, max_examples=300)
+@given(texts)
+@example("a\\|b")
+@example("``a`")
+def test_code(text):
+    """A paragraph and a cell show the text, as one code span."""
+    for html in (render(f"before {code(text)} after"), render(table(["one", "two"], [[cell(text), "end"]]))):
+        assert html.elements.count("code") == 1
+        assert set(html.elements) <= SAFE
+        assert plain(text) in html.text
+    assert render(table(["one", "two"], [[cell(text), "end"]])).elements.count("td") == 2
+
+
+@settings(deadline=None, max_examples=300)
+@given(texts)
+@example("```\n```")
+@example("~~~\n\n</code>")
+def test_fenced(text):
+    html = render(f"before\n\n{fenced(text, 'yaml')}\n\nafter")
+    assert html.elements == ["p", "pre", "code", "p"]
+
+
+@given(texts)
+def test_plain(text):
+    """One line that can be written to a file and read again."""
+    line = plain(text)
+    assert line == line.strip() == plain(line)
+    assert len(line.splitlines()) <= 1
+    assert line.encode().decode() == line
+
+
+def test_ranges():
+    assert ranges([3, 0, 1, 2, 7, 5, 6]) == "0 to 3, 5 to 7"
+    assert ranges([4]) == "4"
+
+
+def test_the_record_of_a_stranger_is_whole():
+    """Every text of the record is hostile in these tests: a field that is added has to be added there."""
+    numbers = {"trainable_parameters", "total_parameters", "peak_memory", "step_time", "train_time"}
+    elsewhere = {"license", "language", "tags", "hyperparameters"}  # in tests of their own
+    record = asdict(stranger("hostile"))
+    missing = {name for name, value in asdict(full_record()).items() if value and not record[name]}
+    assert missing == numbers | elsewhere

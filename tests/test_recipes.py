@@ -1,0 +1,418 @@
+"""Recipes through the real command, on tiny models: the saved adapter against the numbers that were reported, wrong
+recipes against the error they must give."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from hf_peft_ext.cli import app
+from hf_peft_ext.recipes import Recipe, RecipeError, prepare
+from hf_peft_ext.recipes.draft import Draft, split_override
+from hf_peft_ext.recipes.keys import known_keys
+from hf_peft_ext.recipes.metrics import CLASSIFICATION, exact_match
+
+from .backbones import BACKBONES
+from .test_training import tokenizer
+
+# 2026-11: the data loader asks for pinned memory wherever it runs; TRL's and peft's own use of renamed arguments
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+FAST = [
+    *("training.use_cpu=true", "max_steps=3", "logging_steps=1", "eval_strategy=no", "save_strategy=no"),
+    *("load_best_model_at_end=false", "disable_tqdm=true"),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Recipes name files from the root of the repository; what `datasets` keeps goes away with the test."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with tiny models and a tokenizer: bert, llama, t5."""
+    found = {}
+    for name in ("bert", "llama", "t5"):
+        found[name] = str(tmp_path_factory.mktemp(name))
+        wide = {"hidden_size": 64, "intermediate_size": 128} if name == "llama" else {}  # 4-bit blocks are 64 wide
+        BACKBONES[name].build(**wide).save_pretrained(found[name])
+        words = tokenizer()
+        words.chat_template = CHAT
+        words.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A file of chats, in two splits."""
+    file = tmp_path / "chats.jsonl"
+    turn = [{"role": "user", "content": "w1 w2 w3"}, {"role": "assistant", "content": "w4 w5 w6 w7"}]
+    file.write_text("".join(json.dumps({"messages": turn, "part": part}) + "\n" for part in ("a", "a", "a", "b", "b")))
+    return f"data={{data_files: {file}, messages_column: messages, split_column: part, train_split: a, eval_split: b}}"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def text_classifier(folder, labels=8):
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+
+
+# the recipes of examples/
+
+
+@pytest.mark.parametrize("name", ["unipelt", pytest.param("mam", marks=pytest.mark.slow)])
+def test_classification(name, models, tmp_path):
+    """The saved adapter, loaded by peft alone, has the accuracy that the command reports and records."""
+    out = tmp_path / "adapter"
+    shown = succeed(
+        f"examples/recipes/{name}.yaml", f"model.model_name_or_path={models['bert']}", "model.local_path=null",
+        f"output_dir={out}", "max_train_samples=64", "max_eval_samples=48", "learning_rate=1e-2", *FAST, "max_steps=8",
+    )  # fmt: skip
+    record = json.loads((out / "training_record.json").read_text())
+    measured = {result["metric"]: result["value"] for result in record["results"]}
+    assert f"{measured['accuracy']:.4g}" in re.search(r"^accuracy +(\S+)", shown, re.MULTILINE)[1]
+    assert record["datasets"][0]["name"] == "support_messages"
+    assert {data["split"] for data in record["datasets"]} == {"train", "test"}
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == models["bert"]
+
+    model = PeftModel.from_pretrained(text_classifier(models["bert"]), out).eval()
+    recipe = Recipe.read(out / "recipe.yaml")
+    _, test, labels = recipe.data.load(recipe.training.seed)
+    batch = tokenizer()(test["text"][:], padding=True, return_tensors="pt", truncation=True, max_length=128)
+    with torch.no_grad():
+        predicted = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits.argmax(-1)
+    right = [labels[i] == intent for i, intent in zip(predicted, test["intent"][:], strict=True)]
+    assert np.mean(right) == pytest.approx(measured["accuracy"], abs=1e-6)
+    assert sorted({*labels}) == labels
+    assert len(labels) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "peft", [None, "peft={peft_type: UNIPELT, task_type: CAUSAL_LM, r: 4}"], ids=["lora", "unipelt"]
+)
+def test_qlora(peft, models, chats, tmp_path):
+    """qlora.yaml on a tiny 4-bit Llama: 4-bit weights under the adapter, which trains and loads again."""
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "adapter"
+    changes = [
+        *(f"model={{model_name_or_path: {models['llama']}}}", chats, f"training.output_dir={out}", *FAST),
+        *("bf16=false", "bnb_4bit_compute_dtype=float32", "max_length=32", *([peft] if peft else [])),
+    ]
+    shown = succeed("examples/recipes/qlora.yaml", *changes)
+    assert re.search(r"^loss +\d", shown, re.MULTILINE)
+    record = json.loads((out / "training_record.json").read_text())
+    assert "4-bit" in record["quantization"]
+    losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["llama"]), out)
+    assert model.peft_config["default"].peft_type == ("UNIPELT" if peft else "LORA")
+    saved = load_file(out / "adapter_model.safetensors")
+    parameters = {name.replace(".default", ""): p for name, p in model.named_parameters()}
+    assert saved.keys() <= parameters.keys()
+    assert all(torch.equal(parameters[name], value.to(parameters[name].dtype)) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_hold(file):
+    """Each recipe of examples/ passes all checks (on a CPU); what it says and what it is are the same."""
+    changes = ["use_cpu=true", *(["bf16=false"] if file.stem == "qlora" else [])]
+    recipe = Recipe.read(file, changes)
+    assert recipe.written["peft"]["peft_type"] == recipe.peft.peft_type
+    assert recipe.written["training"]["seed"] == recipe.training.seed
+    assert len(RECIPES) >= 3
+
+
+# other tasks and forms of data
+
+
+def test_sequence_to_sequence(models, tmp_path):
+    """SEQ_2_SEQ_LM with texts generated for the metric; prompt and response from a mapping of files to splits."""
+    for split, rows in (("train", 8), ("dev", 4)):
+        (tmp_path / f"{split}.csv").write_text("question,answer\n" + "w1 w2 w3,w4 w5\n" * rows)
+    out = tmp_path / "adapter"
+    recipe = {
+        "model": {"model_name_or_path": models["t5"]},
+        "peft": {"peft_type": "LAYER_PREFIX", "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2},
+        "data": {
+            "data_files": {split: str(tmp_path / f"{split}.csv") for split in ("train", "dev")},
+            "eval_split": "dev", "prompt_column": "question", "response_column": "answer", "max_length": 8,
+        },
+        "training": {"output_dir": str(out), "predict_with_generate": True, "generation_max_length": 4},
+        "metrics": ["exact_match"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shown = succeed(tmp_path / "recipe.yaml", *(change for change in FAST if not change.startswith("load_best")))
+    assert re.search(r"^exact_match +0 *$", shown, re.MULTILINE)
+    loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(models["t5"]), out)
+    assert loaded.peft_config["default"].num_virtual_tokens == 2
+
+
+def classification(models, tmp_path, rows, **data):
+    """A recipe for rows of one's own, and its path."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"model_name_or_path": models["bert"]},
+        "peft": {"peft_type": "BITFIT", "task_type": "SEQ_CLS"},
+        "data": {"data_files": str(tmp_path / "rows.jsonl"), **data},
+        "training": {"output_dir": str(tmp_path / "out"), "use_cpu": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+def test_pairs_and_numbered_classes(models, tmp_path):
+    """Two texts to a row are joined as the tokenizer joins them; numbers become classes in their order."""
+    rows = [{"a": "w1", "b": "w2 w3", "y": y} for y in (7, 2, 7)]
+    trainer = prepare(
+        Recipe.read(classification(models, tmp_path, rows, text_column=["a", "b"], label_column="y", max_length=16))
+    )
+    assert trainer.train_dataset[0]["input_ids"] == tokenizer()("w1", "w2 w3")["input_ids"]
+    assert trainer.train_dataset["labels"][:] == [1, 0, 1]
+    assert trainer.model.config.id2label == {0: "2", 1: "7"}
+
+
+def test_accumulated_batches_have_the_mean_loss(models, tmp_path):
+    """A classifier's loss is that of the whole step, however many batches it comes in."""
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
+    path = classification(models, tmp_path, rows)
+    losses = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        size = f"per_device_train_batch_size={batch}"
+        changes = [
+            size,
+            f"gradient_accumulation_steps={accumulated}",
+            "max_steps=1",
+            "save_strategy=no",
+            "report_to=none",
+        ]
+        trainer = prepare(Recipe.read(path, [*changes, "disable_tqdm=true"]))
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# what is read
+
+
+def test_yaml_reads_as_written(tmp_path):
+    """1e-4 is a number, `no` a word, and what is saved reads as the same."""
+    (tmp_path / "r.yaml").write_text("training: {learning_rate: 1e-4, save_strategy: no, x: [1., -2E+3, on, true, 3]}")
+    read = Draft.read(tmp_path / "r.yaml").sections["training"]
+    assert read == {"learning_rate": 1e-4, "save_strategy": "no", "x": [1.0, -2000.0, "on", True, 3]}
+    assert split_override("a.b={c: [1e-5, off]}") == ("a.b", {"c": [1e-5, "off"]})
+
+
+def test_changes(tmp_path):
+    """Changes are taken in any order: whole sections, what decides which keys there are, dotted, plain, nested."""
+    recipe = Recipe.read(
+        "examples/recipes/unipelt.yaml",
+        ["r=4", "training.seed=7", "lr_scheduler_kwargs.num_cycles=2", "peft={peft_type: LORA, task_type: SEQ_CLS}",
+         "lr_scheduler_type=cosine_with_restarts", "use_cpu=true"],
+    )  # fmt: skip
+    assert recipe.peft.peft_type == "LORA"
+    assert recipe.peft.r == 4
+    assert recipe.training.seed == 7
+    assert recipe.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    (tmp_path / "again.yaml").write_text(recipe.text())
+    assert Recipe.read(tmp_path / "again.yaml").written == recipe.written
+
+
+def test_keys_of_every_method():
+    """A recipe knows the keys of every PEFT type there is."""
+    draft = Draft({"peft": {"task_type": "CAUSAL_LM"}}, {})
+    for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        draft.sections["peft"]["peft_type"] = peft_type.value
+        assert "task_type" in known_keys(draft)["peft"], config
+
+
+def test_dry_run(models, tmp_path):
+    """--dry-run shows what would be trained, and the recipe with its changes; it writes nothing."""
+    out = tmp_path / "adapter"
+    changes = [f"model={{model_name_or_path: {models['bert']}}}", f"output_dir={out}", *FAST, "peft.r=2"]
+    shown = succeed("examples/recipes/unipelt.yaml", "--dry-run", *changes)
+    assert not out.exists()
+    recipe = Recipe.read("examples/recipes/unipelt.yaml", changes)
+    model = prepare(recipe).model
+    assert f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of " in shown
+    assert recipe.text() in shown
+    assert "320 rows to train on, 320 to evaluate on" in shown
+
+
+def test_help():
+    """--help names each section and shows how a key is changed."""
+    shown = run("--help").output
+    for word in ("model", "quantization", "peft", "data", "training", "metrics", "key=value", "--dry-run", "torchrun"):
+        assert word in shown
+
+
+def test_local_copy(models, tmp_path):
+    """The model is loaded from `local_path`; the adapter names `model_name_or_path`."""
+    changes = [
+        "model.model_name_or_path=someone/model",
+        f"local_path={models['bert']}",
+        *FAST,
+        f"output_dir={tmp_path}/a",
+    ]
+    succeed("examples/recipes/mam.yaml", *changes, "max_train_samples=8", "max_eval_samples=8")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/model"
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert weights["base_model.model.classifier.weight"].shape == (8, 32)
+
+
+def test_metrics():
+    """F1 and Matthews' correlation are scikit-learn's; exact match compares texts."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    for classes in (2, 5):
+        y, p = generator.integers(classes, size=(2, 40))
+        assert CLASSIFICATION["accuracy"](p, y) == pytest.approx(sklearn.accuracy_score(y, p))
+        assert CLASSIFICATION["f1"](p, y) == pytest.approx(sklearn.f1_score(y, p, average="macro"))
+        assert CLASSIFICATION["matthews_correlation"](p, y) == pytest.approx(sklearn.matthews_corrcoef(y, p))
+    assert CLASSIFICATION["matthews_correlation"](np.zeros(4), np.arange(4)) == 0
+    assert exact_match(["a ", "b"], ["a", "c"]) == 0.5
+
+
+# what is wrong
+
+WRONG = {
+    "learning_rat=1": r"line: `learning_rat` is not a key of a recipe; did you mean `training.learning_rate`\?",
+    "training.sede=1": "`training.sede` is not a key of `training` for UNIPELT and SEQ_CLS; did you mean .*seed`",
+    "peft.learning_rate=3": r"did you mean `training.learning_rate`\?",
+    "peft.lerning_rate=3": r"did you mean `training.learning_rate`\?",
+    "traning.seed=1": r"did you mean `training.seed`\?",
+    "revision=x": "`revision` stands in more than one section; write `model.revision` or `data.revision`",
+    "learning_rate=fast": r"`training.learning_rate` \(='fast'\) must be float, not str",
+    "max_steps=1.5": r"`training.max_steps` \(=1.5\) must be int, not float",
+    "peft.r=0": r"command line: `peft.r` is not right: `r` \(=0\) must be a positive whole number",
+    "lr_scheduler_type=linaer": "command line: `training.lr_scheduler_type` is not right: linaer is not a valid",
+    "peft_type=UNIPLET": r"`peft.peft_type` \(='UNIPLET'\) must be one of .*; did you mean `UNIPELT`\?",
+    "task_type=SEQ_CLASS": r"`peft.task_type` \(='SEQ_CLASS'\) must be one of .*; did you mean `SEQ_CLS`\?",
+    "peft_type=LORA": r"unipelt.yaml, line \d+: `peft.bottleneck_size` is not a key of `peft` for LORA and SEQ_CLS",
+    "metrics=[accurcy]": r"`metrics` \(='accurcy'\) must be a metric of this task: .*; did you mean `accuracy`\?",
+    "eval_split=null": "need rows to measure on: set `data.eval_split`",
+    "data_files=nowhere.csv": r"`data.data_files` is not right: `data_files` \(='nowhere.csv'\) must be there",
+    "data_files=README.md": "must be files of one kind",
+    "max_train_samples=0": r"`max_train_samples` \(=0\) must be a positive whole number",
+    "label_column=intnt": r"has no column `intnt`, but text, intent, split; did you mean `intent`\?",
+    "train_split=trian": "`data.train_split` .*must stand in the column `split`: test, train",
+    "peft=3": "`peft` must be a mapping of keys to values",
+    "model={}": "`model` lacks `model_name_or_path`",
+    "output_dir=null": "`training` lacks `output_dir`",
+    "foo": "'foo' changes nothing; write `key=value`",
+    "data.text_column=[a": "the value of `data.text_column` is not YAML",
+    "model.local_path=package:no_such_thing/model": "is in no installed package: pip install no-such-thing",
+    "model.local_path=nowhere": r"`model.local_path` \(='nowhere'\) must be a folder",
+    "exclude_modules=3": r"`peft.exclude_modules` \(=3\) must be list\[str\] \| str \| None, not int",
+    "quantization={load_in_4bits: true}": r"did you mean `quantization.load_in_4bit`\?",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_wrong_changes(change, models, tmp_path):
+    """The error names the key, where it stands and the nearest right one, with exit code 2 and nothing written."""
+    model = [] if "model" in change else [f"model={{model_name_or_path: {models['bert']}}}"]
+    result = run("examples/recipes/unipelt.yaml", *model, *(["output_dir=" + str(tmp_path / "out")]), *FAST, change)
+    assert result.exit_code == 2, result.output
+    assert re.search(WRONG[change], result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+FILES = {
+    "model: [": r"r.yaml, line \d: this is not YAML",
+    "just words": "a recipe is a mapping of sections, not str",
+    "training: {seed: 1}\nmodle: {}": r"r.yaml, line 2: `modle` is not a section .*; did you mean `model`\?",
+    "training:\n  seed: 1\n  seed: 2": "r.yaml, line 3: `training.seed` stands there a second time; first: .*line 2",
+    "model: {}\npeft: {task_type: SEQ_CLS}": "`peft.peft_type` is missing; it must be one of .*UNIPELT",
+    "peft: {peft_type: BITFIT, task_type: SEQ_CLS}\ntraining:\n  sede: 1": "r.yaml, line 3: `training.sede` is not",
+    "metrics: accuracy": "r.yaml, line 1: `metrics` must be a list",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_wrong_files(text, tmp_path):
+    """What is wrong in a file is named with its line."""
+    (tmp_path / "r.yaml").write_text(text)
+    result = run(tmp_path / "r.yaml")
+    assert result.exit_code == 2
+    assert re.search(FILES[text], result.stderr), result.stderr
+
+
+def test_no_file(tmp_path):
+    assert "cannot be read: No such file" in run(tmp_path / "none.yaml").stderr
+
+
+TOKEN = "hf_" + "Ab1" * 11
+
+
+@pytest.mark.parametrize(
+    "change", [f"hub_token={TOKEN}", f"training.hub_token={TOKEN}", "training.hub_token=x", f"run_name=my {TOKEN}"]
+)
+def test_no_secrets(change):
+    """A token is refused, and not shown, wherever it stands."""
+    result = run("examples/recipes/unipelt.yaml", change)
+    assert result.exit_code == 2
+    assert "is a secret, and a recipe is saved and pushed with the adapter; leave it out and log in" in result.stderr
+    assert TOKEN not in result.output
+
+
+def test_strange_classes_and_empty_cells(models, tmp_path):
+    """Rows that cannot be learnt from are named before a model is loaded."""
+    rows = [{"text": "w1", "label": "a", "s": "x"}, {"text": "w2", "label": "b", "s": "y"}]
+    path = classification(models, tmp_path, rows, split_column="s", train_split="x", eval_split="y")
+    with pytest.raises(RecipeError, match=r"`data.eval_split` \(='y'\) has classes that no row to train on has: b"):
+        prepare(Recipe.read(path))
+    path = classification(models, tmp_path, [{"text": "w1", "label": 0.5}])
+    with pytest.raises(RecipeError, match=r"`data.label_column` \(='label'\) must hold words or whole numbers"):
+        prepare(Recipe.read(path))
+    path = classification(models, tmp_path, [{"text": "w1", "label": 1}, {"text": None, "label": 0}])
+    with pytest.raises(RecipeError, match="row 1 of the column 'text' of rows is empty"):
+        prepare(Recipe.read(path))
+
+
+def test_columns_of_chats(models, chats):
+    """The three kinds of text for CAUSAL_LM exclude each other."""
+    changes = [chats, "bf16=false", "use_cpu=true", "prompt_column=x"]
+    with pytest.raises(RecipeError, match="must stand alone: `text_column`, or `messages_column`, or `prompt_column`"):
+        Recipe.read("examples/recipes/qlora.yaml", changes)
+
+
+def test_processes_without_a_group(monkeypatch, models):
+    """Processes that would each train for themselves are stopped, with what to add."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = Recipe.read("examples/recipes/mam.yaml")
+    recipe.training.__dict__["distributed_state"] = None
+    with pytest.raises(RecipeError, match="2 processes were started, but train as 1: on CPUs, add `use_cpu=true`"):
+        prepare(recipe)

@@ -1,0 +1,292 @@
+"""PeftModel's own `save_pretrained` and `push_to_hub` with adapters of ours, against peft's stock ones with others.
+
+Over HTTP, against a small Hub (hub_server.py).
+"""
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from typer.testing import CliRunner
+
+from hf_peft_ext.cli import app
+from hf_peft_ext.hub_cards import PushError
+from hf_peft_ext.hub_cards.saving import published_cards
+from hf_peft_ext.registry import extend
+
+from .backbones import BACKBONES
+from .hub_server import OWNER
+from .methods import METHODS, randomise
+from .test_push import adapter, contents, logits, run
+
+# 2026-11: huggingface_hub 2.4 gives httpx2 the bytes of LFS files by an old name
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+
+BERT = BACKBONES["bert"]
+
+
+def lora():
+    return get_peft_model(BERT.build(), LoraConfig(r=2))
+
+
+def two_adapters(first="default"):
+    model = get_peft_model(BERT.build(), METHODS["unipelt"](), adapter_name=first)
+    model.add_adapter("other", METHODS["unipelt"]())
+    randomise(model, first, seed=0)
+    randomise(model, "other", seed=1)
+    return model.eval()
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where temporary folders are made."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+# save_pretrained
+
+
+def test_saving_writes_our_card(tmp_path):
+    """A card beside the adapter, without peft's blanks, from the rank that saves alone."""
+    adapter().save_pretrained(str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "import hf_peft_ext" in text
+    assert "[More Information Needed]" not in text
+    assert ModelCard(text).data.library_name == "peft"
+    adapter().save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
+    assert not (tmp_path / "rank1" / "README.md").exists()
+
+
+def test_saving_again_keeps_edits(tmp_path):
+    """A section that the author has added stays, through a second save and through peft's own request for a card."""
+    model = adapter()
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text() + "\n## Intended use\n\nFor Ann's letters.\n")
+    model.save_pretrained(str(tmp_path))
+    model.create_or_update_model_card(str(tmp_path))
+    assert "## Intended use\n\nFor Ann's letters." in path.read_text()
+    assert path.read_text().count("import hf_peft_ext") == 1
+
+
+def test_what_lay_there_before_does_not_matter(tmp_path):
+    """Saved over a file that a process left half written, and over an adapter of another method."""
+    adapter(method="bitfit").save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+    adapter().save_pretrained(str(tmp_path))
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), str(tmp_path))), logits(adapter()))
+    assert "# UniPELT adapter" in (tmp_path / "README.md").read_text()
+
+
+def test_no_card_before_there_is_an_adapter(tmp_path):
+    adapter().create_or_update_model_card(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_adapters(tmp_path):
+    """Each has its card beside it; selected ones alone are written; the first page leads to the others."""
+    model = two_adapters()
+    model.save_pretrained(str(tmp_path / "both"))
+    cards = {path.relative_to(tmp_path / "both").as_posix() for path in (tmp_path / "both").rglob("README.md")}
+    assert cards == {"README.md", "other/README.md"}
+    model.save_pretrained(str(tmp_path / "one"), selected_adapters=["other"])
+    assert (tmp_path / "one" / "other" / "README.md").exists()
+    assert "[other](other/README.md)" in (tmp_path / "one" / "README.md").read_text()
+
+
+# other adapters
+
+
+def test_other_adapters_keep_peft_s_methods(tmp_path, hub):
+    """A LoRA is saved and pushed as without this package."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("save_pretrained", "create_or_update_model_card", "push_to_hub"):
+            patch.setattr(PeftModel, name, vars(getattr(PeftModel, name))["stock"])
+        lora().save_pretrained(str(tmp_path / "stock"))
+        torch.manual_seed(0)
+        lora().push_to_hub("ann/stock")
+    lora().save_pretrained(str(tmp_path / "ours"))
+    lora().push_to_hub("ann/ours")
+    assert contents(tmp_path / "ours")["README.md"] == contents(tmp_path / "stock")["README.md"]
+    assert hub.files("ann/ours").keys() == hub.files("ann/stock").keys()
+    assert hub.files("ann/ours")["README.md"] == hub.files("ann/stock")["README.md"]
+
+
+def test_extending_twice_does_not_pile_up():
+    """A module that is loaded again replaces its method; peft's own stays underneath."""
+    before = PeftModel.save_pretrained
+    stock = vars(before)["stock"]
+    try:
+
+        @extend
+        def save_pretrained(stock, model, folder):
+            return "mine"
+
+        assert vars(PeftModel.save_pretrained)["stock"] is stock
+        assert adapter().save_pretrained("nowhere") == "mine"
+    finally:
+        PeftModel.save_pretrained = before
+
+
+# push_to_hub
+
+
+def test_push_to_hub(hub, temporary):
+    """The adapter, its config and our card, with tags; nothing stays behind; pulled, it is what it was."""
+    info = adapter().push_to_hub("tiny", tags=["letters"], commit_message="First", private=True, token=OWNER)
+    files = hub.files("ann/tiny")
+    print("\nann/tiny on the Hub:", *(f"{len(data):>9,} bytes  {name}" for name, data in files.items()), sep="\n")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+    text = files["README.md"].decode()
+    assert 'adapter = "ann/tiny"' in text
+    assert "[More Information Needed]" not in text
+    assert "letters" in ModelCard(text).data.tags
+    assert hub.repos["ann/tiny"].private
+    assert hub.repos["ann/tiny"].messages == [("main", "First", "")]
+    assert info.commit_url.startswith(f"{hub.url}/ann/tiny/commit/")
+    assert not list(temporary.iterdir())
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter()))
+
+
+def edit(hub, repo_id, text):
+    """What an author does on the web page of a repository: a commit that adds a section to the card."""
+    card = hub.files(repo_id)["README.md"] + text.encode()
+    value = {"path": "README.md", "content": base64.b64encode(card).decode()}
+    hub.commit(hub.repos[repo_id], "main", "main", [{"key": "file", "value": value}])
+
+
+def test_edits_on_the_hub_survive_a_second_push(hub, tmp_path):
+    """From the model and from the command line, by id and by the short name of the owner."""
+    adapter().push_to_hub("ann/tiny")
+    edit(hub, "ann/tiny", "\n## Intended use\n\nFor Ann's letters.\n")
+    adapter(seed=1).push_to_hub("tiny")
+    assert "For Ann's letters." in hub.files("ann/tiny")["README.md"].decode()
+    adapter(seed=2).save_pretrained(str(tmp_path / "out"))
+    assert run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny")[0] == 0
+    assert "For Ann's letters." in hub.files("ann/tiny")["README.md"].decode()
+    assert "For Ann's letters." in (tmp_path / "out" / "README.md").read_text()
+    edit(hub, "ann/tiny", "\n## Limits\n\nNone of Bob's.\n")
+    assert run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny --revision next")[0] == 0
+    assert "None of Bob's." in hub.files("ann/tiny", "next")["README.md"].decode()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter(2)))
+
+
+def test_published_cards(hub):
+    assert published_cards("ann/tiny") == {}
+    two_adapters().push_to_hub("ann/tiny")
+    expected = {name: data.decode() for name, data in hub.files("ann/tiny").items() if name.endswith("README.md")}
+    assert expected.keys() == {"README.md", "other/README.md"}
+    assert published_cards("ann/tiny") == published_cards("ann/tiny", "not-yet") == expected
+
+
+@pytest.mark.parametrize("first", ["default", "first"])
+def test_several_adapters_are_pushed_each_in_its_folder(first, hub):
+    """As peft saves them; each is pulled by its sub-folder, as its card says."""
+    model = two_adapters(first)
+    model.push_to_hub("ann/two")
+    for name in (first, "other"):
+        folder = {} if name == "default" else {"subfolder": name}
+        model.set_adapter(name)
+        assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/two", **folder)), logits(model))
+    cards = published_cards("ann/two")
+    assert 'load_adapter(model, adapter, subfolder="other")' in cards["other/README.md"]
+    assert "subfolder" not in cards["README.md"] or first != "default"
+
+
+def test_a_refused_push_leaves_nothing_behind(hub, temporary):
+    with pytest.raises(ValueError, match=r"`revision` \(='dev'\) must be None"):
+        adapter().push_to_hub("ann/tiny", revision="dev", create_pr=True)
+    with pytest.raises(ValueError, match="Repo id must"):
+        adapter().push_to_hub("../tiny")
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("request_", ["GET /api/whoami-v2", "POST /api/repos/create", "POST .*/commit/"])
+def test_after_an_error_the_adapter_stays(request_, hub, temporary):
+    """Complete, where the error says; the command that it gives pushes it."""
+    hub.fail(request_)
+    with pytest.raises(PushError) as error:
+        adapter().push_to_hub("tiny")
+    (folder,) = temporary.iterdir()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), str(folder))), logits(adapter()))
+    command = str(error.value).partition("Run this to finish the push: ")[2]
+    assert re.fullmatch(rf"hf-peft-ext push {re.escape(str(folder))} (ann/)?tiny", command)
+    assert run(command)[0] == 0
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter()))
+
+
+# the command line
+
+
+def test_help():
+    text = CliRunner().invoke(app, ["push", "--help"], terminal_width=120).output
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    for words in ("FOLDER", "REPO_ID", "--revision", "--private", "--create-pr", "--commit-message", "--dry-run"):
+        assert words in plain
+    assert "HF_TOKEN" in plain
+    assert "--token" not in plain
+
+
+def test_dry_run(hub, tmp_path):
+    """What would go and what would stay; nothing is sent or written."""
+    folder = tmp_path / "out"
+    adapter().save_pretrained(str(folder))
+    (folder / "training_args.bin").write_bytes(b"[red]pickle[/red]")
+    before = contents(folder)
+    code, text = run(f"hf-peft-ext push {folder} ann/tiny --dry-run")
+    assert code == 0
+    assert re.search(r"push +adapter_model.safetensors +[\d,]+ bytes", text)
+    assert re.search(r"keep +training_args.bin", text)
+    assert contents(folder) == before
+    assert not hub.log
+
+
+def test_command_opens_a_pull_request(hub, tmp_path):
+    adapter().save_pretrained(str(tmp_path / "out"))
+    code, text = run(
+        f"hf-peft-ext push {tmp_path / 'out'} ann/tiny --private --create-pr --commit-message 'A proposal'"
+    )
+    assert code == 0
+    assert text.splitlines()[-1] == f"{hub.url}/ann/tiny/discussions/1"
+    assert hub.repos["ann/tiny"].messages == [("refs/pr/1", "A proposal", "")]
+
+
+def test_command_takes_adapters_of_peft_s_own(hub, tmp_path):
+    model = lora()
+    randomise(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/lora")
+    assert code == 0, text
+    assert "import hf_peft_ext" not in hub.files("ann/lora")["README.md"].decode()
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/lora").eval()), logits(model.eval()))
+
+
+def test_command_line_errors(hub, tmp_path):
+    """One sentence and exit code 1, no traceback."""
+    folder = tmp_path / "out"
+    adapter().save_pretrained(str(folder))
+    (folder / "merges.txt").write_text(f"[b]{OWNER}[/b]")
+    code, text = run(f"hf-peft-ext push {folder} ann/tiny")
+    assert code == 1
+    assert text.splitlines()[-1].startswith("`file` (='merges.txt') holds an access token of the Hub")
+    assert OWNER not in text
+    (folder / "merges.txt").unlink()
+    hub.fail("POST .*/commit/", "500")
+    code, text = run(f"hf-peft-ext push {folder} ann/tiny")
+    assert code == 1
+    assert text.splitlines()[-1].endswith(f"Run this to finish the push: hf-peft-ext push {folder} ann/tiny")
+    Path(folder, "adapter_config.json").unlink()
+    assert "must hold adapter_config.json" in run(f"hf-peft-ext push {folder} ann/tiny")[1]
+
+
+def test_a_pickle_has_no_card(tmp_path):
+    """Where somebody asks for a pickle, it is saved as peft does, and no card beside it."""
+    model = get_peft_model(BERT.build(), METHODS["bitfit"]())
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.bin"]
