@@ -7,6 +7,8 @@ from .adapterhub import from_adapterhub as from_adapterhub
 from .autoload import install_autoload as install_autoload
 from .autoload import uninstall_autoload as uninstall_autoload
 from .placement import Placement as Placement
+from .rank_classification import RankClassifier as RankClassifier
+from .rank_classification import score_choices as score_choices
 from .safe_load import load_adapter as load_adapter
 from .tuners import BitFitConfig as BitFitConfig
 from .tuners import BottleneckConfig as BottleneckConfig

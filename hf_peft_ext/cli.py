@@ -2,6 +2,7 @@
 
 import typer
 
+from . import lm_eval_command
 from .hub_cards.push_command import push
 from .recipes import command as recipes
 
@@ -13,6 +14,7 @@ app = typer.Typer(
 )
 app.command("train", help=recipes.HELP)(recipes.train)
 app.command()(push)
+app.command("lm-eval", context_settings=lm_eval_command.OPTIONS)(lm_eval_command.lm_eval)
 
 
 @app.callback()

@@ -1,10 +1,13 @@
 """The benchmarks run, on little."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from .backbones import BACKBONES
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -46,3 +49,21 @@ def test_speed(capsys):
     step_flops, forward_flops = (float(found["UniPELT"][i]) for i in (2, 5))
     assert 2 / 3 < step_flops < 0.8  # frozen weights need no gradient
     assert 1 < forward_flops < 1.1
+
+
+def test_packing(capsys, tmp_path):
+    """Packing costs what the token counts say, and its results are those of the plain way."""
+    BACKBONES["llama"].build(vocab_size=1000).save_pretrained(tmp_path)
+    sizes = ("--model", str(tmp_path), "--rounds", "1", "--threads", "1", "--prompt", "32", "--choices", "3")
+    run("packing", *sizes, "--choice", "4")
+    printed = capsys.readouterr().out
+    found = rows(printed)
+    assert list(found) == ["plain", "short head", "packed"]
+    assert found["plain"][1:3] == ["1.000", "1.000"]
+    packed, head_only = (float(found[name][2]) for name in ("packed", "short head"))
+    assert packed < 44 / (3 * 36)  # fewer tokens, and fewer of them projected
+    assert packed < head_only < 1
+    assert float(found["packed"][-1]) < 0.6  # all ways keep the logits that predict choices
+    assert "packed reads 0.407 of the tokens" in printed
+    apart = re.search(r"differ by (\S+) in a log-probability and by\s+(\S+) of", printed)
+    assert max(map(float, apart.groups())) < 1e-5
