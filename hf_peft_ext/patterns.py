@@ -1,6 +1,8 @@
 """The rule by which a config names modules; its regular expressions get a time limit, for which `re` has no means."""
 
+import re
 import time
+import warnings
 from collections.abc import Iterable
 
 import regex
@@ -27,11 +29,14 @@ def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | 
 
 def fully_matching(pattern: str, paths: Iterable[str], until: float) -> list[str]:
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)  # `regex` knows more than peft's `re`, such as recursion, which takes memory
         compiled = regex.compile(pattern)
         return [path for path in paths if compiled.fullmatch(path, timeout=max(until - time.process_time(), 1e-6))]
     except TimeoutError as error:
         raise ValueError(f"The pattern {shortened(pattern)} takes too long to match; name the modules.") from error
-    except (regex.error, RecursionError, OverflowError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(f"The pattern {shortened(pattern)} is no regular expression: {error}.") from error
 
 

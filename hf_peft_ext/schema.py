@@ -15,10 +15,12 @@ MAX_BYTES = 2**18  # of the file; the longest seen, with a rank for each module,
 MAX_NUMBER = 2**20  # of any number: ranks, widths, layers, token ids, scalings
 MAX_CHARS = 2**15
 MAX_ITEMS = 2**12
+MAX_NAMES = 64  # of fields whose every entry costs a regular expression for each module
 MAX_DEPTH = 5
 # peft puts the entries of these into regular expressions of its own, so they must be names.
 NAMES = ("modules_to_save", "layers_pattern")
 NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
+IGNORED = ("runtime_config",)  # peft 0.21 takes it out when it reads a file, and does not write it
 # Annotated as whole numbers in peft, though their readers take any.
 ANY_NUMBER = ("alpha", "lora_alpha")
 
@@ -71,27 +73,38 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def check_fields(config_cls: type, given: Mapping[str, Any]) -> None:
-    """Check what a file says against the fields of a config class.
+def known_fields(config_cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says, checked against the fields of a config class.
+
+    Keys that are no fields are left out where they say nothing: other versions of peft have more, as null.
 
     Raises:
         ValueError: a key is no field, or its value has another type, is too large, or is no finite number.
     """
     known, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
-    for name, value in given.items():
+    said = {k: v for k, v in given.items() if k not in IGNORED and (k in known or v not in (None, {}, []))}
+    for name, value in said.items():
         if name not in known:
             refuse(name, value, f"is not a field of {config_cls.__name__}")
         check_size(name, value)
         if not (fits(value, hints[name]) or is_default(value, known[name])):
             number = name in ANY_NUMBER and fits(value, float)
             if not number:
-                refuse(name, value, f"must be of type {getattr(hints[name], '__name__', hints[name])}")
+                refuse(name, value, f"must be of type {type_name(hints[name])}")
         if name.endswith("dropout") and not 0 <= value < 1:
             refuse(name, value, "must lie in [0, 1)")
         if name in NAMES and value is not None:
-            for entry in [value] if isinstance(value, str) else value:
-                if not NAME.fullmatch(entry):
+            entries = [value] if isinstance(value, str) else value
+            if len(entries) > MAX_NAMES:
+                refuse(name, value, f"must have at most {MAX_NAMES} entries")
+            for entry in entries:
+                if entry and not NAME.fullmatch(entry):
                     refuse(name, entry, "must name modules by letters, digits, '_', '-' and '.'")
+    return said
+
+
+def type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "None")
 
 
 @cache

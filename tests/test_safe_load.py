@@ -516,7 +516,10 @@ BAD_FIELDS = [
     ({"target_modules": ["x"] * 5000}, "`target_modules` .* must have at most 4096 entries"),
     ({"target_modules": "a" * 2**16}, "`target_modules` .* must have at most 32768 characters"),
     ({"target_modules": r"no\.such"}, "`target_modules` .* matches no module"),
-    ({"target_modules": ["nosuch"]}, "The adapter does not fit LlamaForCausalLM: Target modules"),
+    ({"target_modules": ["nosuch"]}, "`target_modules` .* names no module of this model"),
+    ({"target_modules": "(q_proj|(?R))"}, "is no regular expression: unknown extension"),
+    ({"modules_to_save": [f"x{i}" for i in range(65)]}, "`modules_to_save` .* must have at most 64 entries"),
+    ({"bias": None}, "`bias` \\(=None\\) must be of type Literal\\['none', 'all', 'lora_only'\\]"),
     ({"auto_mapping": {"a": [[[[[[1]]]]]]}}, "`auto_mapping` .* 5 levels"),
     ({"peft_type": "XLORA"}, "`peft_type` \\(='XLORA'\\) must be one of those that are checked"),
     ({"peft_type": ["LORA"]}, "`peft_type` .* must be one of those"),
@@ -531,6 +534,53 @@ BAD_FIELDS = [
 @pytest.mark.parametrize(("fields", "message"), BAD_FIELDS, ids=[str(i) for i in range(len(BAD_FIELDS))])
 def test_bad_fields(fields, message, tmp_path):
     refused(rewrite(saved(tmp_path, STOCK_METHODS["lora"]()), **fields), message)
+
+
+def test_many_names_take_no_time(tmp_path):
+    """Stock peft compiles a regular expression for each of them and each module: minutes."""
+    saved(tmp_path, STOCK_METHODS["lora"]())
+    names = [f"x{i}" for i in range(4000)]
+    targets = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    rewrite(tmp_path, target_modules=[*targets, *names], exclude_modules=names, rank_pattern=dict.fromkeys(names, 2))
+    start = time.process_time()
+    model = load_adapter(BACKBONES["llama"].build(), tmp_path)
+    assert time.process_time() - start < 2
+    assert model.peft_config["default"].target_modules == set(targets)
+
+
+def test_a_rank_for_each_module(tmp_path):
+    """More names than peft is given one by one, and each still has its rank."""
+    ranks = {f"model.layers.{i}.self_attn.{leaf}": 1 + i % 3 for i in range(40) for leaf in ("q_proj", "v_proj")}
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern=ranks)
+    model = get_peft_model(BACKBONES["llama"].build(num_hidden_layers=40), config)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(BACKBONES["llama"].build(num_hidden_layers=40), tmp_path)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in loaded.named_parameters()} == shapes
+
+
+def test_oft_that_never_ends(tmp_path):
+    saved(tmp_path, STOCK_METHODS["oft"]())
+    refused(rewrite(tmp_path, num_cayley_neumann_terms=2**20), "`num_cayley_neumann_terms` .* must be at most 64")
+
+
+@pytest.mark.parametrize("method", ["lora", "unipelt"])
+def test_fields_of_other_versions_that_say_nothing(method, tmp_path):
+    """peft writes all its fields, and another version has others; where they are null nothing is lost."""
+    saved(tmp_path, (METHODS | STOCK_METHODS)[method]())
+    rewrite(tmp_path, of_peft_0_30=None, of_peft_0_2={}, runtime_config={"ephemeral_gpu_offload": False})
+    assert_equal_to_stock(tmp_path, BACKBONES["llama"])
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm", "input_layernorm"])
+def test_names_on_the_stock_way(name, tmp_path):
+    """An adapter named like a part of the model would hide that part's weights among its own."""
+    saved(tmp_path, METHODS["unipelt"]())
+    base = BACKBONES["llama"].build()
+    before = fingerprint(base)
+    with pytest.raises(ValueError, match=f"`adapter_name` \\(='{name}'\\) is the name of a part of the model"):
+        PeftModel.from_pretrained(base, tmp_path, adapter_name=name)
+    assert fingerprint(base) == before
 
 
 def test_tokens_beyond_the_vocabulary(tmp_path):
@@ -586,4 +636,9 @@ def test_wrong_types_of_ours_on_the_stock_way(tmp_path):
 def test_arguments_of_a_wrong_kind(tmp_path):
     with pytest.raises(TypeError, match="`model` must be a torch module, not str"):
         load_adapter("model", tmp_path)
+    with pytest.raises(TypeError, match="`adapter_name` must be text, not NoneType"):
+        load_adapter(BACKBONES["llama"].build(), tmp_path, None)
+    with pytest.raises(TypeError, match="`id_or_path` must be text, not NoneType"):
+        load_adapter(BACKBONES["llama"].build(), None)
+    refused("/no/such/folder", "`id_or_path` .* is neither a folder nor an id on the Hub")
     refused(tmp_path, "has no adapter_config.json")

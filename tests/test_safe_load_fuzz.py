@@ -156,10 +156,10 @@ def junk_field(draw, files):
 
 
 def unknown_field(draw, files):
-    known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[files.config["peft_type"]])}
-    files.config[draw(st.text(max_size=300).filter(lambda name: name not in known))] = draw(
-        st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5) | JUNK
-    )
+    known = {f.name for f in fields(PEFT_TYPE_TO_CONFIG_MAPPING[files.config["peft_type"]])} | {"runtime_config"}
+    values = st.booleans() | st.integers(-9, 9) | st.text(max_size=5) | JUNK
+    said = values.filter(lambda value: value not in (None, {}, []))  # what says nothing is let through
+    files.config[draw(st.text(max_size=300).filter(lambda name: name not in known))] = draw(said)
 
 
 def no_number(draw, files):

@@ -12,9 +12,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import nn
 
-from ..patterns import SECONDS, matching
+from ..patterns import SECONDS, endings_of, matching
 from ..placement import check
-from ..schema import NAME, check_fields, read_json, refuse
+from ..schema import MAX_NAMES, NAME, known_fields, read_json, refuse
 from ..tuners.config import PlacedConfig
 
 # peft's own types that the tests load. The others read further files, allocate what no file holds, or were not tried.
@@ -38,6 +38,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "velora_config": ((None,), "must be None: it is not checked"),
     "tokenizer_kwargs": ((None, {}), "must be None: it would be passed on to a tokenizer's loader"),
 }
+MOST = {"num_cayley_neumann_terms": 64}  # each takes a matrix product in every forward
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of endings
 KEYED_PATTERNS = ("rank_pattern", "alpha_pattern")  # regular expression -> number
 
@@ -54,7 +55,10 @@ def read_config(path: Path, model: nn.Module) -> PeftConfig:
     """
     given = read_json(path)
     config_cls = config_class(given.get("peft_type"))
-    check_fields(config_cls, given)
+    given = known_fields(config_cls, given)
+    for name, most in MOST.items():
+        if (given.get(name) or 0) > most:
+            refuse(name, given[name], f"must be at most {most}")
     for name, (allowed, rule) in ONLY.items():
         if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in allowed):
             refuse(name, given[name], rule)
@@ -92,6 +96,10 @@ def check_prompt(config: PromptLearningConfig, model: nn.Module) -> None:
 def name_modules(config: Any, paths: list[str]) -> None:
     """Put the names of modules where the config has regular expressions."""
     until = time.process_time() + SECONDS
+    named_by: dict[str, list[str]] = {}  # ending -> paths
+    for path in paths:
+        for ending in endings_of(path):
+            named_by.setdefault(ending, []).append(path)
     for field in PATTERNS:
         pattern = getattr(config, field, None)
         if isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND and not NAME.fullmatch(pattern):
@@ -101,13 +109,27 @@ def name_modules(config: Any, paths: list[str]) -> None:
             # as a list they would be endings, which may end other names too
             exact = matching(named, paths) == named
             setattr(config, field, named if exact else "|".join(map(re.escape, named)))
+        elif pattern and not isinstance(pattern, str) and not named_by.keys() >= {*pattern}:
+            named = sorted(named_by.keys() & {*pattern})  # peft tries each entry on each module
+            if not named and field == "target_modules":
+                refuse(field, pattern, "names no module of this model")
+            setattr(config, field, type(pattern)(named))
     for field in KEYED_PATTERNS:
-        numbers: dict[str, Any] = {}
-        for pattern, number in (getattr(config, field, None) or {}).items():
-            if not NAME.fullmatch(pattern):  # peft looks for endings here
-                named = matching(rf"(?:.*\.)?(?:{pattern})", paths, until)
-                pattern = "|".join(f"^{re.escape(path)}" for path in named)
-            if pattern:
-                numbers.setdefault(pattern, number)
-        if numbers:
-            setattr(config, field, numbers)
+        numbers = getattr(config, field, None) or {}
+        if len(numbers) > MAX_NAMES or not all(map(NAME.fullmatch, numbers)):
+            number_of: dict[str, Any] = {}
+            for pattern, number in numbers.items():
+                plain = NAME.fullmatch(pattern)
+                named = named_by.get(pattern, []) if plain else matching(rf"(?:.*\.)?(?:{pattern})", paths, until)
+                number_of |= {path: number for path in named if path not in number_of}
+            setattr(config, field, by_number(number_of))
+
+
+def by_number(number_of: dict[str, Any]) -> dict[str, Any]:
+    """Paths -> numbers, as one pattern for each number: peft compiles each for each module, which takes minutes where
+    there are thousands.
+    """
+    found: dict[Any, list[str]] = {}
+    for path, number in number_of.items():
+        found.setdefault(number, []).append(f"^{re.escape(path)}")
+    return {"|".join(names): number for number, names in found.items()}

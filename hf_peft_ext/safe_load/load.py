@@ -47,11 +47,14 @@ def load_adapter(
 
     Raises:
         ValueError: something was refused; the message says what.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `id_or_path` or `adapter_name` no text.
         huggingface_hub.errors.HfHubHTTPError: the Hub has no such repository or revision, or shows it to others only.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, not {type(model).__name__}.")
+    if not isinstance(adapter_name, str) or not isinstance(id_or_path, (str, Path)):
+        name, value = ("id_or_path", id_or_path) if isinstance(adapter_name, str) else ("adapter_name", adapter_name)
+        raise TypeError(f"`{name}` must be text, not {type(value).__name__}.")
     check("adapter_name", adapter_name, bool(ADAPTER_NAME.fullmatch(adapter_name)), "must match [A-Za-z0-9_-]{1,64}")
     names = model.peft_config if isinstance(model, PeftModel) else {}
     check("adapter_name", adapter_name, adapter_name not in names, "is taken by an adapter of this model")

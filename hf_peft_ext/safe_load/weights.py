@@ -51,7 +51,9 @@ def check_keys(found: Iterable[str], implied: Iterable[str]) -> None:
     for keys, what in ((extra, "holds tensors that its config does not imply"), (missing, "lacks tensors")):
         if keys:
             shown = ", ".join(key[:200] for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"The adapter's file {what}: {shown}.")
+            base = keys == extra and any(".base_layer." in key or "embed" in key or "lm_head" in key for key in keys)
+            hint = " Weights of the base model stay out with `save_embedding_layers=False`." if base else ""
+            raise ValueError(f"The adapter's file {what}: {shown}.{hint}")
 
 
 def check_shape(key: str, found: Any, implied: Tensor) -> None:

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..placement import check
+from ..structure import own_modules
 from ..sublayers import Bias, LowRank, ProjectedPrefix
 from .attach import Attached, child_name
 from .attention import InAttention, InCache
@@ -20,7 +21,7 @@ from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
 from .mixed import check_names, check_unmerged, known_to_copies
-from .plan import Plan, excluded, plan
+from .plan import excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
     "output": OnOutput,
@@ -54,7 +55,7 @@ class ComposedModel(BaseTuner):
         """
         config = cast(PlacedConfig, self.peft_config[adapter_name])
         planned = plan(model, config)
-        check_adapter_name(adapter_name, planned)
+        check_adapter_name(adapter_name, model)
         self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)
         target_modules = config.target_modules
         if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
@@ -228,10 +229,11 @@ class ComposedModel(BaseTuner):
         return self.model
 
 
-def check_adapter_name(name: str, plan: Plan) -> None:
+def check_adapter_name(name: str, model: nn.Module) -> None:
     """Refuse names that lead out of a folder, where peft saves the adapter, or that another part of its keys has."""
     check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), "must match [A-Za-z0-9_-]{1,64}")
-    parts = PARTS | {"base_model", "model", "sublayer_of"} | {part for host in plan for part in host.split(".")}
+    paths = (path for path, _ in own_modules(model) if "modules_to_save" not in path)  # those end in adapters' names
+    parts = PARTS | {"base_model", "model", "sublayer_of"} | {part for path in paths for part in path.split(".")}
     check(
         "adapter_name", name, name not in parts, "is the name of a part of the model or of a sub-layer; take another"
     )

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..placement import SITES, Placement, check, check_count
-from ..schema import check_fields, read_json
+from ..schema import known_fields, read_json
 
 
 @dataclass
@@ -68,9 +68,7 @@ class PlacedConfig(NamedFields, PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        given = read_json(path_json_file)
-        check_fields(cls, given)
-        return given
+        return known_fields(cls, read_json(path_json_file))
 
     def __post_init__(self) -> None:
         super().__post_init__()
