@@ -7,6 +7,7 @@ of it and uploads every file at hand. Here both go by `write_card` and `push_ada
 import inspect
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -17,7 +18,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ..placement import check
 from ..registry import extend
 from .card import write_card
 from .push import explained, push_adapter
@@ -28,15 +31,45 @@ Stock = Callable[..., Any]
 
 @extend
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends."""
+    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends.
+
+    Embeddings of the base model are not saved, also where its vocabulary was changed: an adapter that brings weights
+    of the base model along is refused when it is loaded. `modules_to_save` or `trainable_token_indices` save new
+    tokens.
+
+    Raises:
+        ValueError: `save_embedding_layers` is True.
+    """
+    bound = inspect.signature(stock).bind(save_directory, *args, **kwargs)
+    given = bound.arguments
+    rule = "must not be True: name the embeddings in `modules_to_save`, or new tokens in `trainable_token_indices`"
+    check("save_embedding_layers", True, given.get("save_embedding_layers") is not True, rule)
+    given["save_embedding_layers"] = False
+    warn_of_new_tokens(model)
     vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
     try:
-        stock(save_directory, *args, **kwargs)
+        stock(*bound.args, **bound.kwargs)
     finally:
         del vars(model)["create_or_update_model_card"]
-    given = inspect.signature(stock).bind(save_directory, *args, **kwargs).arguments
     if given.get("is_main_process", True) and given.get("safe_serialization", True):
         write_cards(Path(save_directory), model, given.get("selected_adapters"))
+
+
+def warn_of_new_tokens(model: Any) -> None:
+    """Say that rows of embeddings which the base model has not are lost, where no part of the adapter holds them."""
+    base, size = model.active_peft_config.base_model_name_or_path, getattr(model.config, "vocab_size", None)
+    if not base or size is None or isinstance(model.get_input_embeddings(), AuxiliaryTrainingWrapper):
+        return
+    try:
+        known = type(model.config).from_pretrained(base, local_files_only=True).vocab_size
+    except (OSError, ValueError):  # of a model that lies nowhere, nothing is known
+        return
+    if size != known:
+        warnings.warn(
+            f"The vocabulary was changed from {known} to {size} tokens, and the new embeddings are not saved with the "
+            f"adapter: name them in `modules_to_save`, or the tokens in `trainable_token_indices`.",
+            stacklevel=4,
+        )
 
 
 @extend

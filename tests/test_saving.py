@@ -11,8 +11,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from hf_peft_ext import UniPELTConfig, load_adapter
 from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import PushError
 from hf_peft_ext.hub_cards.saving import published_cards
@@ -290,3 +293,41 @@ def test_a_pickle_has_no_card(tmp_path):
     model = get_peft_model(BERT.build(), METHODS["bitfit"]())
     model.save_pretrained(str(tmp_path), safe_serialization=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.bin"]
+
+
+@pytest.fixture
+def resized(tmp_path):
+    """Makes a Llama with four tokens more than the one it was loaded from."""
+    BACKBONES["llama"].build().save_pretrained(tmp_path / "base")
+
+    def build():
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        model.resize_token_embeddings(model.config.vocab_size + 4, mean_resizing=False)
+        return model
+
+    return build
+
+
+def test_new_tokens_are_not_saved_unasked(resized, tmp_path):
+    """Embeddings of the base model stay out of the adapter, and a warning says how to save them."""
+    model = get_peft_model(resized(), METHODS["unipelt"]())
+    with pytest.warns(UserWarning, match="changed from 60 to 64 tokens, and the new embeddings are not saved"):
+        model.save_pretrained(tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "embed" in key or "lm_head" in key]
+    load_adapter(resized(), tmp_path)
+    with pytest.raises(ValueError, match=r"`save_embedding_layers` \(=True\) must not be True: name the embeddings"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [60]}]
+)
+def test_new_tokens_are_saved_where_they_are_named(fields, resized, tmp_path):
+    model = get_peft_model(resized(), UniPELTConfig(bottleneck_size=4, task_type="CAUSAL_LM", **fields))
+    randomise(model, "default", seed=0)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 60, 61]])
+    for loaded in (load_adapter(resized(), tmp_path), PeftModel.from_pretrained(resized(), tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
