@@ -154,6 +154,16 @@ def test_metadata_of_the_author_stays(folder):
         assert data["metrics"] == ["accuracy"]
 
 
+@pytest.mark.parametrize("left", ["", "tags: []\n", "tags:\n- transformers\n"])
+def test_tags_that_were_taken_away_stay_away(folder, left):
+    """All of them, or all but one that peft itself writes too."""
+    block = re.search(r"tags:\n(- .*\n)+", edit(folder))
+    edit(folder, (block[0], left))
+    for accuracy in (0.9, 0.95):
+        tags = ModelCard(trained_again(folder, accuracy)).data.tags
+        assert tags == (["transformers"] if "transformers" in left else None)
+
+
 def test_wrong_metadata_of_the_author_is_an_error(folder):
     text = edit(folder, ("license: apache-2.0", "license: Apache"))
     with pytest.raises(ValueError, match=r"`license` \(='Apache'\)"):
