@@ -1,6 +1,7 @@
 """Cards and safe pushes: what others need to know and to trust of an adapter."""
 
 from .card import AdapterCard as AdapterCard
+from .card import is_as_written as is_as_written
 from .card import write_card as write_card
 from .push import PushError as PushError
 from .push import publishable as publishable

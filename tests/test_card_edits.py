@@ -207,6 +207,35 @@ def test_files_of_the_author_stay(folder):
         assert (folder / "figures" / "losses.png").exists()
 
 
+def test_files_that_no_card_has_written_are_the_author_s(tmp_path):
+    """A recipe and a figure that lay there before the first card; the other figure is drawn."""
+    saved(tmp_path, "unipelt")
+    full_record().save(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "recipe.yaml").write_text("mine: true  # with a comment\n")
+    (tmp_path / "figures" / "gates.png").write_bytes(b"drawn by hand")
+    for _ in range(2):
+        trained_again(tmp_path)
+        assert (tmp_path / "recipe.yaml").read_text() == "mine: true  # with a comment\n"
+        assert (tmp_path / "figures" / "gates.png").read_bytes() == b"drawn by hand"
+        assert (tmp_path / "figures" / "losses.png").exists()
+    TrainingRecord().save(tmp_path)
+    write_card(tmp_path)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["gates.png"]
+
+
+def test_files_are_renewed_after_a_push(folder):
+    """The card on the Hub tells of the files that lie there, not of those that lie here."""
+    recipe = folder / "recipe.yaml"
+    there = edit(folder)
+    for steps in (60, 70):
+        record = TrainingRecord.load(folder)
+        record.recipe = {"training": {"max_steps": steps}}
+        record.save(folder)
+        write_card(folder, published=there)
+        assert recipe.read_text() == f"training:\n  max_steps: {steps}\n"
+
+
 def test_a_card_names_no_other_files(folder):
     """Its comment can be a stranger's: files that it names besides are not touched."""
     other = folder.parent / "other.txt"

@@ -305,6 +305,44 @@ def test_metrics():
     assert exact_match(["a ", "b"], ["a", "c"]) == 0.5
 
 
+def by_hand(models, tmp_path):
+    """A recipe with a comment, in the folder that its adapter is saved in."""
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
+    path = classification(models, tmp_path, rows, text_column="text", label_column="label")
+    path.write_text("# Why this rate: see the notes.\n" + path.read_text().replace(f"{tmp_path}/out", str(tmp_path)))
+    return path
+
+
+def test_a_recipe_beside_its_adapter_keeps_its_comments(models, tmp_path):
+    """Trained twice, it is as it was written; with changes it is an error, before anything is trained or written."""
+    path = by_hand(models, tmp_path)
+    text = path.read_text()
+    result = run(path, "max_steps=1")
+    assert result.exit_code == 2, result.output
+    assert re.search(r"recipe.yaml, line \d+: `training.output_dir` .* holds another recipe.yaml", result.stderr)
+    assert not (tmp_path / "README.md").exists()
+    path.write_text(text := text.replace("use_cpu: true", "use_cpu: true\n  max_steps: 1\n  disable_tqdm: true"))
+    for _ in range(2):
+        succeed(path)
+        assert path.read_text() == text
+        assert (tmp_path / "README.md").exists()
+
+
+def test_a_recipe_of_an_earlier_run_is_replaced(models, tmp_path):
+    """What training wrote into its folder it may write again; what somebody has put there since, it may not."""
+    path, out = by_hand(models, tmp_path), tmp_path / "out"
+    changes = ["max_steps=1", "disable_tqdm=true", f"output_dir={out}"]
+    for seed in (1, 2):
+        succeed(path, *changes, f"training.seed={seed}")
+        assert Recipe.read(out / "recipe.yaml").training.seed == seed
+    succeed(out / "recipe.yaml", "training.seed=3")
+    assert Recipe.read(out / "recipe.yaml").training.seed == 3
+    (out / "recipe.yaml").write_text("# mine\n" + (out / "recipe.yaml").read_text())
+    result = run(path, *changes)
+    assert result.exit_code == 2
+    assert "command line: `training.output_dir`" in result.stderr
+
+
 # what is wrong
 
 WRONG = {
