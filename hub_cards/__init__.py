@@ -9,5 +9,4 @@ from .push import push_adapter as push_adapter
 from .record import DatasetRecord as DatasetRecord
 from .record import Result as Result
 from .record import TrainingRecord as TrainingRecord
-
-from . import saving as saving  # isort: skip  what PeftModel's own methods do for adapters of this package
+from .saving import CardWarning as CardWarning  # what PeftModel's own methods do for adapters of this package

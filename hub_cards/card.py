@@ -11,7 +11,7 @@ from peft import PeftModel
 from ..placement import check
 from . import figures
 from .adapter import SavedAdapter, is_hub_id
-from .edits import Version, digest, split
+from .edits import Version, digest, read_text, split
 from .metadata import card_data, check_metadata
 from .record import TrainingRecord
 from .sections import values
@@ -95,7 +95,8 @@ def write_card(
 
     Raises:
         ValueError: the folder holds no adapter, or the metadata of the record or of the author are none that the Hub
-            takes. Nothing is written then.
+            takes, or a card cannot be read; the message says so where that is the one on the Hub. Nothing is written
+            then.
     """
     folder = Path(folder)
     record = found = TrainingRecord.load(folder) or TrainingRecord()
@@ -105,23 +106,39 @@ def write_card(
     version = Version.read(AdapterCard.from_adapter(folder, record, repo_id=repo_id, subfolder=subfolder).content)
     path = folder / FILE
     if path.exists():
-        version = without_stock(Version.read(path.read_text(encoding="utf-8-sig")), adapter).renewed(version)
-    files = file_hashes(version)  # those of this folder, not those of the Hub
-    if published is not None:
-        version = without_stock(Version.read(published), adapter).joined(version)
-    AdapterCard.of(version)  # finds errors in the author's model-index
-    check_metadata(version.metadata)
+        version = without_stock(Version.read(read_text(path)), adapter).renewed(version)
+    if published is None:
+        check_card(version)
+    else:
+        here = version
+        try:
+            version = without_stock(Version.read(published), adapter).joined(here)
+            check_card(version)
+        except ValueError as error:
+            check_card(here)
+            raise on_the_hub(error, "/".join(filter(None, (repo_id, subfolder))) or "this adapter") from error
     if record != found:
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
         made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()
+    files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
-    version.generated |= {BESIDE + name: hash for name, hash in write_files(folder, made, files).items()}
+    version.generated |= {BESIDE + name: hash for name, hash in files.items()}
     written = folder / f".{FILE}"  # whole or not at all: half a card would be taken for its author's
     written.write_text(version.content(), encoding="utf-8", newline="\n")
     written.replace(path)
     return path
+
+
+def on_the_hub(error: ValueError, place: str) -> ValueError:
+    return ValueError(f"In the card of {place} on the Hub: {error}")
+
+
+def check_card(version: Version) -> None:
+    """Refuse metadata of an author, their model-index included, that the Hub would refuse."""
+    check_metadata(version.metadata)
+    AdapterCard.of(version)
 
 
 def write_files(folder: Path, made: Mapping[str, bytes], before: Mapping[str, str]) -> dict[str, str]:
@@ -164,5 +181,5 @@ def is_as_written(path: Path) -> bool:
         ValueError: the card cannot be read.
     """
     card = path.parent / FILE
-    before = file_hashes(Version.read(card.read_text(encoding="utf-8-sig"))) if card.exists() else {}
+    before = file_hashes(Version.read(read_text(card))) if card.exists() else {}
     return before.get(path.name) == digest(path.read_bytes().hex())

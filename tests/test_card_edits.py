@@ -224,18 +224,6 @@ def test_files_that_no_card_has_written_are_the_author_s(tmp_path):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["gates.png"]
 
 
-def test_files_are_renewed_after_a_push(folder):
-    """The card on the Hub tells of the files that lie there, not of those that lie here."""
-    recipe = folder / "recipe.yaml"
-    there = edit(folder)
-    for steps in (60, 70):
-        record = TrainingRecord.load(folder)
-        record.recipe = {"training": {"max_steps": steps}}
-        record.save(folder)
-        write_card(folder, published=there)
-        assert recipe.read_text() == f"training:\n  max_steps: {steps}\n"
-
-
 def test_a_card_names_no_other_files(folder):
     """Its comment can be a stranger's: files that it names besides are not touched."""
     other = folder.parent / "other.txt"

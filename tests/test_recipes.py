@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
+from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 from hf_peft_ext.recipes.draft import Draft, split_override
 from hf_peft_ext.recipes.keys import known_keys
@@ -341,6 +342,18 @@ def test_a_recipe_of_an_earlier_run_is_replaced(models, tmp_path):
     result = run(path, *changes)
     assert result.exit_code == 2
     assert "command line: `training.output_dir`" in result.stderr
+
+
+@pytest.mark.parametrize("peft_type", ["BITFIT", "IA3"])
+def test_a_card_that_cannot_be_written_is_told(models, tmp_path, peft_type):
+    """The run is not lost for a README.md with a wrong licence: the command says so, and saves the rest."""
+    path, out = by_hand(models, tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.warns(CardWarning, match=r"The adapter 'default' is saved in .*`license` \(='mine'\)"):
+        succeed(path, "max_steps=1", "disable_tqdm=true", f"output_dir={out}", f"peft_type={peft_type}")
+    assert PeftModel.from_pretrained(text_classifier(models["bert"], 2), out)
+    assert Recipe.read(out / "recipe.yaml").written["peft"]["peft_type"] == peft_type
 
 
 # what is wrong
