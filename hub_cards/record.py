@@ -190,7 +190,7 @@ def read_as(kind: Any, value: Any, name: str = "") -> Any:
     of = next(iter(get_args(kind)), None)
     if is_dataclass(of) and isinstance(value, list):
         return [read_as(of, entry, f"{name}[{i}]") for i, entry in enumerate(value)]
-    if not is_dataclass(kind):
+    if not (isinstance(kind, type) and is_dataclass(kind)):
         if not fits(value, kind):
             refuse(name, value, f"in {FILE} must be of type {getattr(kind, '__name__', kind)}")
         return value

@@ -128,7 +128,8 @@ def adapter(tmp_path_factory):
     saved(folder, "unipelt")
     replace(stranger("harmless"), gates={}, history=[]).save(folder)  # figures take time
     card = write_card(folder).read_text()
-    (folder / "README.md").unlink()
+    for file in ("README.md", "recipe.yaml"):  # without the card, the recipe would be its author's
+        (folder / file).unlink()
     return folder, card
 
 
