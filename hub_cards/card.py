@@ -177,9 +177,10 @@ def file_hashes(version: Version) -> dict[str, str]:
 def is_as_written(path: Path) -> bool:
     """Whether a file beside a card is as the card's last renewal wrote it, so that replacing it loses nobody's work.
 
-    Raises:
-        ValueError: the card cannot be read.
+    Not so where a card is missing or cannot be read: then nobody knows.
     """
-    card = path.parent / FILE
-    before = file_hashes(Version.read(read_text(card))) if card.exists() else {}
+    try:
+        before = file_hashes(Version.read(read_text(path.parent / FILE)))
+    except (FileNotFoundError, ValueError):
+        return False
     return before.get(path.name) == digest(path.read_bytes().hex())

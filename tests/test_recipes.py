@@ -354,6 +354,8 @@ def test_a_card_that_cannot_be_written_is_told(models, tmp_path, peft_type):
         succeed(path, "max_steps=1", "disable_tqdm=true", f"output_dir={out}", f"peft_type={peft_type}")
     assert PeftModel.from_pretrained(text_classifier(models["bert"], 2), out)
     assert Recipe.read(out / "recipe.yaml").written["peft"]["peft_type"] == peft_type
+    (out / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "holds another recipe.yaml" in run(path, f"output_dir={out}").stderr
 
 
 # what is wrong
