@@ -11,7 +11,7 @@ from peft import PeftModel
 from ..placement import check
 from . import figures
 from .adapter import SavedAdapter, is_hub_id
-from .edits import Version, digest, split
+from .edits import Version, digest, read_text, split
 from .metadata import card_data, check_metadata
 from .record import TrainingRecord
 from .sections import values
@@ -21,6 +21,7 @@ from .told import told_by
 
 FILE, RECIPE = "README.md", "recipe.yaml"
 FILES = (figures.GATES, figures.LOSSES, RECIPE)
+BESIDE = "file:"  # in front of the names of files in the comment of a card
 NAME = re.compile(r"\A<!-- ([a-z.]+) -->\n")  # in front of each block of the template
 
 
@@ -79,8 +80,8 @@ def write_card(
     """Write README.md, figures and recipe.yaml into an adapter's folder, keeping what its author has edited.
 
     What is still as it was written last is renewed; what the author has changed, added or deleted stays so:
-    paragraphs, tables, entries of the metadata. Files that were changed stay, too. Delete README.md to have all of it
-    written anew.
+    paragraphs, tables, entries of the metadata. So do figures and a recipe.yaml that were changed, or that were not
+    written here with a card. Delete README.md and those files to have all of it written anew.
 
     Args:
         folder: a saved adapter, with or without a training record.
@@ -94,7 +95,8 @@ def write_card(
 
     Raises:
         ValueError: the folder holds no adapter, or the metadata of the record or of the author are none that the Hub
-            takes. Nothing is written then.
+            takes, or a card cannot be read; the message says so where that is the one on the Hub. Nothing is written
+            then.
     """
     folder = Path(folder)
     record = found = TrainingRecord.load(folder) or TrainingRecord()
@@ -104,38 +106,81 @@ def write_card(
     version = Version.read(AdapterCard.from_adapter(folder, record, repo_id=repo_id, subfolder=subfolder).content)
     path = folder / FILE
     if path.exists():
-        version = without_stock(Version.read(path.read_text(encoding="utf-8-sig")), adapter).renewed(version)
-    if published is not None:
-        version = without_stock(Version.read(published), adapter).joined(version)
-    AdapterCard.of(version)  # finds errors in the author's model-index
-    check_metadata(version.metadata)
+        version = without_stock(Version.read(read_text(path)), adapter).renewed(version)
+    if published is None:
+        check_card(version)
+    else:
+        here = version
+        try:
+            version = without_stock(Version.read(published), adapter).joined(here)
+            check_card(version)
+        except ValueError as error:
+            check_card(here)
+            raise on_the_hub(error, "/".join(filter(None, (repo_id, subfolder))) or "this adapter") from error
     if record != found:
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
         made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()
-    version.generated = write_files(folder, made, version.generated)
+    files = write_files(folder, made, file_hashes(version))
+    version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
+    version.generated |= {BESIDE + name: hash for name, hash in files.items()}
     written = folder / f".{FILE}"  # whole or not at all: half a card would be taken for its author's
     written.write_text(version.content(), encoding="utf-8", newline="\n")
     written.replace(path)
     return path
 
 
-def write_files(folder: Path, made: Mapping[str, bytes], state: Mapping[str, str]) -> dict[str, str]:
-    """Write the files beside a card, but for those that were changed since; remove those that are made no more.
+def on_the_hub(error: ValueError, place: str) -> ValueError:
+    return ValueError(f"In the card of {place} on the Hub: {error}")
+
+
+def check_card(version: Version) -> None:
+    """Refuse metadata of an author, their model-index included, that the Hub would refuse."""
+    check_metadata(version.metadata)
+    AdapterCard.of(version)
+
+
+def write_files(folder: Path, made: Mapping[str, bytes], before: Mapping[str, str]) -> dict[str, str]:
+    """Write the files beside a card, but for its author's; remove those that are made no more.
+
+    Args:
+        folder: the adapter's.
+        made: name -> content.
+        before: name -> hash of the files as they were written last; one that has another hash, or none, is the
+            author's.
 
     Returns:
-        The state, with the files' hashes.
+        The hashes of the files as they are written now.
     """
-    hashes = dict(state)
+    hashes: dict[str, str] = {}
     for name in FILES:  # by name: the state stands in the card, which can be a stranger's
-        path, before = folder / name, hashes.pop(f"file:{name}", None)
-        if before and path.exists() and digest(path.read_bytes().hex()) != before:
-            hashes[f"file:{name}"] = before  # the author's
-        elif name in made:
+        path, new = folder / name, made.get(name)
+        there = digest(path.read_bytes().hex()) if path.exists() else None
+        if there and there != before.get(name) and path.read_bytes() != new:
+            hashes |= {name: before[name]} if name in before else {}
+        elif new is not None:
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(made[name])
-            hashes[f"file:{name}"] = digest(made[name].hex())
-        elif before:
-            path.unlink(missing_ok=True)
+            path.write_bytes(new)
+            hashes[name] = digest(new.hex())
+        elif there:
+            path.unlink()
     return hashes
+
+
+def file_hashes(version: Version) -> dict[str, str]:
+    """Name -> hash of the files beside a card, as they were written with it."""
+    found = version.generated.items()
+    return {name.removeprefix(BESIDE): hash for name, hash in found if name.startswith(BESIDE)}
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file beside a card is as the card's last renewal wrote it, so that replacing it loses nobody's work.
+
+    Not so where a card is missing or cannot be read: then nobody knows.
+    """
+    try:
+        before = file_hashes(Version.read(read_text(path.parent / FILE)))
+    except (FileNotFoundError, ValueError):
+        return False
+    return before.get(path.name) == digest(path.read_bytes().hex())

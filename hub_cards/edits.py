@@ -11,11 +11,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
+
+from ..placement import check
 
 Items = dict[str, Any]  # name -> block of text, or (key, value) of the metadata; in order
 
@@ -122,13 +125,29 @@ def state(text: str) -> dict[str, dict[str, str]]:
         raise ValueError("The last comment of the card (README.md) was changed; restore or remove it.") from error
 
 
+def read_text(path: Path, name: str = "README.md") -> str:
+    """The text of a card; `name` names it in errors.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}.") from error
+
+
 def front_matter(text: str) -> dict[str, Any]:
     try:
         metadata = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not; brackets without end
         raise ValueError(f"The metadata of the card (README.md) is not valid YAML: {error}") from error
+    if metadata is None:
+        return {}
     if not isinstance(metadata, dict):
         raise ValueError(f"The metadata of the card (README.md) must be a mapping, not {type(metadata).__name__}.")
+    for key in metadata:
+        check("metadata", key, isinstance(key, str), "must have words for keys; put others into quotes")
     return metadata
 
 

@@ -129,15 +129,19 @@ def check_metadata(data: Mapping[str, Any]) -> None:
     for license in as_list(data.get("license")):
         near = difflib.get_close_matches(str(license).lower().replace(" ", "-"), LICENSES, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        check("license", license, license in LICENSES, f"must be an identifier of the Hub, such as 'mit'{hint}")
+        known = isinstance(license, str) and license in LICENSES
+        check("license", license, known, f"must be an identifier of the Hub, such as 'mit'{hint}")
     for language in as_list(data.get("language")):
-        known = language in LANGUAGES | {"code", "multilingual"} or re.fullmatch("[a-z]{3}", str(language))
-        check("language", language, bool(known), "must be an ISO 639 code, such as 'en'")
+        listed = isinstance(language, str) and language in LANGUAGES | {"code", "multilingual"}
+        hint = "; in YAML, write no as 'no'" if language is False else ""
+        known = listed or bool(re.fullmatch("[a-z]{3}", str(language)))
+        check("language", language, known, f"must be an ISO 639 code, such as 'en'{hint}")
     for name in ("base_model", "datasets"):
         for repo_id in as_list(data.get(name)):
             check(name, repo_id, is_hub_id(repo_id), "must be an id on the Hub, such as 'org/name'")
     task = data.get("pipeline_tag")
-    check("pipeline_tag", task, task is None or task in TASKS, "must be a task of the Hub: huggingface.co/tasks")
+    known = task is None or (isinstance(task, str) and task in TASKS)
+    check("pipeline_tag", task, known, "must be a task of the Hub: huggingface.co/tasks")
     for tag in as_list(data.get("tags")):
         check("tags", tag, isinstance(tag, str) and tag == plain(tag) != "", "must be words on one line")
     read = yaml.safe_load(yaml_dump(dict(data)))

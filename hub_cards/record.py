@@ -3,13 +3,14 @@
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, get_args
 
 from ..placement import check
+from ..schema import fits, refuse, type_hints
 
 FILE = "training_record.json"
 
@@ -168,22 +169,40 @@ class TrainingRecord:
         """The record of an adapter's folder, or None where there is none.
 
         Raises:
-            ValueError: the file is not a record.
+            ValueError: the file is not a record; the message names the field.
         """
         path = Path(folder) / FILE
         if not path.exists():
             return None
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        check(FILE, path, isinstance(stored, dict), "must hold one JSON object")
-        names = {f.name for f in fields(cls)}
-        unknown = sorted(set(stored) - names)
-        check(
-            "training_record.json", unknown, not unknown, f"has fields that are not among {', '.join(sorted(names))}"
-        )
-        record = cls(**stored)
-        record.datasets = [DatasetRecord(**data) for data in stored.get("datasets", [])]
-        record.results = [Result(**result) for result in stored.get("results", [])]
-        return record
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
+            raise ValueError(f"{path} is not JSON: {error}.") from error
+        return read_as(cls, stored)
+
+
+def read_as(kind: Any, value: Any, name: str = "") -> Any:
+    """What JSON holds as a field's type, dataclasses included; `name` is the field.
+
+    Raises:
+        ValueError: it is of another type; of a dataclass, a field is not known or missing.
+    """
+    of = next(iter(get_args(kind)), None)
+    if is_dataclass(of) and isinstance(value, list):
+        return [read_as(of, entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        if not fits(value, kind):
+            refuse(name, value, f"in {FILE} must be of type {getattr(kind, '__name__', kind)}")
+        return value
+    check(name or FILE, value, isinstance(value, dict), "must hold one JSON object")
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(set(value) - names)
+    check(name or FILE, unknown, not unknown, f"has fields that are not among {', '.join(sorted(names))}")
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [field for field in needed if field not in value]
+    check(name or FILE, missing, not missing, "must be there")
+    inside, hints = f"{name}." if name else "", type_hints(kind)
+    return kind(**{key: read_as(hints[key], entry, f"{inside}{key}") for key, entry in value.items()})
 
 
 def pooled(results: Sequence[Result]) -> Result:

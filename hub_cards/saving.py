@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
@@ -22,16 +21,23 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..placement import check
 from ..registry import extend
-from .card import write_card
+from .card import on_the_hub, write_card
+from .edits import Version, read_text
 from .push import explained, push_adapter
 
 CARD = "README.md"
 Stock = Callable[..., Any]
 
 
+class CardWarning(UserWarning):
+    """An adapter was saved, but its card could not be written."""
+
+
 @extend
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """As peft does, and a card for each adapter; none beside a pickle, which no card recommends.
+
+    The adapter counts: what is wrong with the card of one is a `CardWarning`.
 
     Embeddings of the base model are not saved, also where its vocabulary was changed: an adapter that brings weights
     of the base model along is refused when it is loaded. `modules_to_save` or `trainable_token_indices` save new
@@ -52,7 +58,11 @@ def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, 
     finally:
         del vars(model)["create_or_update_model_card"]
     if given.get("is_main_process", True) and given.get("safe_serialization", True):
-        write_cards(Path(save_directory), model, given.get("selected_adapters"))
+        names = given.get("selected_adapters") or list(model.peft_config)
+        for name in names:
+            write_card_or_warn(Path(save_directory) / home(name), model, name)
+        if "default" not in names:
+            write_contents(Path(save_directory), names)
 
 
 def warn_of_new_tokens(model: Any) -> None:
@@ -115,7 +125,7 @@ def push_to_hub(
         with explained(folder, repo_id, options):
             repo_id = full_id(repo_id, token)
             published = published_cards(repo_id, revision, token)
-        write_cards(folder, model, repo_id=repo_id, published=published, tags=tags)
+        write_cards(folder, model, repo_id, published, tags)
         info = push_adapter(folder, repo_id, token=token, **options)
     except ValueError:  # refused, so there is nothing to finish
         shutil.rmtree(folder)
@@ -135,6 +145,9 @@ def published_cards(repo_id: str, revision: str | None = None, token: bool | str
     Args:
         repo_id: its full id, "user/name".
         revision: the branch; the main one where there is no such branch yet.
+
+    Raises:
+        ValueError: one of them is not UTF-8.
     """
     api = HfApi(token=token, library_name="hf_peft_ext")
     try:
@@ -144,42 +157,61 @@ def published_cards(repo_id: str, revision: str | None = None, token: bool | str
     except RepositoryNotFoundError:
         return {}
     paths = [file for file in files if PurePosixPath(file).name == CARD]
-    return {file: Path(api.hf_hub_download(repo_id, file, revision=revision)).read_text("utf-8") for file in paths}
+    found = {file: Path(api.hf_hub_download(repo_id, file, revision=revision)) for file in paths}
+    return {file: read_text(path, f"{file} of {repo_id} on the Hub") for file, path in found.items()}
+
+
+def home(adapter: str) -> PurePosixPath:
+    """Where in a folder peft saves an adapter: "default" in the folder itself, the others below."""
+    return PurePosixPath("" if adapter == "default" else adapter)
+
+
+def write_card_or_warn(folder: Path, model: PeftModel, adapter: str) -> None:
+    """The card of an adapter that has just been saved; where there can be none, a warning that says why."""
+    try:
+        write_card(folder, model)
+    except ValueError as error:
+        said = f"The adapter {adapter!r} is saved in {folder}, but its card (README.md) is not: {error}"
+        warnings.warn(said, CardWarning, stacklevel=4)  # where `save_pretrained` is called
 
 
 def write_cards(
     folder: Path,
     model: PeftModel,
-    selected: list[str] | None = None,
-    *,
-    repo_id: str | None = None,
-    published: Mapping[str, str] = MappingProxyType({}),
+    repo_id: str,
+    published: Mapping[str, str],
     tags: list[str] | None = None,
 ) -> None:
-    """The card of each adapter, beside it: "default" is saved in the folder itself, the others below.
+    """The card of each adapter, beside it, for a repository.
 
     Args:
-        selected: the adapters that were saved; all by default.
         published: the cards on the Hub, by path.
         tags: further tags for the first card.
     """
-    names = selected or list(model.peft_config)
+    names = list(model.peft_config)
     for name in names:
-        home = PurePosixPath("" if name == "default" else name)
-        inside = name if repo_id and name != "default" else None
-        text = published.get(str(home / CARD))
-        write_card(folder / home, model, repo_id=repo_id, subfolder=inside, published=text)
+        inside = None if name == "default" else name
+        text = published.get(str(home(name) / CARD))
+        write_card(folder / home(name), model, repo_id=repo_id, subfolder=inside, published=text)
     if "default" not in names:
-        write_contents(folder, names, published.get(CARD))
+        try:
+            write_contents(folder, names, published.get(CARD))
+        except ValueError as error:
+            raise on_the_hub(error, repo_id) from error
     if tags:
         card = ModelCard.load(folder / CARD)
         card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
         card.save(folder / CARD)
 
 
-def write_contents(folder: Path, names: list[str], published: str | None) -> None:
-    """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card."""
+def write_contents(folder: Path, names: list[str], published: str | None = None) -> None:
+    """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card.
+
+    Raises:
+        ValueError: the page on the Hub cannot be read.
+    """
     if published is not None:
+        Version.read(published)
         (folder / CARD).write_text(published, encoding="utf-8")
     elif not (folder / CARD).exists():
         rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)

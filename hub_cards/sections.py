@@ -11,7 +11,7 @@ from .adapter import SavedAdapter, is_hub_id
 from .metadata import base_model
 from .record import DatasetRecord, Result, TrainingRecord
 from .snippet import base_class, snippet
-from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table
+from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
 
 COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
 VERSION = re.compile(r"[0-9][0-9a-z.+]*")
@@ -33,7 +33,7 @@ def values(
         "method": methods.name(adapter),
         "base_code": code(base) if base else None,
         "base": link(base) if base else unnamed(adapter),
-        "parameters": f"{adapter.parameters:,}",
+        "parameters": whole(adapter.parameters),
         "size": in_units(adapter.bytes, BYTES),
         "trained_on": listed(trained_on) if trained_on else None,
         "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours else 'peft'}", "bash"),
@@ -101,8 +101,8 @@ def spread(found: Sequence[Result]) -> str | None:
     runs = {result.runs for result in found if result.spread is not None}
     if not runs:
         return None
-    counts = f"{runs.pop()} runs" if len(runs) == 1 else f"{min(runs)} to {max(runs)} runs"
-    return f"Mean ± standard deviation over {counts}."
+    counts = " to ".join(map(whole, sorted({min(runs), max(runs)})))
+    return f"Mean ± standard deviation over {counts} runs."
 
 
 def architecture(adapter: SavedAdapter) -> str:
@@ -110,7 +110,7 @@ def architecture(adapter: SavedAdapter) -> str:
     rows = adapter.rows()
     columns = [("sub-layer", "sublayer"), ("site", "site"), ("layers", "layers"), ("size", "size"), ("gate", "gate")]
     shown = [(title, name) for title, name in columns if any(getattr(row, name) for row in rows)]
-    body = [[*(getattr(row, name) for _, name in shown), f"{row.parameters:,}"] for row in rows]
+    body = [[*(getattr(row, name) for _, name in shown), whole(row.parameters)] for row in rows]
     return table([*(title for title, _ in shown), "parameters"], body, numbers=[len(shown)])
 
 
@@ -143,17 +143,17 @@ def datasets(found: Sequence[DatasetRecord]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else cell(value)
+    return whole(value) if isinstance(value, int) else cell(value)
 
 
 def facts(record: TrainingRecord, revision: str | None) -> str | None:
     """The run in a list."""
     trained = record.trainable_parameters
     total = record.total_parameters
-    share = f" of {total:,} ({100 * trained / total:.3g} %)" if trained and total else ""
+    share = f" of {whole(total)} ({100 * trained / total:.3g} %)" if trained and total else ""
     lines = {
         "Trainer": code(record.trainer) if record.trainer else None,
-        "Trainable parameters": f"{trained:,}{share}" if trained else None,
+        "Trainable parameters": f"{whole(trained)}{share}" if trained else None,
         "Base model at revision": code(revision) if revision else None,
         "Base model quantised": code(record.quantization) if record.quantization else None,
         "Hardware": code(record.hardware) if record.hardware else None,

@@ -18,11 +18,19 @@ def without_stock(version: Version, adapter: SavedAdapter) -> Version:
     if blank(version.blocks.values()):
         version.blocks = {}
         version.forget("library_name")
-    if all(TAG.fullmatch(str(tag)) for tag in version.metadata.get("tags") or []):
-        version.forget("tags")  # a card of this package has the tag "peft"
+    if not adapter.is_ours and tagged(version.metadata.get("tags"), adapter):
+        version.forget("tags")
     if version.metadata.get("base_model") in ("", adapter.config.base_model_name_or_path):
         version.forget("base_model")
     return version
+
+
+def tagged(tags: object, adapter: SavedAdapter) -> bool:
+    """Whether the tags are those that peft writes, in place of all others; an author may have taken away any."""
+    found = tags if isinstance(tags, list) else []
+    always = "lora" if adapter.method == "lora" else "base_model:adapter:"
+    stock = all(TAG.fullmatch(str(tag)) for tag in found)  # a card of this package has the tag "peft"
+    return stock and any(str(tag).startswith(always) for tag in found)
 
 
 def blank(blocks: Iterable[str]) -> bool:

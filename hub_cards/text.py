@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from math import floor, isfinite, log10
+from operator import index
 
 LONGEST = 200  # characters of a name; what is longer tells a reader nothing
 
@@ -69,6 +70,11 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def whole(count: int) -> str:
+    """A whole number with its thousands apart; a TypeError for anything else, which could be markup."""
+    return f"{index(count):,}"
 
 
 def number(value: float, spread: float | None = None) -> str:

@@ -154,6 +154,16 @@ def test_metadata_of_the_author_stays(folder):
         assert data["metrics"] == ["accuracy"]
 
 
+@pytest.mark.parametrize("left", ["", "tags: []\n", "tags:\n- transformers\n"])
+def test_tags_that_were_taken_away_stay_away(folder, left):
+    """All of them, or all but one that peft itself writes too."""
+    block = re.search(r"tags:\n(- .*\n)+", edit(folder))
+    edit(folder, (block[0], left))
+    for accuracy in (0.9, 0.95):
+        tags = ModelCard(trained_again(folder, accuracy)).data.tags
+        assert tags == (["transformers"] if "transformers" in left else None)
+
+
 def test_wrong_metadata_of_the_author_is_an_error(folder):
     text = edit(folder, ("license: apache-2.0", "license: Apache"))
     with pytest.raises(ValueError, match=r"`license` \(='Apache'\)"):
@@ -195,6 +205,23 @@ def test_files_of_the_author_stay(folder):
         assert (folder / "recipe.yaml").read_text() == "mine: true  # with a comment\n"
         assert (folder / "figures" / "gates.png").read_bytes() == b"drawn by hand"
         assert (folder / "figures" / "losses.png").exists()
+
+
+def test_files_that_no_card_has_written_are_the_author_s(tmp_path):
+    """A recipe and a figure that lay there before the first card; the other figure is drawn."""
+    saved(tmp_path, "unipelt")
+    full_record().save(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "recipe.yaml").write_text("mine: true  # with a comment\n")
+    (tmp_path / "figures" / "gates.png").write_bytes(b"drawn by hand")
+    for _ in range(2):
+        trained_again(tmp_path)
+        assert (tmp_path / "recipe.yaml").read_text() == "mine: true  # with a comment\n"
+        assert (tmp_path / "figures" / "gates.png").read_bytes() == b"drawn by hand"
+        assert (tmp_path / "figures" / "losses.png").exists()
+    TrainingRecord().save(tmp_path)
+    write_card(tmp_path)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["gates.png"]
 
 
 def test_a_card_names_no_other_files(folder):

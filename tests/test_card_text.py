@@ -128,7 +128,8 @@ def adapter(tmp_path_factory):
     saved(folder, "unipelt")
     replace(stranger("harmless"), gates={}, history=[]).save(folder)  # figures take time
     card = write_card(folder).read_text()
-    (folder / "README.md").unlink()
+    for file in ("README.md", "recipe.yaml"):  # without the card, the recipe would be its author's
+        (folder / file).unlink()
     return folder, card
 
 
@@ -282,6 +283,74 @@ def test_plain(text):
 def test_ranges():
     assert ranges([3, 0, 1, 2, 7, 5, 6]) == "0 to 3, 5 to 7"
     assert ranges([4]) == "4"
+
+
+SCRIPT = "3 <script>alert(1)</script>"
+RESULT = {"metric": "accuracy", "value": 0.5, "spread": 0.1}
+# training_record.json of a stranger -> what is wrong with it
+WRONG = {
+    json.dumps({"results": [RESULT, {**RESULT, "runs": SCRIPT}]}): r"`results\[1\].runs` \(='3 <script>.*of type int",
+    json.dumps({"results": [{**RESULT, "value": "0.5"}]}): r"`results\[0\].value` \(='0.5'\) .* of type float",
+    json.dumps({"results": [{"metric": "f1"}]}): r"`results\[0\]` \(=\['value'\]\) must be there",
+    json.dumps({"results": RESULT}): r"`results` \(={'metric.* of type list",
+    json.dumps({"results": [0.5]}): r"`results\[0\]` \(=0.5\) must hold one JSON object",
+    json.dumps({"datasets": [{"name": "a", "rows": SCRIPT}]}): r"`datasets\[0\].rows` .* of type int \| None",
+    json.dumps(
+        {"datasets": [{"name": "a", "url": "b"}]}
+    ): r"`datasets\[0\]` \(=\['url'\]\) has fields that are not among",
+    json.dumps({"trainable_parameters": SCRIPT}): "`trainable_parameters` .* of type int",
+    json.dumps({"train_time": True}): r"`train_time` \(=True\) .* of type float",
+    json.dumps({"gates": {"0.x": "1"}}): "`gates` .* of type dict",
+    json.dumps({"history": [{"step": 1, "loss": SCRIPT}]}): "`history` .* of type list",
+    json.dumps({"seeds": ["1"]}): "`seeds` .* of type list",
+    json.dumps({"labels": "abc"}): "`labels` .* of type list",
+    json.dumps({"url": 1}): r"`training_record.json` \(=\['url'\]\) has fields that are not among base_model, ",
+    "[]": r"`training_record.json` \(=\[\]\) must hold one JSON object",
+    "{": r"training_record.json is not JSON: Expecting",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_record_of_other_types_is_refused(adapter, tmp_path, text):
+    """The error names the field; no card is written."""
+    shutil.copytree(adapter[0], tmp_path / "a")
+    (tmp_path / "a" / "training_record.json").write_text(text)
+    for read in (TrainingRecord.load, write_card):
+        with pytest.raises(ValueError, match=WRONG[text]):
+            read(tmp_path / "a")
+    assert not (tmp_path / "a" / "README.md").exists()
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    """With whole numbers where others may stand, and what is no number where a run diverged."""
+    record = replace(full_record(), train_time=245, gates={"0.x": 1}, results=[Result("loss", float("inf"), 0)])
+    record.save(tmp_path)
+    assert TrainingRecord.load(tmp_path) == record
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TrainingRecord(results=[Result("accuracy", 0.5, 0.1, runs=SCRIPT)]),
+        TrainingRecord(results=[Result("accuracy", SCRIPT)]),
+        TrainingRecord(results=[Result("accuracy", 0.5, SCRIPT)]),
+        TrainingRecord(trainable_parameters=SCRIPT),
+        TrainingRecord(trainable_parameters=3, total_parameters=SCRIPT),
+        TrainingRecord(peak_memory=SCRIPT),
+        TrainingRecord(step_time=SCRIPT),
+        TrainingRecord(train_time=SCRIPT),
+    ],
+    ids=lambda record: next(name for name, value in asdict(record).items() if value),
+)
+def test_numbers_are_numbers(adapter, record):
+    """A record that was never read from a file puts no markup into a card either."""
+    with pytest.raises((TypeError, ValueError)):
+        AdapterCard.from_adapter(adapter[0], record)
+
+
+def test_rows_that_are_no_number_are_text(adapter):
+    card = AdapterCard.from_adapter(adapter[0], TrainingRecord(datasets=[DatasetRecord("a", rows=SCRIPT)]))
+    assert set(render(card.text).elements) <= SAFE
 
 
 def test_the_record_of_a_stranger_is_whole():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
+from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 from hf_peft_ext.recipes.draft import Draft, split_override
 from hf_peft_ext.recipes.keys import known_keys
@@ -303,6 +304,58 @@ def test_metrics():
         assert CLASSIFICATION["matthews_correlation"](p, y) == pytest.approx(sklearn.matthews_corrcoef(y, p))
     assert CLASSIFICATION["matthews_correlation"](np.zeros(4), np.arange(4)) == 0
     assert exact_match(["a ", "b"], ["a", "c"]) == 0.5
+
+
+def by_hand(models, tmp_path):
+    """A recipe with a comment, in the folder that its adapter is saved in."""
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
+    path = classification(models, tmp_path, rows, text_column="text", label_column="label")
+    path.write_text("# Why this rate: see the notes.\n" + path.read_text().replace(f"{tmp_path}/out", str(tmp_path)))
+    return path
+
+
+def test_a_recipe_beside_its_adapter_keeps_its_comments(models, tmp_path):
+    """Trained twice, it is as it was written; with changes it is an error, before anything is trained or written."""
+    path = by_hand(models, tmp_path)
+    text = path.read_text()
+    result = run(path, "max_steps=1")
+    assert result.exit_code == 2, result.output
+    assert re.search(r"recipe.yaml, line \d+: `training.output_dir` .* holds another recipe.yaml", result.stderr)
+    assert not (tmp_path / "README.md").exists()
+    path.write_text(text := text.replace("use_cpu: true", "use_cpu: true\n  max_steps: 1\n  disable_tqdm: true"))
+    for _ in range(2):
+        succeed(path)
+        assert path.read_text() == text
+        assert (tmp_path / "README.md").exists()
+
+
+def test_a_recipe_of_an_earlier_run_is_replaced(models, tmp_path):
+    """What training wrote into its folder it may write again; what somebody has put there since, it may not."""
+    path, out = by_hand(models, tmp_path), tmp_path / "out"
+    changes = ["max_steps=1", "disable_tqdm=true", f"output_dir={out}"]
+    for seed in (1, 2):
+        succeed(path, *changes, f"training.seed={seed}")
+        assert Recipe.read(out / "recipe.yaml").training.seed == seed
+    succeed(out / "recipe.yaml", "training.seed=3")
+    assert Recipe.read(out / "recipe.yaml").training.seed == 3
+    (out / "recipe.yaml").write_text("# mine\n" + (out / "recipe.yaml").read_text())
+    result = run(path, *changes)
+    assert result.exit_code == 2
+    assert "command line: `training.output_dir`" in result.stderr
+
+
+@pytest.mark.parametrize("peft_type", ["BITFIT", "IA3"])
+def test_a_card_that_cannot_be_written_is_told(models, tmp_path, peft_type):
+    """The run is not lost for a README.md with a wrong licence: the command says so, and saves the rest."""
+    path, out = by_hand(models, tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.warns(CardWarning, match=r"The adapter 'default' is saved in .*`license` \(='mine'\)"):
+        succeed(path, "max_steps=1", "disable_tqdm=true", f"output_dir={out}", f"peft_type={peft_type}")
+    assert PeftModel.from_pretrained(text_classifier(models["bert"], 2), out)
+    assert Recipe.read(out / "recipe.yaml").written["peft"]["peft_type"] == peft_type
+    (out / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "holds another recipe.yaml" in run(path, f"output_dir={out}").stderr
 
 
 # what is wrong

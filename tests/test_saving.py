@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hf_peft_ext import UniPELTConfig, load_adapter
 from hf_peft_ext.cli import app
-from hf_peft_ext.hub_cards import PushError
+from hf_peft_ext.hub_cards import CardWarning, PushError, write_card
 from hf_peft_ext.hub_cards.saving import published_cards
 from hf_peft_ext.registry import extend
 
@@ -103,6 +103,47 @@ def test_several_adapters(tmp_path):
     assert "[other](other/README.md)" in (tmp_path / "one" / "README.md").read_text()
 
 
+# README.md as it was found -> what is wrong with it
+BROKEN = {
+    b"---\nlicense: llama-2-community\n---\n# Mine\n": r"`license` \(='llama-2-community'\) must be an identifier",
+    b"---\nlicense: [[mit]]\n---\n": r"`license` \(=\['mit'\]\) must be an identifier",
+    b"---\nlanguage: no\n---\n": r"`language` \(=False\) must be an ISO 639 code.*; in YAML, write no as 'no'",
+    b"---\nlanguage: {en: true}\n---\n": r"`language` \(={'en': True}\) must be an ISO 639 code",
+    b"---\nbase_model: ./models/x\n---\n": r"`base_model` \(='./models/x'\) must be an id on the Hub",
+    b"---\ndatasets:\n- my data\n---\n": r"`datasets` \(='my data'\) must be an id on the Hub",
+    b"---\npipeline_tag: [x]\n---\n": r"`pipeline_tag` \(=\['x'\]\) must be a task",
+    b"---\ntags: 5\n---\n": r"`tags` \(=5\) must be words",
+    b"---\nno: 5\n---\n": r"`metadata` \(=False\) must have words for keys",
+    b"---\nlicense: [\n---\n": "The metadata of the card .* is not valid YAML",
+    b"---\ndate: 2026-99-99\n---\n": "The metadata of the card .* is not valid YAML: month",
+    b"---\n\nAn introduction.\n\n---\n# Mine\n": "The metadata of the card .* must be a mapping, not str",
+    "# Für Ann\n".encode("latin-1"): "README.md is not UTF-8: .* at byte 3",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_card_that_cannot_be_renewed_is_a_warning(tmp_path, content):
+    """The weights are saved, the text stays as it was, and the other adapter gets its card. By itself, an error."""
+    (tmp_path / "README.md").write_bytes(content)
+    model = two_adapters()
+    expected = rf"^The adapter 'default' is saved in {re.escape(str(tmp_path))}, but .*: {BROKEN[content]}"
+    with pytest.warns(CardWarning, match=f"(?s){expected}") as warned:
+        model.save_pretrained(str(tmp_path))
+    assert [warning.filename for warning in warned] == [__file__]
+    assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), str(tmp_path))), logits(model))
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert "# UniPELT adapter" in (tmp_path / "other" / "README.md").read_text()
+    with pytest.raises(ValueError, match=f"(?s)^{BROKEN[content]}"):
+        write_card(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"---\n\n---\n# Mine\n", b"# Mine\n", b""])
+def test_a_card_without_metadata_is_renewed(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    adapter().save_pretrained(str(tmp_path))
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
+
+
 # other adapters
 
 
@@ -159,8 +200,11 @@ def test_push_to_hub(hub, temporary):
 
 def edit(hub, repo_id, text):
     """What an author does on the web page of a repository: a commit that adds a section to the card."""
-    card = hub.files(repo_id)["README.md"] + text.encode()
-    value = {"path": "README.md", "content": base64.b64encode(card).decode()}
+    put(hub, repo_id, hub.files(repo_id)["README.md"] + text.encode())
+
+
+def put(hub, repo_id, card, path="README.md"):
+    value = {"path": path, "content": base64.b64encode(card).decode()}
     hub.commit(hub.repos[repo_id], "main", "main", [{"key": "file", "value": value}])
 
 
@@ -178,6 +222,38 @@ def test_edits_on_the_hub_survive_a_second_push(hub, tmp_path):
     assert run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny --revision next")[0] == 0
     assert "None of Bob's." in hub.files("ann/tiny", "next")["README.md"].decode()
     assert torch.equal(logits(PeftModel.from_pretrained(BERT.build(), "ann/tiny")), logits(adapter(2)))
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_an_error_says_that_it_is_on_the_hub(hub, tmp_path, temporary, content):
+    """The push is refused with the place of what is wrong, from the model and from the command line."""
+    adapter().push_to_hub("ann/tiny")
+    put(hub, "ann/tiny", content)
+    reason = BROKEN[content].replace("README.md is", "README.md of ann/tiny on the Hub is")
+    with pytest.raises(ValueError, match=f"(?s)(^In the card of )?ann/tiny on the Hub.*{reason.split('Hub')[-1]}"):
+        adapter().push_to_hub("tiny")
+    assert not list(temporary.iterdir())
+    adapter().save_pretrained(str(tmp_path / "out"))
+    code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny")
+    assert code == 1
+    assert "ann/tiny on the Hub" in text
+    (tmp_path / "out" / "README.md").write_text("---\nlicense: here\n---\n")
+    if "UTF-8" not in BROKEN[content]:
+        assert "`license` (='here')" in run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny")[1]
+
+
+def test_an_error_names_the_adapter_on_the_hub(hub):
+    """That of a sub-folder, and the first page over adapters in sub-folders."""
+    model, wrong = two_adapters("first"), b"---\nlicense: [\n---\n"
+    model.push_to_hub("ann/two")
+    right = hub.files("ann/two")["other/README.md"]
+    put(hub, "ann/two", wrong, "other/README.md")
+    with pytest.raises(ValueError, match=r"^In the card of ann/two/other on the Hub: The metadata"):
+        model.push_to_hub("ann/two")
+    put(hub, "ann/two", right, "other/README.md")
+    put(hub, "ann/two", wrong)
+    with pytest.raises(ValueError, match=r"^In the card of ann/two on the Hub: The metadata"):
+        model.push_to_hub("ann/two")
 
 
 def test_published_cards(hub):

@@ -16,7 +16,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
 from ..hub_cards.push import explained
-from ..hub_cards.saving import published_cards
+from ..hub_cards.saving import home, published_cards, write_card_or_warn
 from ..registry import REGISTERED
 from .checkpoint import STATE, TRAINED, UNFINISHED
 from .recording import Recording
@@ -82,12 +82,14 @@ class AdapterPushes(Recording):
             self._save(str(folder))
 
     def _write_cards(self, folder: Path, repo_id: str | None = None, published: dict[str, str] | None = None) -> None:
-        """The card of each adapter, beside it."""
+        """The card of each adapter, beside it; for a folder of one's own, what is wrong with it is a warning."""
         for name in self.peft_model.peft_config:
-            home = folder if name == "default" else folder / name
-            text = (published or {}).get((home / CARD).relative_to(folder).as_posix())
-            inside = name if repo_id and name != "default" else None
-            write_card(home, self.peft_model, repo_id=repo_id, subfolder=inside, published=text)
+            if repo_id is None:
+                write_card_or_warn(folder / home(name), self.peft_model, name)
+            else:
+                text = (published or {}).get(str(home(name) / CARD))
+                inside = None if name == "default" else name
+                write_card(folder / home(name), self.peft_model, repo_id=repo_id, subfolder=inside, published=text)
 
     # The push
 

@@ -240,6 +240,6 @@ def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     kept: dict[str, float] = {}
     for key, value in entry.items():
         other = key.startswith(("gates/", "train_", "total_")) or key.endswith(NOT_RESULTS)
-        if isinstance(value, (int, float)) and not other:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not other:
             kept[key] = value
     return kept if kept.keys() - {"step", "epoch"} else {}

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..hub_cards import CardWarning
 from . import runs
 from .draft import RecipeError
 from .recipe import FILE, Recipe
@@ -73,6 +74,7 @@ def train(
     out, errors = (Console(stderr=e, quiet=not first, soft_wrap=True, highlight=False) for e in (False, True))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for programmers: python -W default -m hf_peft_ext.cli shows them
+        warnings.simplefilter("default", CardWarning)
     with TemporaryDirectory() as nowhere:
         try:
             wanted = Recipe.read(recipe, changes or ())

@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
+from ..hub_cards import is_as_written
 from .draft import Draft, did_you_mean, optional
 from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
 from .metrics import GENERATION
@@ -26,7 +27,8 @@ class Recipe:
     """One run. `written` is the recipe as it was written, changes from the command line included.
 
     Raises:
-        RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule. By `read`.
+        RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule; or `output_dir` holds
+            another recipe.yaml, by hand, that saving this one would replace. By `read`.
     """
 
     model: ModelArguments
@@ -48,17 +50,30 @@ class Recipe:
         draft = Draft.read(path)
         override(draft, overrides)
         check_keys(draft, known_keys(draft))
-        return cls(**_build(draft), written=draft.sections)
+        recipe = cls(**_build(draft), written=draft.sections)
+        recipe._check_place(draft)
+        return recipe
 
     @property
     def task(self) -> Task:
         return TASKS[str(getattr(self.peft.task_type, "value", self.peft.task_type))]
 
     def save(self, folder: str | Path) -> Path:
-        """Write it as `recipe.yaml`, from which `hf-peft-ext train` repeats the run."""
+        """Write it as `recipe.yaml`, from which `hf-peft-ext train` repeats the run.
+
+        Where one lies that says the same, it stays, with its comments.
+        """
         path = Path(folder) / FILE
-        path.write_text(self.text(), encoding="utf-8")
+        if not path.exists() or Draft.read(path).sections != self.written:
+            path.write_text(self.text(), encoding="utf-8")
         return path
+
+    def _check_place(self, draft: Draft) -> None:
+        folder = self.training.output_dir
+        path = Path(folder) / FILE
+        if path.exists() and not is_as_written(path) and Draft.read(path).sections != self.written:
+            rule = f"(={folder!r}) holds another {FILE}, which this one would replace"
+            raise draft.error("training.output_dir", f"{rule}; change that file, move it, or choose another folder")
 
     def text(self) -> str:
         """The recipe as YAML."""
