@@ -440,9 +440,22 @@ def test_a_second_training_starts_its_sums_anew(tmp_path):
             assert entry["class_loss"] + entry["logit_loss"] == pytest.approx(entry["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("backbone", ["bert", "llama"])
-def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
-    """Four small batches train as one large batch, whether the model's loss is a mean or takes Trainer's count."""
+class MeanLossTrainer(AdapterTrainer):
+    """Returns the mean over the batch at hand, whatever the model; it draws random numbers of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        torch.rand(1)
+        self.add_loss_terms(class_loss=outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+@pytest.mark.parametrize(
+    ("backbone", "cls"),
+    [("bert", AdapterTrainer), ("llama", AdapterTrainer), ("bert", MeanLossTrainer), ("llama", MeanLossTrainer)],
+)
+def test_accumulated_batches_equal_one_batch(backbone, cls, tmp_path):
+    """Four small batches train as one large batch, whether the loss is a mean or takes Trainer's count."""
 
     def made(folder, batch, accumulated):
         model = classifier() if backbone == "bert" else BACKBONES["llama"].build()
@@ -453,14 +466,28 @@ def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
             rows = [{**row, "labels": row["input_ids"]} for row in rows]
         args = arguments(tmp_path / folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
         adapter = UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4)
-        return AdapterTrainer(model, args, train_dataset=rows, peft_config=adapter)
+        return cls(model, args, train_dataset=rows, peft_config=adapter)
 
     one, four = made("one", 16, 1), made("four", 4, 4)
     one.train()
     four.train()
     assert list(losses(four).values()) == pytest.approx(list(losses(one).values()), abs=1e-4)
     assert logged(four, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-2)
-    assert four.model_accepts_loss_kwargs == (backbone == "llama")
+    assert four.model_accepts_loss_kwargs == (backbone == "llama" and cls is AdapterTrainer)
+    if cls is MeanLossTrainer:
+        assert logged(four, "class_loss") == pytest.approx(list(losses(four).values()), abs=1e-6)
+
+
+def test_asking_for_the_loss_leaves_no_trace(tmp_path):
+    """With an own loss that accumulates, training is Trainer's with the scale declared: to the bit, with dropout."""
+    accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 4}
+    asked = trainer(tmp_path, cls=MeanLossTrainer, **accumulating)
+    asked.train()
+    told = trainer(tmp_path, cls=type("Told", (MeanLossTrainer,), {"loss_is_scaled_for_ga": False}), **accumulating)
+    told.train()
+    assert losses(asked) == losses(told)
+    assert logged(asked, "class_loss") == logged(told, "class_loss")
+    assert all(torch.equal(trained(asked.model)[name], value) for name, value in trained(told.model).items())
 
 
 # loss terms and other people's trainers
@@ -468,8 +495,6 @@ def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
 
 class TheirTrainer(Trainer):
     """A trainer as somebody else would write it."""
-
-    loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
