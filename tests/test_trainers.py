@@ -325,11 +325,18 @@ def test_results_of_older_weights_are_not_recorded(tmp_path):
 # the record
 
 
+def rows(count):
+    return Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in separable(count)])
+
+
+def places(trainer):
+    return {(r.metric, r.dataset, r.split): r.value for r in trainer.filled_record().results}
+
+
 def test_record(tmp_path):
     """What a card needs is recorded, as it is known elsewhere, and survives being saved."""
     made = trainer(tmp_path, max_steps=12, eval_strategy="steps", eval_steps=6, weight_decay=0.01)
-    made.train_dataset = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in separable()])
-    made._train_data = None
+    made.train_dataset = rows(64)
     made.train()
     made.save_model()
     record = TrainingRecord.load(tmp_path)
@@ -345,13 +352,39 @@ def test_record(tmp_path):
     assert not {"output_dir", "hub_token", "adam_beta1"} & record.hyperparameters.keys()
     assert {r.metric for r in record.results} == {"loss", "accuracy"}
     train, evaluated = record.datasets
-    assert (train.rows, train.fingerprint) == (64, made.train_dataset._fingerprint)
-    assert (evaluated.rows, evaluated.on_hub) == (16, False)
+    assert (train.rows, train.fingerprint, train.used_for) == (64, made.train_dataset._fingerprint, "train")
+    assert (evaluated.rows, evaluated.on_hub, evaluated.used_for) == (16, False, "eval")
     assert [entry["loss"] for entry in record.history if "loss" in entry] == list(losses(made).values())
     assert record.gates.keys() == {key[6:] for entry in made.state.log_history for key in entry if "gates/" in key}
     assert all(0 < gate < 1 for gate in record.gates.values())
     assert record.quantization is None
     assert (tmp_path / "README.md").exists()
+
+
+def test_each_evaluated_set_has_its_results(tmp_path):
+    """Sets of one trainer go by their names, however they are evaluated; others without a name are numbered."""
+    made = trainer(tmp_path)
+    sets = {"easy": rows(16), "hard": rows(24)}
+    made.eval_dataset = sets
+    easy = made.evaluate(sets["easy"])["eval_loss"]
+    hard = made.evaluate("hard")["eval_loss"]
+    found = places(made)
+    assert easy != hard
+    assert (found["loss", "easy", "evaluation"], found["loss", "hard", "evaluation"]) == (easy, hard)
+    assert places(made).keys() == ((made.evaluate(), places(made))[1]).keys()
+    small, large = (made.evaluate(rows(count))["eval_loss"] for count in (8, 12))
+    made.evaluate(rows(8))
+    found = {name: value for (metric, name, _), value in places(made).items() if metric == "loss"}
+    assert found == {"easy": easy, "hard": hard, "eval": small, "eval 2": large}
+    made.evaluate_base("hard")
+    assert [(d.name, d.rows) for d in made.record.datasets] == [
+        ("easy", 16),
+        ("hard", 24),
+        ("eval", 8),
+        ("eval 2", 12),
+    ]
+    assert {d.used_for for d in made.record.datasets} == {"eval"}
+    assert {r.dataset for r in made.record.results if r.method == "base"} == {"hard"}
 
 
 def test_gates_are_logged(tmp_path):
@@ -570,11 +603,11 @@ def test_sft(tmp_path):
 
     data = Dataset.from_dict({"text": [" ".join(f"w{(i + j) % 7}" for j in range(5 + i % 6)) for i in range(32)]})
 
-    def sft(folder, **kwargs):
+    def sft(folder, packing=False, **kwargs):
         args = trl.SFTConfig(
             **{"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False},
             **{"per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_steps": 8, "logging_steps": 2},
-            **{"max_length": 32, "save_steps": 3},
+            **{"max_length": 32, "save_steps": 3, "packing": packing, "packing_strategy": "wrapped"},
         )
         peft_config = UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, task_type="CAUSAL_LM")
         given = {"train_dataset": data, "processing_class": tokenizer(), "peft_config": peft_config}
@@ -592,3 +625,14 @@ def test_sft(tmp_path):
     assert record.trainer == "SFT"
     assert record.datasets[0].fingerprint == data._fingerprint
     assert "mean_token_accuracy" in record.history[0]
+    held_out = data.select(range(8))
+    packed = sft(tmp_path / "packed", packing=True, eval_dataset=held_out)
+    other = {"other": data.select(range(8, 18))}
+    metrics = {**packed.evaluate(), **packed.evaluate(other)}
+    packed.evaluate(held_out)
+    packed.get_train_dataloader()
+    assert len(packed.eval_dataset) < 8
+    seen = [(d.name, d.rows, d.used_for) for d in packed.record.datasets]
+    assert seen == [("eval", 8, "eval"), ("other", 10, "eval"), ("train", 32, "train")]
+    found = {(r.metric, r.dataset): r.value for r in packed.filled_record().results}
+    assert found == {("loss", "eval"): metrics["eval_loss"], ("loss", "other"): metrics["eval_other_loss"]}

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..hub_cards import DatasetRecord, Result, TrainingRecord
+from ..hub_cards import Result, TrainingRecord
 from ..hub_cards.told import quantization
 from ..papers import Paper
 from ..placement import check
-from .facts import dataset_record, hardware, hyperparameters, peak_memory, versions
-from .gates import GateLog
+from .data import DataLog
+from .facts import hardware, hyperparameters, peak_memory, versions
 from .secret import command_line, without_secrets
 
 STEPS = 1000  # the median step is that of the last so many
 NOT_RESULTS = ("_runtime", "_per_second", "_time", "_timestamp", "_entropy", "_num_tokens")
 
 
-class Recording(GateLog):
+class Recording(DataLog):
     """Fills `record`, a `TrainingRecord` that is saved beside every adapter.
 
     What a trainer cannot know (`language`, `license`, `recipe`, results of other runs) is set on `record` or given to
@@ -37,35 +37,11 @@ class Recording(GateLog):
     _tags: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.record = TrainingRecord()
         self.clock = Clock()
-        self._train_data = kwargs.get("train_dataset")  # as given: TRL's trainers keep another, prepared
-        self._evaluated: Any = None  # the data of the evaluation at hand
         self._method = "adapter"
         self._measured: dict[tuple[Any, ...], Result] = {}  # of the adapter's weights as they are
         super().__init__(*args, **kwargs)
         self.add_callback(self.clock)
-
-    # Data
-
-    def get_train_dataloader(self) -> Any:
-        self._note_data(self.train_dataset if self._train_data is None else self._train_data, "train")
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated = self.eval_dataset[data] if isinstance(data, str) else data  # pyright: ignore[reportOptionalSubscript, reportArgumentType, reportCallIssue]
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        self._evaluated = test_dataset
-        return super().get_test_dataloader(test_dataset)
-
-    def _note_data(self, data: Any, name: str) -> DatasetRecord | None:
-        found = dataset_record(data, name)
-        if found is not None and found not in self.record.datasets:
-            self.record.datasets.append(found)
-        return found
 
     # Results
 
@@ -80,9 +56,12 @@ class Recording(GateLog):
 
     def _note_results(self, metrics: Mapping[str, float], prefix: str) -> None:
         part, _, name = prefix.removeprefix("base_").partition("_")
-        data = self._note_data(self._evaluated, name or part)
+        evaluated, called = self._evaluated
+        data = self._note_data(evaluated, called or name or part, "eval")
         dataset = data.name if data else None
         split = (data.split if data else None) or {"eval": "evaluation"}.get(part, part)
+        if data and data.on_hub and called and called != split:  # several sets may be parts of this one
+            split = f"{split} ({called})"
         for key, value in metrics.items():
             metric = key.removeprefix(f"{prefix}_")
             if isinstance(value, (int, float)) and not key.endswith(NOT_RESULTS):

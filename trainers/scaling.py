@@ -8,10 +8,11 @@ come out too large by the number of both.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from .checkpoint import AdapterCheckpoints
 
@@ -50,8 +51,10 @@ class LossScale(AdapterCheckpoints):
                 self._metrics = noted
         return bool(first != second) if first != 0 and first.isfinite() else None
 
-    def _loss_for_count(self, model: Any, inputs: dict[str, Any], count: int) -> torch.Tensor:
+    def _loss_for_count(self, model: Any, inputs: dict[str, Any], count: int) -> Tensor:
         device = self.args.device
         drawn = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(drawn), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count, device=device))
+            return cast(
+                Tensor, self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count, device=device))
+            )
