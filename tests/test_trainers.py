@@ -7,10 +7,12 @@ test_trainers_hub.py.
 import importlib
 import json
 import sys
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -23,11 +25,13 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer, AdapterTrainerMixin
+from hf_peft_ext.trainers.facts import hyperparameters
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_training import StopAt, arguments, classifier, separable, tokenizer, trained
@@ -347,9 +351,11 @@ def test_record(tmp_path):
     assert 0 < record.step_time < record.train_time
     assert record.seeds == [3]
     assert record.versions.keys() >= {"hf_peft_ext", "peft", "torch", "transformers", "python"}
-    assert record.hyperparameters["weight_decay"] == 0.01
-    assert record.hyperparameters["per_device_train_batch_size"] == 16
-    assert not {"output_dir", "hub_token", "adam_beta1"} & record.hyperparameters.keys()
+    assert record.hyperparameters == {
+        **{"use_cpu": True, "seed": 3, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "max_steps": 12},
+        **{"logging_steps": 4, "save_steps": 8, "eval_strategy": "steps", "eval_steps": 6, "do_eval": True},
+        **{"weight_decay": 0.01},
+    }
     assert {r.metric for r in record.results} == {"loss", "accuracy"}
     train, evaluated = record.datasets
     assert (train.rows, train.fingerprint, train.used_for) == (64, made.train_dataset._fingerprint, "train")
@@ -359,6 +365,22 @@ def test_record(tmp_path):
     assert all(0 < gate < 1 for gate in record.gates.values())
     assert record.quantization is None
     assert (tmp_path / "README.md").exists()
+
+
+def test_settings_without_defaults(tmp_path, monkeypatch):
+    """A class whose settings must be given is compared field by field; devices and DeepSpeed are left alone."""
+
+    @dataclass
+    class Needy(TrainingArguments):
+        margin: float = field(kw_only=True)
+
+    args = Needy(output_dir=str(tmp_path), use_cpu=True, margin=0.5, max_steps=4)
+    assert {"use_cpu": True, "margin": 0.5, "max_steps": 4}.items() <= hyperparameters(args).items()
+    usual = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=4)
+    state = dict(vars(PartialState()))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher does
+    assert hyperparameters(usual) == {"use_cpu": True, "max_steps": 4}
+    assert vars(PartialState()) == state
 
 
 def test_each_evaluated_set_has_its_results(tmp_path):
@@ -623,6 +645,10 @@ def test_sft(tmp_path):
     whole.save_model()
     record = TrainingRecord.load(tmp_path / "whole")
     assert record.trainer == "SFT"
+    assert record.hyperparameters == {
+        **{"use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_steps": 8},
+        **{"logging_steps": 2, "max_length": 32, "save_steps": 3, "packing_strategy": "wrapped"},
+    }
     assert record.datasets[0].fingerprint == data._fingerprint
     assert "mean_token_accuracy" in record.history[0]
     held_out = data.select(range(8))
