@@ -6,6 +6,8 @@ test_trainers_hub.py.
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 
@@ -102,6 +104,8 @@ def test_refuses_what_has_no_adapter_or_two(tmp_path):
         TypeError, match=r"`model` \(=BertForSequenceClassification\) must be a PeftModel, or `peft_conf"
     ):
         AdapterTrainer(classifier(), args)
+    with pytest.raises(TypeError, match=r"`peft_config` \(=dict\) must be a PeftConfig"):
+        AdapterTrainer(classifier(), args, peft_config={"peft_type": "UNIPELT"})
     with pytest.raises(ValueError, match="`peft_config` must be None where `model` has an adapter already"):
         AdapterTrainer(get_peft_model(classifier(), config()), args, peft_config=config())
 
@@ -326,6 +330,37 @@ def test_results_of_older_weights_are_not_recorded(tmp_path):
     assert {(r.metric, r.split) for r in made.filled_record().results} == {("loss", "test"), ("accuracy", "test")}
 
 
+def test_what_the_hub_would_refuse_is_refused_first(tmp_path):
+    """A licence, a language or a task that is none of the Hub's ends no training and leaves no half of an adapter."""
+    made = trainer(tmp_path, max_steps=2)
+    made.record.license = "Apache 2.0"
+    with pytest.raises(ValueError, match=r"`license` \(='Apache 2.0'\) must be .* did you mean 'apache-2.0'"):
+        made.train()
+    assert made.state.global_step == 0
+    made.record.license = None
+    made.train()
+    made.record.language = ["english"]
+    with pytest.raises(ValueError, match=r"`language` \(='english'\) must be an ISO 639 code"):
+        made.save_model()
+    made.record.language, made.record.pipeline_tag = ["en"], "classifying"
+    with pytest.raises(ValueError, match=r"`pipeline_tag` \(='classifying'\) must be a task of the Hub"):
+        made.save_model()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_the_command_can_be_run_again(tmp_path):
+    """A module that was started with `python -m` is recorded so, a script by its name."""
+    says = "from hf_peft_ext.trainers.secret import command_line\nprint(command_line())\n"
+    (tmp_path / "said").mkdir()
+    for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
+        (tmp_path / name).write_text("" if name == "said/__init__.py" else says)
+    for start in (["-m", "said.part"], ["-m", "said"], ["said/part.py"]):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+        run = subprocess.run([sys.executable, *start, "--lr", "1"], cwd=tmp_path, env=env, capture_output=True)
+        said = "part.py" if len(start) == 1 else f"python -m {start[1]}"
+        assert run.stdout.decode().strip() == f"{said} --lr 1", run.stderr.decode()
+
+
 # the record
 
 
@@ -365,6 +400,35 @@ def test_record(tmp_path):
     assert all(0 < gate < 1 for gate in record.gates.values())
     assert record.quantization is None
     assert (tmp_path / "README.md").exists()
+
+
+def test_a_resumed_run_keeps_its_record(tmp_path):
+    """What was said and measured before a break is in the record after it, though no step is left to train."""
+    first = trainer(tmp_path, max_steps=4, save_steps=4)
+    first.record.tags = ["mine"]
+    first.train()
+    first.evaluate()
+    first.evaluate_base()
+    first.record_results({"accuracy": 0.7}, method="lora")
+    first.record.language, first.record.license = ["en"], "mit"
+    first.save_model()
+    before, stored = TrainingRecord.load(tmp_path), TrainingRecord.load(tmp_path / "checkpoint-4")
+    again = trainer(tmp_path, max_steps=4, save_steps=4)
+    again.record.license = "apache-2.0"
+    again.train(resume_from_checkpoint=True)
+    assert again.filled_record().gates == stored.gates != {}
+    again.evaluate()
+    again.save_model()
+    after = TrainingRecord.load(tmp_path)
+    assert (after.language, after.license, after.tags) == (["en"], "apache-2.0", ["mine"])
+    assert after.results == before.results
+    assert {r.method for r in after.results} == {"adapter", "base", "lora"}
+    assert (after.step_time, after.train_time) == (stored.step_time, stored.train_time)
+    assert after.step_time > 0
+    assert after.peak_memory > 1e7
+    other = trainer(tmp_path, max_steps=4)  # a new run in the same folder begins a new record
+    other.train()
+    assert (other.filled_record().license, other.filled_record().results) == (None, [])
 
 
 def test_settings_without_defaults(tmp_path, monkeypatch):
@@ -588,6 +652,10 @@ def test_loss_terms_add_up(accumulated, tmp_path):
     assert (record.trainer, "class_loss" in record.history[0]) == ("Terms", True)
     with pytest.raises(ValueError, match=r"`terms` \(='loss'\) must have names that Trainer does not log itself"):
         whole.add_loss_terms(loss=torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"`kl` \(=float\) must be a tensor"):
+        whole.add_loss_terms(kl=0.5)
+    with pytest.raises(ValueError, match=r"`kl` \(=\(2,\)\) must be of one number"):
+        whole.add_loss_terms(kl=torch.ones(2))
 
 
 # sequence to sequence, and supervised fine-tuning

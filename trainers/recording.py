@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..hub_cards import Result, TrainingRecord
+from ..hub_cards.metadata import check_metadata
 from ..hub_cards.told import quantization
 from ..papers import Paper
 from ..placement import check
@@ -131,7 +132,20 @@ class Recording(DataLog):
 
     # The record
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the other class does.
+
+        Raises:
+            ValueError: the record has a language, a licence or a task that the Hub would refuse.
+        """
+        self._check_record()
+        return super().train(*args, **kwargs)
+
+    def _check_record(self) -> None:
+        check_metadata({name: getattr(self.record, name) for name in ("language", "license", "pipeline_tag", "tags")})
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._check_record()  # before anything is written
         if self.args.should_save and self._unfinished is None:  # first: the card is written with the adapter
             folder = self.adapter_folder(cast(str, output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +159,24 @@ class Recording(DataLog):
     def _begin(self, resumed: Path | None) -> None:
         super()._begin(resumed)
         earlier = TrainingRecord.load(self.adapter_folder(resumed)) if resumed else None
-        self.clock.earlier = earlier.train_time or 0.0 if earlier else 0.0
+        self.clock.earlier = earlier or TrainingRecord()
+        if resumed is None:
+            return
+        self.gates = dict(self.clock.earlier.gates)
+        self._take_up(self.clock.earlier)
+        run = Path(cast(str, self.args.output_dir))
+        saved = TrainingRecord.load(self.adapter_folder(run)) if resumed.resolve().parent == run.resolve() else None
+        if saved is not None and saved.base_model == self.filled_record().base_model:
+            self._take_up(saved)  # what was said and measured when training seemed to be over
+
+    def _take_up(self, earlier: TrainingRecord) -> None:
+        """Fill gaps of the record with what was there before a break; the adapter itself is to be measured anew."""
+        record = self.record
+        for name in ("language", "license", "pipeline_tag"):
+            setattr(record, name, getattr(record, name) or getattr(earlier, name))
+        record.tags = list(dict.fromkeys([*record.tags, *earlier.tags]))
+        known = {result.place for result in record.results}
+        record.results += [r for r in earlier.results if r.method != "adapter" and r.place not in known]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -164,7 +195,7 @@ class Recording(DataLog):
         record.base_model_revision = model.active_peft_config.revision or getattr(config, "_commit_hash", None)
         if not self.is_fsdp_enabled:  # there each process has a share of them
             record.trainable_parameters, record.total_parameters = model.get_nb_trainable_parameters()
-        record.peak_memory = self.clock.peak
+        record.peak_memory = self.clock.peak_memory
         record.step_time, record.train_time = self.clock.step_time, self.clock.train_time
         record.gates = dict(self.gates)
         record.history = [numbers(entry) for entry in self.state.log_history if numbers(entry)]
@@ -185,18 +216,22 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: deque[float] = deque(maxlen=STEPS)
-        self.earlier = 0.0  # of the run that a checkpoint is of
+        self.earlier = TrainingRecord()  # of the run that a checkpoint is of
         self.total = 0.0
         self.peak: int | None = None
         self._began = self._step_began = 0.0
 
     @property
     def step_time(self) -> float | None:
-        return statistics.median(self.steps) if self.steps else None
+        return statistics.median(self.steps) if self.steps else self.earlier.step_time
 
     @property
     def train_time(self) -> float | None:
-        return self.earlier + self.total if self.steps else None
+        return (self.earlier.train_time or 0.0) + self.total if self.steps else self.earlier.train_time
+
+    @property
+    def peak_memory(self) -> int | None:
+        return max((peak for peak in (self.peak, self.earlier.peak_memory) if peak is not None), default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.clear()
