@@ -6,13 +6,17 @@ test_trainers_hub.py.
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
     BertConfig,
@@ -23,11 +27,13 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer, AdapterTrainerMixin
+from hf_peft_ext.trainers.facts import hyperparameters
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_training import StopAt, arguments, classifier, separable, tokenizer, trained
@@ -98,6 +104,8 @@ def test_refuses_what_has_no_adapter_or_two(tmp_path):
         TypeError, match=r"`model` \(=BertForSequenceClassification\) must be a PeftModel, or `peft_conf"
     ):
         AdapterTrainer(classifier(), args)
+    with pytest.raises(TypeError, match=r"`peft_config` \(=dict\) must be a PeftConfig"):
+        AdapterTrainer(classifier(), args, peft_config={"peft_type": "UNIPELT"})
     with pytest.raises(ValueError, match="`peft_config` must be None where `model` has an adapter already"):
         AdapterTrainer(get_peft_model(classifier(), config()), args, peft_config=config())
 
@@ -136,9 +144,10 @@ def test_saves_the_adapter_and_no_secret(tmp_path, monkeypatch):
     assert stored["learning_rate"] == 5e-3
     assert "hub_token" not in stored
     assert TrainingRecord.load(tmp_path).command == "train.py --lr 1"
-    assert set(load_file(tmp_path / "adapter_model.safetensors")) == set(
-        load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
-    )
+    adapter = get_peft_model_state_dict(made.model).keys()
+    assert not any("sublayer_of" not in name and "classifier" not in name for name in adapter)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert load_file(file).keys() == adapter, file
 
 
 # resuming
@@ -247,7 +256,9 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
     again = trainer(tmp_path, max_steps=3, save_steps=3, seed=2)
     again.train()
     stored = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
-    assert any(torch.equal(value, p) for value in stored.values() for p in trained(again.model).values())
+    expected = get_peft_model_state_dict(again.model)
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in stored.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
@@ -322,14 +333,52 @@ def test_results_of_older_weights_are_not_recorded(tmp_path):
     assert {(r.metric, r.split) for r in made.filled_record().results} == {("loss", "test"), ("accuracy", "test")}
 
 
+def test_what_the_hub_would_refuse_is_refused_first(tmp_path):
+    """A licence, a language or a task that is none of the Hub's ends no training and leaves no half of an adapter."""
+    made = trainer(tmp_path, max_steps=2)
+    made.record.license = "Apache 2.0"
+    with pytest.raises(ValueError, match=r"`license` \(='Apache 2.0'\) must be .* did you mean 'apache-2.0'"):
+        made.train()
+    assert made.state.global_step == 0
+    made.record.license = None
+    made.train()
+    made.record.language = ["english"]
+    with pytest.raises(ValueError, match=r"`language` \(='english'\) must be an ISO 639 code"):
+        made.save_model()
+    made.record.language, made.record.pipeline_tag = ["en"], "classifying"
+    with pytest.raises(ValueError, match=r"`pipeline_tag` \(='classifying'\) must be a task of the Hub"):
+        made.save_model()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_the_command_can_be_run_again(tmp_path):
+    """A module that was started with `python -m` is recorded so, a script by its name."""
+    says = "from hf_peft_ext.trainers.secret import command_line\nprint(command_line())\n"
+    (tmp_path / "said").mkdir()
+    for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
+        (tmp_path / name).write_text("" if name == "said/__init__.py" else says)
+    for start in (["-m", "said.part"], ["-m", "said"], ["said/part.py"]):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+        run = subprocess.run([sys.executable, *start, "--lr", "1"], cwd=tmp_path, env=env, capture_output=True)
+        said = "part.py" if len(start) == 1 else f"python -m {start[1]}"
+        assert run.stdout.decode().strip() == f"{said} --lr 1", run.stderr.decode()
+
+
 # the record
+
+
+def rows(count):
+    return Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in separable(count)])
+
+
+def places(trainer):
+    return {(r.metric, r.dataset, r.split): r.value for r in trainer.filled_record().results}
 
 
 def test_record(tmp_path):
     """What a card needs is recorded, as it is known elsewhere, and survives being saved."""
     made = trainer(tmp_path, max_steps=12, eval_strategy="steps", eval_steps=6, weight_decay=0.01)
-    made.train_dataset = Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in separable()])
-    made._train_data = None
+    made.train_dataset = rows(64)
     made.train()
     made.save_model()
     record = TrainingRecord.load(tmp_path)
@@ -340,18 +389,91 @@ def test_record(tmp_path):
     assert 0 < record.step_time < record.train_time
     assert record.seeds == [3]
     assert record.versions.keys() >= {"hf_peft_ext", "peft", "torch", "transformers", "python"}
-    assert record.hyperparameters["weight_decay"] == 0.01
-    assert record.hyperparameters["per_device_train_batch_size"] == 16
-    assert not {"output_dir", "hub_token", "adam_beta1"} & record.hyperparameters.keys()
+    assert record.hyperparameters == {
+        **{"use_cpu": True, "seed": 3, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "max_steps": 12},
+        **{"logging_steps": 4, "save_steps": 8, "eval_strategy": "steps", "eval_steps": 6, "do_eval": True},
+        **{"weight_decay": 0.01},
+    }
     assert {r.metric for r in record.results} == {"loss", "accuracy"}
     train, evaluated = record.datasets
-    assert (train.rows, train.fingerprint) == (64, made.train_dataset._fingerprint)
-    assert (evaluated.rows, evaluated.on_hub) == (16, False)
+    assert (train.rows, train.fingerprint, train.used_for) == (64, made.train_dataset._fingerprint, "train")
+    assert (evaluated.rows, evaluated.on_hub, evaluated.used_for) == (16, False, "eval")
     assert [entry["loss"] for entry in record.history if "loss" in entry] == list(losses(made).values())
     assert record.gates.keys() == {key[6:] for entry in made.state.log_history for key in entry if "gates/" in key}
     assert all(0 < gate < 1 for gate in record.gates.values())
     assert record.quantization is None
     assert (tmp_path / "README.md").exists()
+
+
+def test_a_resumed_run_keeps_its_record(tmp_path):
+    """What was said and measured before a break is in the record after it, though no step is left to train."""
+    first = trainer(tmp_path, max_steps=4, save_steps=4)
+    first.record.tags = ["mine"]
+    first.train()
+    first.evaluate()
+    first.evaluate_base()
+    first.record_results({"accuracy": 0.7}, method="lora")
+    first.record.language, first.record.license = ["en"], "mit"
+    first.save_model()
+    before, stored = TrainingRecord.load(tmp_path), TrainingRecord.load(tmp_path / "checkpoint-4")
+    again = trainer(tmp_path, max_steps=4, save_steps=4)
+    again.record.license = "apache-2.0"
+    again.train(resume_from_checkpoint=True)
+    assert again.filled_record().gates == stored.gates != {}
+    again.evaluate()
+    again.save_model()
+    after = TrainingRecord.load(tmp_path)
+    assert (after.language, after.license, after.tags) == (["en"], "apache-2.0", ["mine"])
+    assert after.results == before.results
+    assert {r.method for r in after.results} == {"adapter", "base", "lora"}
+    assert (after.step_time, after.train_time) == (stored.step_time, stored.train_time)
+    assert after.step_time > 0
+    assert after.peak_memory > 1e7
+    other = trainer(tmp_path, max_steps=4)  # a new run in the same folder begins a new record
+    other.train()
+    assert (other.filled_record().license, other.filled_record().results) == (None, [])
+
+
+def test_settings_without_defaults(tmp_path, monkeypatch):
+    """A class whose settings must be given is compared field by field; devices and DeepSpeed are left alone."""
+
+    @dataclass
+    class Needy(TrainingArguments):
+        margin: float = field(kw_only=True)
+
+    args = Needy(output_dir=str(tmp_path), use_cpu=True, margin=0.5, max_steps=4)
+    assert {"use_cpu": True, "margin": 0.5, "max_steps": 4}.items() <= hyperparameters(args).items()
+    usual = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=4)
+    state = dict(vars(PartialState()))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher does
+    assert hyperparameters(usual) == {"use_cpu": True, "max_steps": 4}
+    assert vars(PartialState()) == state
+
+
+def test_each_evaluated_set_has_its_results(tmp_path):
+    """Sets of one trainer go by their names, however they are evaluated; others without a name are numbered."""
+    made = trainer(tmp_path)
+    sets = {"easy": rows(16), "hard": rows(24)}
+    made.eval_dataset = sets
+    easy = made.evaluate(sets["easy"])["eval_loss"]
+    hard = made.evaluate("hard")["eval_loss"]
+    found = places(made)
+    assert easy != hard
+    assert (found["loss", "easy", "evaluation"], found["loss", "hard", "evaluation"]) == (easy, hard)
+    assert places(made).keys() == ((made.evaluate(), places(made))[1]).keys()
+    small, large = (made.evaluate(rows(count))["eval_loss"] for count in (8, 12))
+    made.evaluate(rows(8))
+    found = {name: value for (metric, name, _), value in places(made).items() if metric == "loss"}
+    assert found == {"easy": easy, "hard": hard, "eval": small, "eval 2": large}
+    made.evaluate_base("hard")
+    assert [(d.name, d.rows) for d in made.record.datasets] == [
+        ("easy", 16),
+        ("hard", 24),
+        ("eval", 8),
+        ("eval 2", 12),
+    ]
+    assert {d.used_for for d in made.record.datasets} == {"eval"}
+    assert {r.dataset for r in made.record.results if r.method == "base"} == {"hard"}
 
 
 def test_gates_are_logged(tmp_path):
@@ -440,9 +562,22 @@ def test_a_second_training_starts_its_sums_anew(tmp_path):
             assert entry["class_loss"] + entry["logit_loss"] == pytest.approx(entry["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("backbone", ["bert", "llama"])
-def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
-    """Four small batches train as one large batch, whether the model's loss is a mean or takes Trainer's count."""
+class MeanLossTrainer(AdapterTrainer):
+    """Returns the mean over the batch at hand, whatever the model; it draws random numbers of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        torch.rand(1)
+        self.add_loss_terms(class_loss=outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+@pytest.mark.parametrize(
+    ("backbone", "cls"),
+    [("bert", AdapterTrainer), ("llama", AdapterTrainer), ("bert", MeanLossTrainer), ("llama", MeanLossTrainer)],
+)
+def test_accumulated_batches_equal_one_batch(backbone, cls, tmp_path):
+    """Four small batches train as one large batch, whether the loss is a mean or takes Trainer's count."""
 
     def made(folder, batch, accumulated):
         model = classifier() if backbone == "bert" else BACKBONES["llama"].build()
@@ -453,14 +588,28 @@ def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
             rows = [{**row, "labels": row["input_ids"]} for row in rows]
         args = arguments(tmp_path / folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
         adapter = UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4)
-        return AdapterTrainer(model, args, train_dataset=rows, peft_config=adapter)
+        return cls(model, args, train_dataset=rows, peft_config=adapter)
 
     one, four = made("one", 16, 1), made("four", 4, 4)
     one.train()
     four.train()
     assert list(losses(four).values()) == pytest.approx(list(losses(one).values()), abs=1e-4)
     assert logged(four, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-2)
-    assert four.model_accepts_loss_kwargs == (backbone == "llama")
+    assert four.model_accepts_loss_kwargs == (backbone == "llama" and cls is AdapterTrainer)
+    if cls is MeanLossTrainer:
+        assert logged(four, "class_loss") == pytest.approx(list(losses(four).values()), abs=1e-6)
+
+
+def test_asking_for_the_loss_leaves_no_trace(tmp_path):
+    """With an own loss that accumulates, training is Trainer's with the scale declared: to the bit, with dropout."""
+    accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 4}
+    asked = trainer(tmp_path, cls=MeanLossTrainer, **accumulating)
+    asked.train()
+    told = trainer(tmp_path, cls=type("Told", (MeanLossTrainer,), {"loss_is_scaled_for_ga": False}), **accumulating)
+    told.train()
+    assert losses(asked) == losses(told)
+    assert logged(asked, "class_loss") == logged(told, "class_loss")
+    assert all(torch.equal(trained(asked.model)[name], value) for name, value in trained(told.model).items())
 
 
 # loss terms and other people's trainers
@@ -468,8 +617,6 @@ def test_accumulated_batches_equal_one_batch(backbone, tmp_path):
 
 class TheirTrainer(Trainer):
     """A trainer as somebody else would write it."""
-
-    loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -508,6 +655,10 @@ def test_loss_terms_add_up(accumulated, tmp_path):
     assert (record.trainer, "class_loss" in record.history[0]) == ("Terms", True)
     with pytest.raises(ValueError, match=r"`terms` \(='loss'\) must have names that Trainer does not log itself"):
         whole.add_loss_terms(loss=torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"`kl` \(=float\) must be a tensor"):
+        whole.add_loss_terms(kl=0.5)
+    with pytest.raises(ValueError, match=r"`kl` \(=\(2,\)\) must be of one number"):
+        whole.add_loss_terms(kl=torch.ones(2))
 
 
 # sequence to sequence, and supervised fine-tuning
@@ -545,11 +696,11 @@ def test_sft(tmp_path):
 
     data = Dataset.from_dict({"text": [" ".join(f"w{(i + j) % 7}" for j in range(5 + i % 6)) for i in range(32)]})
 
-    def sft(folder, **kwargs):
+    def sft(folder, packing=False, **kwargs):
         args = trl.SFTConfig(
             **{"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "bf16": False},
             **{"per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_steps": 8, "logging_steps": 2},
-            **{"max_length": 32, "save_steps": 3},
+            **{"max_length": 32, "save_steps": 3, "packing": packing, "packing_strategy": "wrapped"},
         )
         peft_config = UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, task_type="CAUSAL_LM")
         given = {"train_dataset": data, "processing_class": tokenizer(), "peft_config": peft_config}
@@ -565,5 +716,20 @@ def test_sft(tmp_path):
     whole.save_model()
     record = TrainingRecord.load(tmp_path / "whole")
     assert record.trainer == "SFT"
+    assert record.hyperparameters == {
+        **{"use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_steps": 8},
+        **{"logging_steps": 2, "max_length": 32, "save_steps": 3, "packing_strategy": "wrapped"},
+    }
     assert record.datasets[0].fingerprint == data._fingerprint
     assert "mean_token_accuracy" in record.history[0]
+    held_out = data.select(range(8))
+    packed = sft(tmp_path / "packed", packing=True, eval_dataset=held_out)
+    other = {"other": data.select(range(8, 18))}
+    metrics = {**packed.evaluate(), **packed.evaluate(other)}
+    packed.evaluate(held_out)
+    packed.get_train_dataloader()
+    assert len(packed.eval_dataset) < 8
+    seen = [(d.name, d.rows, d.used_for) for d in packed.record.datasets]
+    assert seen == [("eval", 8, "eval"), ("other", 10, "eval"), ("train", 32, "train")]
+    found = {(r.metric, r.dataset): r.value for r in packed.filled_record().results}
+    assert found == {("loss", "eval"): metrics["eval_loss"], ("loss", "other"): metrics["eval_other_loss"]}

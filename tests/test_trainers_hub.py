@@ -164,6 +164,6 @@ def test_the_card_can_be_asked_for_first(tmp_path):
     made.train()
     made.create_model_card(language="de", tasks="text-classification", dataset_tags=["acme/messages"])
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.language == ["de"]
+    assert (card.data.language, card.data.pipeline_tag) == (["de"], "text-classification")
     assert "acme/messages" in card.data.datasets
     assert (tmp_path / "adapter_model.safetensors").exists()

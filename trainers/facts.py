@@ -5,12 +5,14 @@ import json
 import platform
 import re
 import sys
+import warnings
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import TrainingArguments
 
@@ -85,17 +87,32 @@ def hub_id(namespace: str, lowered: str, revision: str) -> str | None:
 
 def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
     """The settings that differ from their defaults, without places and secrets."""
+    usual = defaults(args)
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # pyright: ignore[reportCallIssue]
-        plain = value.value if isinstance(value, Enum) else value
-        if not field.init or value == default or plain == getattr(default, "value", default):
-            continue
-        if not is_secret(field.name) and not PLACES.fullmatch(field.name):
-            changed[field.name] = plain
+        hidden = is_secret(field.name) or PLACES.fullmatch(field.name)
+        if field.init and value != usual[field.name] and not hidden:
+            changed[field.name] = value.value if isinstance(value, Enum) else value
     return without_secrets(json.loads(json.dumps(changed, default=str)), args.hub_token)
+
+
+def defaults(args: TrainingArguments) -> dict[str, Any]:
+    """The settings of that class where none are given, worked out as those of a run are: enums made, gaps filled."""
+    made = object.__new__(type(args))
+    vars(made)["_setup_devices"] = torch.device("cpu")  # it would set up the devices anew, amid a training
+    with warnings.catch_warnings(), patch_environment(accelerate_use_deepspeed="false"):  # and DeepSpeed
+        warnings.simplefilter("ignore")  # said already when the run's own were made
+        try:
+            made.__init__(output_dir=args.output_dir, use_cpu=True)  # that needs no GPU, whatever the defaults ask for
+        except (TypeError, ValueError):  # a class whose defaults alone make no settings
+            return {f.name: default(f) for f in dataclasses.fields(args)}
+    made.use_cpu, made.dataloader_pin_memory = False, not args.use_cpu  # which `use_cpu` turns off
+    return {f.name: getattr(made, f.name) for f in dataclasses.fields(args)}
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def versions() -> dict[str, str]:

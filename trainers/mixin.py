@@ -22,7 +22,7 @@ class AdapterTrainerMixin(AdapterPushes, LossTerms, LossScale):
         peft_config: the adapter to put on `model` (or on what `model_init` returns).
 
     Raises:
-        TypeError: there is no adapter to train.
+        TypeError: there is no adapter to train, or `peft_config` is no config.
         ValueError: there are two.
     """
 
@@ -34,6 +34,9 @@ class AdapterTrainerMixin(AdapterPushes, LossTerms, LossScale):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(peft_config, PeftConfig | None):
+            kind = type(peft_config).__name__
+            raise TypeError(f"`peft_config` (={kind}) must be a PeftConfig, such as UniPELTConfig(...).")
         self._peft_config = peft_config
         theirs = inspect.signature(super(AdapterCheckpoints, self).__init__).parameters
         if peft_config is not None and "peft_config" in theirs:

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..hub_cards import DatasetRecord, Result, TrainingRecord
+from ..hub_cards import Result, TrainingRecord
+from ..hub_cards.metadata import check_metadata
 from ..hub_cards.told import quantization
 from ..papers import Paper
 from ..placement import check
-from .facts import dataset_record, hardware, hyperparameters, peak_memory, versions
-from .gates import GateLog
+from .data import DataLog
+from .facts import hardware, hyperparameters, peak_memory, versions
 from .secret import command_line, without_secrets
 
 STEPS = 1000  # the median step is that of the last so many
 NOT_RESULTS = ("_runtime", "_per_second", "_time", "_timestamp", "_entropy", "_num_tokens")
 
 
-class Recording(GateLog):
+class Recording(DataLog):
     """Fills `record`, a `TrainingRecord` that is saved beside every adapter.
 
     What a trainer cannot know (`language`, `license`, `recipe`, results of other runs) is set on `record` or given to
@@ -37,35 +38,11 @@ class Recording(GateLog):
     _tags: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.record = TrainingRecord()
         self.clock = Clock()
-        self._train_data = kwargs.get("train_dataset")  # as given: TRL's trainers keep another, prepared
-        self._evaluated: Any = None  # the data of the evaluation at hand
         self._method = "adapter"
         self._measured: dict[tuple[Any, ...], Result] = {}  # of the adapter's weights as they are
         super().__init__(*args, **kwargs)
         self.add_callback(self.clock)
-
-    # Data
-
-    def get_train_dataloader(self) -> Any:
-        self._note_data(self.train_dataset if self._train_data is None else self._train_data, "train")
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._evaluated = self.eval_dataset[data] if isinstance(data, str) else data  # pyright: ignore[reportOptionalSubscript, reportArgumentType, reportCallIssue]
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        self._evaluated = test_dataset
-        return super().get_test_dataloader(test_dataset)
-
-    def _note_data(self, data: Any, name: str) -> DatasetRecord | None:
-        found = dataset_record(data, name)
-        if found is not None and found not in self.record.datasets:
-            self.record.datasets.append(found)
-        return found
 
     # Results
 
@@ -80,9 +57,12 @@ class Recording(GateLog):
 
     def _note_results(self, metrics: Mapping[str, float], prefix: str) -> None:
         part, _, name = prefix.removeprefix("base_").partition("_")
-        data = self._note_data(self._evaluated, name or part)
+        evaluated, called = self._evaluated
+        data = self._note_data(evaluated, called or name or part, "eval")
         dataset = data.name if data else None
         split = (data.split if data else None) or {"eval": "evaluation"}.get(part, part)
+        if data and data.on_hub and called and called != split:  # several sets may be parts of this one
+            split = f"{split} ({called})"
         for key, value in metrics.items():
             metric = key.removeprefix(f"{prefix}_")
             if isinstance(value, (int, float)) and not key.endswith(NOT_RESULTS):
@@ -152,7 +132,20 @@ class Recording(GateLog):
 
     # The record
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the other class does.
+
+        Raises:
+            ValueError: the record has a language, a licence or a task that the Hub would refuse.
+        """
+        self._check_record()
+        return super().train(*args, **kwargs)
+
+    def _check_record(self) -> None:
+        check_metadata({name: getattr(self.record, name) for name in ("language", "license", "pipeline_tag", "tags")})
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._check_record()  # before anything is written
         if self.args.should_save and self._unfinished is None:  # first: the card is written with the adapter
             folder = self.adapter_folder(cast(str, output_dir or self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +159,24 @@ class Recording(GateLog):
     def _begin(self, resumed: Path | None) -> None:
         super()._begin(resumed)
         earlier = TrainingRecord.load(self.adapter_folder(resumed)) if resumed else None
-        self.clock.earlier = earlier.train_time or 0.0 if earlier else 0.0
+        self.clock.earlier = earlier or TrainingRecord()
+        if resumed is None:
+            return
+        self.gates = dict(self.clock.earlier.gates)
+        self._take_up(self.clock.earlier)
+        run = Path(cast(str, self.args.output_dir))
+        saved = TrainingRecord.load(self.adapter_folder(run)) if resumed.resolve().parent == run.resolve() else None
+        if saved is not None and saved.base_model == self.filled_record().base_model:
+            self._take_up(saved)  # what was said and measured when training seemed to be over
+
+    def _take_up(self, earlier: TrainingRecord) -> None:
+        """Fill gaps of the record with what was there before a break; the adapter itself is to be measured anew."""
+        record = self.record
+        for name in ("language", "license", "pipeline_tag"):
+            setattr(record, name, getattr(record, name) or getattr(earlier, name))
+        record.tags = list(dict.fromkeys([*record.tags, *earlier.tags]))
+        known = {result.place for result in record.results}
+        record.results += [r for r in earlier.results if r.method != "adapter" and r.place not in known]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -185,7 +195,7 @@ class Recording(GateLog):
         record.base_model_revision = model.active_peft_config.revision or getattr(config, "_commit_hash", None)
         if not self.is_fsdp_enabled:  # there each process has a share of them
             record.trainable_parameters, record.total_parameters = model.get_nb_trainable_parameters()
-        record.peak_memory = self.clock.peak
+        record.peak_memory = self.clock.peak_memory
         record.step_time, record.train_time = self.clock.step_time, self.clock.train_time
         record.gates = dict(self.gates)
         record.history = [numbers(entry) for entry in self.state.log_history if numbers(entry)]
@@ -206,18 +216,22 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.steps: deque[float] = deque(maxlen=STEPS)
-        self.earlier = 0.0  # of the run that a checkpoint is of
+        self.earlier = TrainingRecord()  # of the run that a checkpoint is of
         self.total = 0.0
         self.peak: int | None = None
         self._began = self._step_began = 0.0
 
     @property
     def step_time(self) -> float | None:
-        return statistics.median(self.steps) if self.steps else None
+        return statistics.median(self.steps) if self.steps else self.earlier.step_time
 
     @property
     def train_time(self) -> float | None:
-        return self.earlier + self.total if self.steps else None
+        return (self.earlier.train_time or 0.0) + self.total if self.steps else self.earlier.train_time
+
+    @property
+    def peak_memory(self) -> int | None:
+        return max((peak for peak in (self.peak, self.earlier.peak_memory) if peak is not None), default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.clear()

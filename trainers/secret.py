@@ -58,4 +58,12 @@ def command_line(*tokens: str | None) -> str | None:
         if not hide_next and not (equals and is_secret(name)) and not is_secret(argument):
             kept.append(argument)
         hide_next = argument.startswith("-") and not equals and is_secret(argument)
-    return without_secrets(shlex.join([Path(sys.argv[0]).name, *kept]), *tokens)
+    return without_secrets(shlex.join([*started(), *kept]), *tokens)
+
+
+def started() -> list[str]:
+    """The script that was started, by its name, or the module after `python -m`."""
+    script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.origin != script:  # a module that runs a script, as a debugger does, is not meant
+        return [Path(script).name]
+    return ["python", "-m", spec.name.removesuffix(".__main__")]

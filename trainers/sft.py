@@ -1,5 +1,7 @@
 """TRL's supervised fine-tuning, for adapters."""
 
+from typing import Any
+
 try:
     from trl.trainer.sft_trainer import SFTTrainer
 except ImportError as error:
@@ -13,3 +15,8 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
 
     _name = "SFT"
     _tags = ("trl", "sft")
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        given, prepared = self._as_given(dataset), super()._prepare_dataset(dataset, *args, **kwargs)
+        self._prepared = [pair for pair in self._prepared if pair[1] is not given] + [(prepared, given)]
+        return prepared

@@ -31,12 +31,20 @@ class LossTerms(AdapterCheckpoints):
             terms: scalars, each with the scale that it has in the loss: what adds up in a batch adds up in the log.
 
         Raises:
-            ValueError: a name is one that Trainer logs.
+            TypeError: a term is no tensor.
+            ValueError: a name is one that Trainer logs, or a term is of several numbers.
         """
         for name, term in terms.items():
             taken = name in ("loss", "grad_norm", "learning_rate", "epoch", "step") or name.startswith("eval_")
             check("terms", name, not taken, "must have names that Trainer does not log itself")
-            self._batch_terms[name] = term.detach().float()
+            if not isinstance(term, Tensor):
+                raise TypeError(
+                    f"`{name}` (={type(term).__name__}) must be a tensor, as the loss that it is a part of."
+                )
+            check(
+                name, tuple(term.shape), term.numel() == 1, "must be of one number, as the loss that it is a part of"
+            )
+        self._batch_terms |= {name: term.detach().float() for name, term in terms.items()}
 
     # Training
 
