@@ -3,6 +3,7 @@ recipes against the error they must give."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -150,6 +151,28 @@ def test_recipes_hold(file):
     assert recipe.written["peft"]["peft_type"] == recipe.peft.peft_type
     assert recipe.written["training"]["seed"] == recipe.training.seed
     assert len(RECIPES) >= 3
+
+
+def test_resuming(models, tmp_path):
+    """A run that was cut off goes on from its last checkpoint, or from one given, as it would have without a break."""
+    recipe = ["examples/recipes/mam.yaml", f"model={{model_name_or_path: {models['bert']}}}", *FAST, "max_steps=6"]
+    recipe += ["save_strategy=steps", "save_steps=3", "max_train_samples=64", "max_eval_samples=16"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    shown = succeed(*recipe, f"output_dir={whole}")
+    shutil.copytree(whole / "checkpoint-3", cut / "checkpoint-3")
+    state = json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())
+    state["log_history"][0]["loss"] = 77.0  # a mark
+    (cut / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    (cut / "checkpoint-3" / "checkpoint_files.json").unlink()  # the sizes of the files
+    for wanted in ("true", cut / "checkpoint-3"):
+        again = succeed(*recipe, f"output_dir={cut}", f"resume_from_checkpoint={wanted}")
+        assert re.search(r"^loss +\S+", again, re.MULTILINE)[0] == re.search(r"^loss +\S+", shown, re.MULTILINE)[0]
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (cut, whole))
+        assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+        log = json.loads((cut / "training_record.json").read_text())["history"]
+        assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
+        assert [entry["step"] for entry in log if entry.get("loss") == 77] == [1]
+        shutil.rmtree(cut / "checkpoint-6")
 
 
 # other tasks and forms of data

@@ -23,7 +23,11 @@ FILE = "recipe.yaml"
 
 @dataclass
 class Recipe:
-    """One run. `written` is the recipe as it was written, changes from the command line included.
+    """One run.
+
+    Args:
+        resume_from_checkpoint: where to go on from, True for the last checkpoint in the run's folder.
+        written: the recipe as it was written, changes from the command line included.
 
     Raises:
         RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule. By `read`.
@@ -35,6 +39,7 @@ class Recipe:
     data: Rows
     training: Any
     metrics: list[str]
+    resume_from_checkpoint: bool | str | None
     written: dict[str, Any]
 
     @classmethod
@@ -78,6 +83,7 @@ def _build(draft: Draft) -> dict[str, Any]:
         "data": _checked(draft, "data", task.data, sections["data"]),
         "quantization": None,
         "metrics": _metrics(draft, task),
+        "resume_from_checkpoint": sections["training"].pop("resume_from_checkpoint", None),
     }
     if sections["quantization"]:
         optional("bitsandbytes", "quantized")

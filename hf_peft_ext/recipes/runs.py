@@ -67,7 +67,7 @@ def prepare(recipe: Recipe) -> Any:
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
     """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0."""
-    trained = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trained = trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     folder = Path(recipe.training.output_dir)
