@@ -172,6 +172,8 @@ def test_resuming(models, tmp_path):
         log = json.loads((cut / "training_record.json").read_text())["history"]
         assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
         assert [entry["step"] for entry in log if entry.get("loss") == 77] == [1]
+        expected = Recipe.read(recipe[0], [*recipe[1:], f"output_dir={cut}"]).written
+        assert Recipe.read(cut / "recipe.yaml").written == expected  # repeats all of the run
         shutil.rmtree(cut / "checkpoint-6")
 
 

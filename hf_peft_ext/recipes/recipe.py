@@ -27,7 +27,8 @@ class Recipe:
 
     Args:
         resume_from_checkpoint: where to go on from, True for the last checkpoint in the run's folder.
-        written: the recipe as it was written, changes from the command line included.
+        written: the recipe as it was written, changes from the command line included; without
+            `resume_from_checkpoint`, which is of this run alone.
 
     Raises:
         RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule. By `read`.
@@ -53,7 +54,8 @@ class Recipe:
         draft = Draft.read(path)
         override(draft, overrides)
         check_keys(draft, known_keys(draft))
-        return cls(**_build(draft), written=draft.sections)
+        resumed = draft.sections["training"].pop("resume_from_checkpoint", None)
+        return cls(**_build(draft), resume_from_checkpoint=resumed, written=draft.sections)
 
     @property
     def task(self) -> Task:
@@ -83,7 +85,6 @@ def _build(draft: Draft) -> dict[str, Any]:
         "data": _checked(draft, "data", task.data, sections["data"]),
         "quantization": None,
         "metrics": _metrics(draft, task),
-        "resume_from_checkpoint": sections["training"].pop("resume_from_checkpoint", None),
     }
     if sections["quantization"]:
         optional("bitsandbytes", "quantized")
