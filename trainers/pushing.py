@@ -10,20 +10,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
-from ..hub_cards.push import explained
+from ..hub_cards.push import STAGES, explained
 from ..hub_cards.saving import published_cards
 from ..registry import REGISTERED
-from .checkpoint import STATE, TRAINED, UNFINISHED
+from .checkpoint import STATE, TRAINED
 from .recording import Recording
 
 logger = logging.get_logger(__name__)
 
-STAGES = "hub"
 CARD = "README.md"
 
 
@@ -158,8 +157,6 @@ class AdapterPushes(Recording):
         shutil.rmtree(stage, ignore_errors=True)
         for file in publishable(source):
             path = PurePosixPath(file)
-            if path.parts[0] in (STAGES, UNFINISHED) or path.parts[0].startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-                continue
             if path.name not in (STATE, TRAINED):
                 copy(source / file, stage / file)
             if below and path.name != CARD and path.parent.name != "figures":
