@@ -99,7 +99,7 @@ def push_adapter(
     stopped: weights that have arrived are not sent again. Files of the repository that are not in the folder stay.
 
     Args:
-        folder: a saved adapter; with several, each in a sub-folder. Of a trainer's checkpoints in it nothing is pushed.
+        folder: a saved adapter; with several, each in a sub-folder. A trainer's checkpoints in it are left out.
         repo_id: the repository, "user/name" or "name".
         revision: a branch, or an open pull request ("refs/pr/1"); the main branch by default.
         token: an access token; by default that of `hf auth login` or HF_TOKEN.

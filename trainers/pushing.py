@@ -5,11 +5,13 @@ else. The folder is removed when the push has arrived; after an error it stays, 
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -38,9 +40,12 @@ class AdapterPushes(Recording):
     # The card
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        stock = self.peft_model.peft_type not in REGISTERED  # the others are saved with their card
-        if stock and self.args.should_save and self._unfinished is None:
+        if self.peft_model.peft_type in REGISTERED:  # saved with their card
+            super()._save(output_dir, state_dict)
+            return
+        with without_stock_card(self.peft_model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and self._unfinished is None:
             self._write_cards(Path(cast(str, output_dir or self.args.output_dir)))
 
     def create_model_card(
@@ -171,6 +176,16 @@ class AdapterPushes(Recording):
         pushed = push_adapter(stage, repo_id, revision=revision, token=token, commit_message=message)
         shutil.rmtree(stage)
         return pushed
+
+
+@contextmanager
+def without_stock_card(model: PeftModel) -> Iterator[None]:
+    """Keep peft from writing its card: what it puts into the metadata would be taken for its author's."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def copy(source: Path, target: Path) -> None:
