@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
+from ..trainers.checkpoint import last_checkpoint, missing
 from .draft import Draft, did_you_mean, optional
 from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
 from .metrics import GENERATION
@@ -54,7 +55,7 @@ class Recipe:
         draft = Draft.read(path)
         override(draft, overrides)
         check_keys(draft, known_keys(draft))
-        resumed = draft.sections["training"].pop("resume_from_checkpoint", None)
+        resumed = _resumed(draft)
         return cls(**_build(draft), resume_from_checkpoint=resumed, written=draft.sections)
 
     @property
@@ -92,6 +93,18 @@ def _build(draft: Draft) -> dict[str, Any]:
     return {**built, "training": _checked(draft, "training", task.training(), sections["training"])}
 
 
+def _resumed(draft: Draft) -> bool | str | None:
+    """Takes out where to go on from; it must be there."""
+    training, name = draft.sections["training"], "training.resume_from_checkpoint"
+    wanted = training.pop("resume_from_checkpoint", None)
+    if wanted is True and last_checkpoint(training["output_dir"]) is None:
+        raise draft.error(name, f"needs a complete checkpoint, and {training['output_dir']} holds none")
+    if isinstance(wanted, str) and (absent := missing(Path(wanted))):
+        rule = f"must be a complete checkpoint: {', '.join(absent[:4])} missing or cut short"
+        raise draft.error(name, f"(={wanted!r}) {rule}")
+    return wanted
+
+
 def _checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
     """An object of `cls`; what it says of its arguments is said of the recipe's keys."""
     try:
@@ -118,4 +131,9 @@ def _metrics(draft: Draft, task: Task) -> list[str]:
         raise draft.error("metrics", "compare generated texts: set `training.predict_with_generate=true`")
     if training.get("eval_strategy", "no") != "no" and data.get("eval_split") is None:
         raise draft.error("training.eval_strategy", "needs rows to evaluate on: set `data.eval_split`")
+    best = str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    measured = ["loss", *names, *(["mean_token_accuracy"] if task.arguments == "SFTConfig" else [])]  # TRL's own
+    if best not in measured:
+        rule = f"(={best!r}) must be one of what is measured: {', '.join(measured)}{did_you_mean(best, measured)}"
+        raise draft.error("training.metric_for_best_model", rule)
     return list(names)
