@@ -77,9 +77,7 @@ class AdapterPushes(Recording):
         names = {data.name for data in record.datasets}
         record.datasets += [DatasetRecord(n, on_hub=True) for n in listed(dataset_tags) if n not in names]
         folder = Path(cast(str, self.args.output_dir))
-        if (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # the weights are gathered by all processes: `save_model`
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # `save_model` gathers the weights, from all processes
             self.filled_record().save(self.adapter_folder(folder))
             self._write_cards(folder)
         else:
