@@ -87,6 +87,7 @@ def heat_map(grid: dict[str, dict[int, float]]) -> "Figure":
 def curves(losses: dict[str, Points]) -> "Figure":
     """The losses over the steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -99,6 +100,8 @@ def curves(losses: dict[str, Points]) -> "Figure":
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_title("Loss", loc="left", color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -33,6 +33,9 @@ ALLOWED = (
     *("training_record.json", "trainer_state.json", *TOKENIZER),
 )
 DENIED = ("optimizer*", "scheduler*")  # whatever their format
+# what a trainer keeps in a run's folder beside the adapter: checkpoints, one that is being written, pushes under way
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+UNFINISHED, STAGES = "unfinished", "hub"
 # tokens of users, logins and organisations; each begins with plain text, which `re` finds fast in large files
 TOKENS = (rb"hf_(?:[A-Za-z0-9]{30}|(?:oauth|jwt)_[\w.-]{30})", rb"api_org_[A-Za-z0-9]{30}")
 # the last is the base of httpx's errors, which httpx or httpx2 this huggingface_hub may use
@@ -46,8 +49,9 @@ class PushError(OSError):
 def publishable(folder: str | Path) -> list[str]:
     """The files of a folder that may be pushed, as paths in the repository, sorted.
 
-    Sub-folders (further adapters, checkpoints) are held to the same list. Hidden files and folders stay out, and links
-    unless they lead to a file of the same folder that is on the list as well.
+    Sub-folders (further adapters) are held to the same list, but for what a trainer keeps in its run's folder:
+    "checkpoint-N", "unfinished" and "hub" stay out, unless the folder itself is a checkpoint. Hidden files and folders
+    stay out, and links unless they lead to a file of the same folder that is on the list as well.
 
     Raises:
         ValueError: `folder` is no folder.
@@ -55,13 +59,22 @@ def publishable(folder: str | Path) -> list[str]:
     check("folder", str(folder), os.path.isdir(folder), "must be a folder")
     root = Path(folder).resolve()
     files = (Path(parent, name) for parent, _, names in os.walk(root) for name in names)
-    return sorted(file.relative_to(root).as_posix() for file in files if allowed(file, root))
+    chosen = (file for file in files if allowed(file, root) and not of_training(file, root))
+    return sorted(file.relative_to(root).as_posix() for file in chosen)
 
 
 def allowed(file: Path, root: Path) -> bool:
     target = Path(os.path.realpath(file))
     inside = target.is_file() and target.is_relative_to(root)
     return inside and all(on_the_list(path.relative_to(root)) for path in (file, target))
+
+
+def of_training(file: Path, root: Path) -> bool:
+    """Whether a file lies in what a trainer keeps beside the adapter; an adapter may have one of those names."""
+    top = file.relative_to(root).parts[0]
+    if CHECKPOINT.fullmatch(top):
+        return not CHECKPOINT.fullmatch(root.name)  # a checkpoint that is pushed can hold its state below
+    return top in (UNFINISHED, STAGES) and not (root / top / CONFIG_NAME).exists()
 
 
 def on_the_list(path: PurePath) -> bool:
@@ -86,7 +99,7 @@ def push_adapter(
     stopped: weights that have arrived are not sent again. Files of the repository that are not in the folder stay.
 
     Args:
-        folder: a saved adapter; with several adapters or checkpoints, each in a sub-folder.
+        folder: a saved adapter; with several, each in a sub-folder. A trainer's checkpoints in it are left out.
         repo_id: the repository, "user/name" or "name".
         revision: a branch, or an open pull request ("refs/pr/1"); the main branch by default.
         token: an access token; by default that of `hf auth login` or HF_TOKEN.

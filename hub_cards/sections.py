@@ -82,9 +82,9 @@ def results(found: Sequence[Result]) -> str | None:
     methods = sorted({r.method for r in found}, key=lambda m: (list(COLUMNS).index(m) if m in COLUMNS else 3, m))
     rows: dict[tuple[str, str | None, str | None], dict[str, str]] = {}
     for result in found:
-        rows.setdefault((result.metric, result.dataset, result.split), {})[result.method] = number(
-            result.value, result.spread
-        )
+        unnamed = result.dataset == result.split or (result.dataset, result.split) == ("eval", "evaluation")
+        place = (result.metric, None if unnamed else result.dataset, result.split)
+        rows.setdefault(place, {})[result.method] = number(result.value, result.spread)
     given = [any(key[i] for key in rows) for i in range(3)]
     names = [name for name, there in zip(("metric", "data", "split"), given, strict=True) if there]
     body = [

@@ -321,6 +321,15 @@ def test_results_side_by_side(tmp_path):
     assert "Mean ± standard deviation over 5 runs." in card
 
 
+def test_results_on_data_without_a_name(tmp_path):
+    """The split says it all: no column of data that repeats it."""
+    results = [Result("f1", 0.5, dataset="eval", split="evaluation"), Result("f1", 0.25, dataset="test", split="test")]
+    card = card_of(tmp_path, "bitfit", TrainingRecord(results=results))
+    assert "| metric | split | this adapter |" in card
+    assert "| `f1` | `evaluation` | 0.5 |" in card
+    assert "| `f1` | `test` | 0.25 |" in card
+
+
 def test_results_that_are_no_numbers_stay_off_the_leaderboard(tmp_path):
     """A diverged run: its card says nan, the Hub's index holds numbers only, and no losses."""
     record = full_record()
@@ -356,6 +365,15 @@ def test_what_is_drawn():
     history = [{"step": i, "loss": 1 / i, "nll": 0.1, "eval_nll": 0.2, "learning_rate": 1e-3} for i in (1, 2)]
     drawn = figures.loss_curves(TrainingRecord(history=history, loss_terms=["nll"]))
     assert drawn == {"loss": [(1, 1.0), (2, 0.5)], "eval_nll": [(1, 0.2), (2, 0.2)], "nll": [(1, 0.1), (2, 0.1)]}
+
+
+def test_axes_of_losses_read_as_they_are():
+    """Losses that are close are not written as differences from one of them, and steps are whole."""
+    figure = figures.curves({"eval_loss": [(1, 2.08601), (2, 2.08602), (4, 2.08604)]})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert all(float(step) == int(float(step)) for step in axes.get_xticks())
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

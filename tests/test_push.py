@@ -65,13 +65,15 @@ PUBLISHED = [
         "additional_chat_templates/rag.jinja",
         "figures/loss.png",
     ),
-    *("second/adapter_config.json", "second/adapter_model.safetensors", "checkpoint-8/trainer_state.json"),
-    *("checkpoint-8/adapter_model.safetensors",),
+    *("second/adapter_config.json", "second/adapter_model.safetensors", "second/trainer_state.json"),
+    *("last-checkpoint/adapter_model.safetensors",),
 ]
 KEPT = [
     *("adapter_model.bin", "training_args.bin", "optimizer.pt", "optimizer.safetensors", "scheduler.pt", "loss.png"),
     *("rng_state.pth", "notes.txt", "train.log", ".env", ".cache/adapter_config.json", "a/.git/README.md", "run.py"),
-    *("checkpoint-8/optimizer.pt", "checkpoint-8/training_args.bin", "runs/events.out.tfevents.1", "README.md.bak"),
+    *("second/optimizer.pt", "second/training_args.bin", "runs/events.out.tfevents.1", "README.md.bak"),
+    *("checkpoint-8/README.md", "checkpoint-8/second/adapter_model.safetensors", "unfinished/checkpoint-9/README.md"),
+    *("hub/final/adapter_model.safetensors", "hub/checkpoint-8/checkpoint-8/trainer_state.json"),
 ]
 
 
@@ -81,21 +83,29 @@ def test_publishable(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert publishable(tmp_path) == sorted(PUBLISHED)
+    assert publishable(tmp_path / "hub" / "checkpoint-8") == ["checkpoint-8/trainer_state.json"]  # as it was staged
+    assert publishable(tmp_path / "checkpoint-8") == ["README.md", "second/adapter_model.safetensors"]
+
+
+def test_an_adapter_named_hub_is_published(tmp_path):
+    model = get_peft_model(BERT.build(), METHODS["bitfit"](), adapter_name="hub")
+    model.save_pretrained(str(tmp_path))
+    assert {"hub/adapter_config.json", "hub/adapter_model.safetensors"} <= {*publishable(tmp_path)}
 
 
 def test_links_out_of_the_folder_stay(tmp_path):
     """A link counts as what it leads to: inside, by that file's name; outside, never."""
     folder = tmp_path / "out"
-    (folder / "checkpoint-8").mkdir(parents=True)
+    (folder / "second").mkdir(parents=True)
     outside = tmp_path / "README.md"
-    for file in (outside, folder / "optimizer.pt", folder / "checkpoint-8" / "adapter_model.safetensors"):
+    for file in (outside, folder / "optimizer.pt", folder / "second" / "adapter_model.safetensors"):
         file.touch()
     (folder / "README.md").symlink_to(outside)
     (folder / "recipe.yaml").symlink_to(folder / "optimizer.pt")
     (folder / "vocab.txt").symlink_to(folder / "vocab.txt")
     (folder / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
-    (folder / "adapter_model.safetensors").symlink_to(Path("checkpoint-8") / "adapter_model.safetensors")
-    assert publishable(folder) == ["adapter_model.safetensors", "checkpoint-8/adapter_model.safetensors"]
+    (folder / "adapter_model.safetensors").symlink_to(Path("second") / "adapter_model.safetensors")
+    assert publishable(folder) == ["adapter_model.safetensors", "second/adapter_model.safetensors"]
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     assert publishable(tmp_path / "link") == publishable(folder)
 
@@ -115,10 +125,10 @@ def zipped(text):
 SPOILT = {
     "training_record.json": (f'{{"command": "train --hub_token {LOOKS_LIKE_A_TOKEN}"}}'.encode(), "holds an access"),
     "recipe.yaml": (b"hub_token: canary", "holds an access token"),
-    "checkpoint-8/trainer_state.json": (b'"canary"', "holds an access token"),
+    "second/trainer_state.json": (b'"canary"', "holds an access token"),
     "tokenizer_config.json": (b"hf_oauth_eyJhbGciOiJFZERTQSJ9.eyJzY29wZSI6WyJvcGVuaWQ", "holds an access token"),
     "chat_template.jinja": (zipped("canary"), "is no jinja file inside"),
-    "checkpoint-8/adapter_model.safetensors": (zipped("canary"), "is no safetensors file inside"),
+    "second/adapter_model.safetensors": (zipped("canary"), "is no safetensors file inside"),
     "spiece.model": (b"\x80\x04pickled", "is no model file inside"),
     "figures/loss.png": (b"<svg/>", "is no png file inside"),
     "vocab.txt": (b"\xff\xfe", "is no txt file inside"),

@@ -1,8 +1,10 @@
 """Recipes through the real command, on tiny models: the saved adapter against the numbers that were reported, wrong
 recipes against the error they must give."""
 
+import inspect
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -20,7 +22,7 @@ from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 from hf_peft_ext.recipes.draft import Draft, split_override
-from hf_peft_ext.recipes.keys import known_keys
+from hf_peft_ext.recipes.keys import NOT_IN_RECIPES, known_keys
 from hf_peft_ext.recipes.metrics import CLASSIFICATION, exact_match
 
 from .backbones import BACKBONES
@@ -101,6 +103,7 @@ def test_classification(name, models, tmp_path):
     assert f"{measured['accuracy']:.4g}" in re.search(r"^accuracy +(\S+)", shown, re.MULTILINE)[1]
     assert record["datasets"][0]["name"] == "support_messages"
     assert {data["split"] for data in record["datasets"]} == {"train", "test"}
+    assert [data["config"] for data in record["datasets"]] == [None, None]
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == models["bert"]
 
@@ -148,9 +151,46 @@ def test_recipes_hold(file):
     """Each recipe of examples/ passes all checks (on a CPU); what it says and what it is are the same."""
     changes = ["use_cpu=true", *(["bf16=false"] if file.stem == "qlora" else [])]
     recipe = Recipe.read(file, changes)
-    assert recipe.written["peft"]["peft_type"] == recipe.peft.peft_type
-    assert recipe.written["training"]["seed"] == recipe.training.seed
+    written = Draft.read(file).sections
+    built = {"model": recipe.model, "peft": recipe.peft, "data": recipe.data, "training": recipe.training}
+    for section, made in built.items():
+        changed = {"bf16"} if section == "training" else set()
+        wrong = [
+            (key, value, getattr(made, key))
+            for key, value in written[section].items()
+            if getattr(made, key) != value and key not in changed
+        ]
+        assert not wrong
+    assert (recipe.metrics, recipe.training.use_cpu) == (written.get("metrics", []), True)
+    if file.stem == "qlora":
+        quantization = recipe.quantization
+        assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "nf4")
+        assert (quantization.bnb_4bit_use_double_quant, quantization.bnb_4bit_compute_dtype) == (True, torch.bfloat16)
     assert len(RECIPES) >= 3
+
+
+def test_resuming(models, tmp_path):
+    """A run that was cut off goes on from its last checkpoint, or from one given, as it would have without a break."""
+    recipe = ["examples/recipes/mam.yaml", f"model={{model_name_or_path: {models['bert']}}}", *FAST, "max_steps=6"]
+    recipe += ["save_strategy=steps", "save_steps=3", "max_train_samples=64", "max_eval_samples=16"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    shown = succeed(*recipe, f"output_dir={whole}")
+    shutil.copytree(whole / "checkpoint-3", cut / "checkpoint-3")
+    state = json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())
+    state["log_history"][0]["loss"] = 77.0  # a mark
+    (cut / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state))
+    (cut / "checkpoint-3" / "checkpoint_files.json").unlink()  # the sizes of the files
+    for wanted in ("true", cut / "checkpoint-3"):
+        again = succeed(*recipe, f"output_dir={cut}", f"resume_from_checkpoint={wanted}")
+        assert re.search(r"^loss +\S+", again, re.MULTILINE)[0] == re.search(r"^loss +\S+", shown, re.MULTILINE)[0]
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (cut, whole))
+        assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+        log = json.loads((cut / "training_record.json").read_text())["history"]
+        assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6, 6]
+        assert [entry["step"] for entry in log if entry.get("loss") == 77] == [1]
+        expected = Recipe.read(recipe[0], [*recipe[1:], f"output_dir={cut}"]).written
+        assert Recipe.read(cut / "recipe.yaml").written == expected  # repeats all of the run
+        shutil.rmtree(cut / "checkpoint-6")
 
 
 # other tasks and forms of data
@@ -159,21 +199,32 @@ def test_recipes_hold(file):
 def test_sequence_to_sequence(models, tmp_path):
     """SEQ_2_SEQ_LM with texts generated for the metric; prompt and response from a mapping of files to splits."""
     for split, rows in (("train", 8), ("dev", 4)):
-        (tmp_path / f"{split}.csv").write_text("question,answer\n" + "w1 w2 w3,w4 w5\n" * rows)
+        (tmp_path / f"{split}.csv").write_text("question,answer\n" + "w1 w2 w3,w4 w4 w4\n" * rows)
+    with (tmp_path / "dev.csv").open("a") as file:
+        file.write(
+            "w1 w2 w3,w5\n"
+        )  # not what is learnt; texts end at their longest, as these words have no end of text
     out = tmp_path / "adapter"
     recipe = {
         "model": {"model_name_or_path": models["t5"]},
-        "peft": {"peft_type": "LAYER_PREFIX", "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2},
+        "peft": {
+            "peft_type": "LAYER_PREFIX", "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 2,
+            "modules_to_save": ["lm_head"],
+        },
         "data": {
             "data_files": {split: str(tmp_path / f"{split}.csv") for split in ("train", "dev")},
             "eval_split": "dev", "prompt_column": "question", "response_column": "answer", "max_length": 8,
         },
-        "training": {"output_dir": str(out), "predict_with_generate": True, "generation_max_length": 4},
+        "training": {
+            "output_dir": str(out), "predict_with_generate": True, "generation_max_length": 4, "learning_rate": 0.05,
+        },
         "metrics": ["exact_match"],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = succeed(tmp_path / "recipe.yaml", *(change for change in FAST if not change.startswith("load_best")))
-    assert re.search(r"^exact_match +0 *$", shown, re.MULTILINE)
+    shown = succeed(
+        tmp_path / "recipe.yaml", *(change for change in FAST if not change.startswith("load_best")), "max_steps=30"
+    )
+    assert re.search(r"^exact_match +0\.8 *$", shown, re.MULTILINE)
     loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(models["t5"]), out)
     assert loaded.peft_config["default"].num_virtual_tokens == 2
 
@@ -251,11 +302,12 @@ def test_changes(tmp_path):
 
 
 def test_keys_of_every_method():
-    """A recipe knows the keys of every PEFT type there is."""
+    """A recipe knows the arguments of every PEFT type's config there is, but for those that peft fills in."""
     draft = Draft({"peft": {"task_type": "CAUSAL_LM"}}, {})
     for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         draft.sections["peft"]["peft_type"] = peft_type.value
-        assert "task_type" in known_keys(draft)["peft"], config
+        known = known_keys(draft)["peft"].keys()
+        assert known == inspect.signature(config).parameters.keys() - {*NOT_IN_RECIPES["peft"]}, config
 
 
 def test_dry_run(models, tmp_path):
@@ -388,6 +440,11 @@ WRONG = {
     "data.text_column=[a": "the value of `data.text_column` is not YAML",
     "model.local_path=package:no_such_thing/model": "is in no installed package: pip install no-such-thing",
     "model.local_path=nowhere": r"`model.local_path` \(='nowhere'\) must be a folder",
+    "model.model_name_or_path=nowhere/none": r"`model.model_name_or_path` \(='nowhere/none'\) cannot be loaded",
+    "attn_implementation=flash_attention_2": r"`model.model_name_or_path` \(=.*\) cannot be loaded: .*[Ff]lash",
+    "metric_for_best_model=acuracy": r"\(='acuracy'\) must be one of .*: loss, accuracy, f1; did you mean `accuracy`",
+    "resume_from_checkpoint=nowhere": r"resume_from_checkpoint` \(='nowhere'\) must be a complete checkpoint",
+    "resume_from_checkpoint=true": "resume_from_checkpoint` needs a complete checkpoint, and .*out holds none",
     "exclude_modules=3": r"`peft.exclude_modules` \(=3\) must be list\[str\] \| str \| None, not int",
     "quantization={load_in_4bits: true}": r"did you mean `quantization.load_in_4bit`\?",
 }
@@ -396,7 +453,8 @@ WRONG = {
 @pytest.mark.parametrize("change", WRONG)
 def test_wrong_changes(change, models, tmp_path):
     """The error names the key, where it stands and the nearest right one, with exit code 2 and nothing written."""
-    model = [] if "model" in change else [f"model={{model_name_or_path: {models['bert']}}}"]
+    model = [] if change.startswith("model") else [f"model={{model_name_or_path: {models['bert']}}}"]
+    model += ["model.local_path=null"] if "nowhere/none" in change else []
     result = run("examples/recipes/unipelt.yaml", *model, *(["output_dir=" + str(tmp_path / "out")]), *FAST, change)
     assert result.exit_code == 2, result.output
     assert re.search(WRONG[change], result.stderr), result.stderr

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from hf_peft_ext.hub_cards import PushError
 from hf_peft_ext.trainers import AdapterTrainer
@@ -167,3 +167,22 @@ def test_the_card_can_be_asked_for_first(tmp_path):
     assert (card.data.language, card.data.pipeline_tag) == (["de"], "text-classification")
     assert "acme/messages" in card.data.datasets
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("cls", [AdapterTrainer, Tagged])
+def test_cards_of_stock_types(cls, tmp_path):
+    """An adapter of peft's own type gets our card, of which nothing is peft's; a checkpoint gets none."""
+    classifier().save_pretrained(tmp_path / "base")
+    model = type(classifier()).from_pretrained(tmp_path / "base")
+    made = trainer(tmp_path / "run", LoraConfig(task_type="SEQ_CLS"), cls, model, max_steps=4, save_steps=2)
+    made.train()
+    assert not list((tmp_path / "run").rglob("README.md"))
+    for mine in ([], ["mine"]):
+        made.save_model()
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        tags = ["peft", "transformers", "lora", *cls._tags]
+        assert sorted(card.data.tags) == sorted([*tags, *mine])
+        assert card.data.base_model is None
+        assert card.text.count("### Framework versions") == 1
+        card.data.tags.append("mine")
+        card.save(tmp_path / "run" / "README.md")

@@ -50,9 +50,10 @@ def dataset_record(data: Any, name: str | None = None) -> DatasetRecord | None:
     own = getattr(info, "dataset_name", None)
     if own in ("json", "csv", "text", "parquet", "arrow", "generator", "pandas"):  # the reader's name
         own = None
+    config = getattr(info, "config_name", None) if found[0] or own else None
     record = DatasetRecord(
         name=found[0] or own or name or "local data",
-        config=getattr(info, "config_name", None) if found[0] or own else None,
+        config=None if config == "default" else config,
         split=str(data.split) if getattr(data, "split", None) else None,
         rows=rows,
         revision=found[1],

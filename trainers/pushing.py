@@ -5,25 +5,26 @@ else. The folder is removed when the push has arrived; after an error it stays, 
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
+from peft import PeftModel
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
-from ..hub_cards.push import explained
+from ..hub_cards.push import STAGES, explained
 from ..hub_cards.saving import home, published_cards, write_card_or_warn
 from ..registry import REGISTERED
-from .checkpoint import STATE, TRAINED, UNFINISHED
+from .checkpoint import STATE, TRAINED
 from .recording import Recording
 
 logger = logging.get_logger(__name__)
 
-STAGES = "hub"
 CARD = "README.md"
 
 
@@ -39,9 +40,12 @@ class AdapterPushes(Recording):
     # The card
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        stock = self.peft_model.peft_type not in REGISTERED  # the others are saved with their card
-        if stock and self.args.should_save and self._unfinished is None:
+        if self.peft_model.peft_type in REGISTERED:  # saved with their card
+            super()._save(output_dir, state_dict)
+            return
+        with without_stock_card(self.peft_model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and self._unfinished is None:
             self._write_cards(Path(cast(str, output_dir or self.args.output_dir)))
 
     def create_model_card(
@@ -73,9 +77,7 @@ class AdapterPushes(Recording):
         names = {data.name for data in record.datasets}
         record.datasets += [DatasetRecord(n, on_hub=True) for n in listed(dataset_tags) if n not in names]
         folder = Path(cast(str, self.args.output_dir))
-        if (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # the weights are gathered by all processes: `save_model`
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # `save_model` gathers the weights, from all processes
             self.filled_record().save(self.adapter_folder(folder))
             self._write_cards(folder)
         else:
@@ -160,8 +162,6 @@ class AdapterPushes(Recording):
         shutil.rmtree(stage, ignore_errors=True)
         for file in publishable(source):
             path = PurePosixPath(file)
-            if path.parts[0] in (STAGES, UNFINISHED) or path.parts[0].startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-                continue
             if path.name not in (STATE, TRAINED):
                 copy(source / file, stage / file)
             if below and path.name != CARD and path.parent.name != "figures":
@@ -176,6 +176,16 @@ class AdapterPushes(Recording):
         pushed = push_adapter(stage, repo_id, revision=revision, token=token, commit_message=message)
         shutil.rmtree(stage)
         return pushed
+
+
+@contextmanager
+def without_stock_card(model: PeftModel) -> Iterator[None]:
+    """Keep peft from writing its card: what it puts into the metadata would be taken for its author's."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def copy(source: Path, target: Path) -> None:

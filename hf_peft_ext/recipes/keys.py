@@ -97,6 +97,9 @@ def known_keys(draft: Draft) -> dict[str, dict[str, Any]]:
     }
     for section, names in NOT_IN_RECIPES.items():
         known[section] = {key: kind for key, kind in known[section].items() if key not in names}
+    known["training"]["resume_from_checkpoint"] = (
+        bool | str | None
+    )  # as `Trainer.train` takes it, not as its arguments
     return known
 
 

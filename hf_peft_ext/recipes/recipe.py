@@ -13,6 +13,7 @@ from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
 from ..hub_cards import is_as_written
+from ..trainers.checkpoint import last_checkpoint, missing
 from .draft import Draft, did_you_mean, optional
 from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
 from .metrics import GENERATION
@@ -24,7 +25,12 @@ FILE = "recipe.yaml"
 
 @dataclass
 class Recipe:
-    """One run. `written` is the recipe as it was written, changes from the command line included.
+    """One run.
+
+    Args:
+        resume_from_checkpoint: where to go on from, True for the last checkpoint in the run's folder.
+        written: the recipe as it was written, changes from the command line included; without
+            `resume_from_checkpoint`, which is of this run alone.
 
     Raises:
         RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule; or `output_dir` holds
@@ -37,6 +43,7 @@ class Recipe:
     data: Rows
     training: Any
     metrics: list[str]
+    resume_from_checkpoint: bool | str | None
     written: dict[str, Any]
 
     @classmethod
@@ -50,7 +57,8 @@ class Recipe:
         draft = Draft.read(path)
         override(draft, overrides)
         check_keys(draft, known_keys(draft))
-        recipe = cls(**_build(draft), written=draft.sections)
+        resumed = _resumed(draft)
+        recipe = cls(**_build(draft), resume_from_checkpoint=resumed, written=draft.sections)
         recipe._check_place(draft)
         return recipe
 
@@ -100,6 +108,18 @@ def _build(draft: Draft) -> dict[str, Any]:
     return {**built, "training": _checked(draft, "training", task.training(), sections["training"])}
 
 
+def _resumed(draft: Draft) -> bool | str | None:
+    """Takes out where to go on from; it must be there."""
+    training, name = draft.sections["training"], "training.resume_from_checkpoint"
+    wanted = training.pop("resume_from_checkpoint", None)
+    if wanted is True and last_checkpoint(training["output_dir"]) is None:
+        raise draft.error(name, f"needs a complete checkpoint, and {training['output_dir']} holds none")
+    if isinstance(wanted, str) and (absent := missing(Path(wanted))):
+        rule = f"must be a complete checkpoint: {', '.join(absent[:4])} missing or cut short"
+        raise draft.error(name, f"(={wanted!r}) {rule}")
+    return wanted
+
+
 def _checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
     """An object of `cls`; what it says of its arguments is said of the recipe's keys."""
     try:
@@ -126,4 +146,9 @@ def _metrics(draft: Draft, task: Task) -> list[str]:
         raise draft.error("metrics", "compare generated texts: set `training.predict_with_generate=true`")
     if training.get("eval_strategy", "no") != "no" and data.get("eval_split") is None:
         raise draft.error("training.eval_strategy", "needs rows to evaluate on: set `data.eval_split`")
+    best = str(training.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    measured = ["loss", *names, *(["mean_token_accuracy"] if task.arguments == "SFTConfig" else [])]  # TRL's own
+    if best not in measured:
+        rule = f"(={best!r}) must be one of what is measured: {', '.join(measured)}{did_you_mean(best, measured)}"
+        raise draft.error("training.metric_for_best_model", rule)
     return list(names)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ class Outcome:
 
 
 def prepare(recipe: Recipe) -> Any:
-    """The trainer, with data, model and adapter in it. Writes nothing.
+    """The trainer, with data, model and adapter in it. It makes its folder, and writes nothing there.
 
     Raises:
         RecipeError: there are no such data, no such model, the adapter does not fit it, or the processes that were
@@ -46,7 +48,8 @@ def prepare(recipe: Recipe) -> Any:
     with args.main_process_first(desc="data"):
         *rows, labels = data.load(args.seed)
     source = find_model(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.model.revision)
+    with loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with args.main_process_first(desc="tokens"):
@@ -67,7 +70,7 @@ def prepare(recipe: Recipe) -> Any:
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
     """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0."""
-    trained = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trained = trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     folder = Path(recipe.training.output_dir)
@@ -98,6 +101,15 @@ def find_model(recipe: Recipe) -> str:
     return path
 
 
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Turns what goes wrong with a model's files, or with what they need, into a `RecipeError`."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"`model.model_name_or_path` (={source!r}) cannot be loaded: {error}") from error
+
+
 def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -> Any:
     """The base model, quantised if the recipe says so."""
     wanted = recipe.model
@@ -108,10 +120,8 @@ def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if recipe.quantization is not None:
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
-    try:
+    with loading(source):
         model = recipe.task.model.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"`model.model_name_or_path` (={source!r}) cannot be loaded: {error}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config._name_or_path = wanted.model_name_or_path  # what the adapter will name
