@@ -16,10 +16,8 @@ class DataLog(GateLog):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.record = TrainingRecord()
-        self._given: list[
-            tuple[Any, Any]
-        ] = []  # data as they were prepared, data as they were given: those of Trainer
-        self._prepared: list[tuple[Any, Any]] = []  # and those given to `evaluate`
+        self._given: list[tuple[Any, Any]] = []  # data as they were prepared, and as they were given
+        self._prepared: list[tuple[Any, Any]] = []  # the same of data given to `evaluate`
         self._evaluated: tuple[Any, str | None] = (None, None)  # of the evaluation at hand, and what they are called
         super().__init__(*args, **kwargs)
         given = kwargs.get("eval_dataset")
