@@ -48,6 +48,7 @@ def hub(request, monkeypatch, tmp_path):
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made once, for its endpoint
         yield server
 
 
