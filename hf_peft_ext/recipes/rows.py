@@ -1,5 +1,6 @@
 """The rows of the `data` section: where they lie, which are for training, and whether their columns are there."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob
@@ -13,7 +14,7 @@ BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 @dataclass
-class Rows:
+class Rows(ABC):
     """Where the data are; `path`, `name`, `data_files` and `revision` are those of `datasets.load_dataset`.
 
     Args:
@@ -56,13 +57,13 @@ class Rows:
             rule = f"must be files of one kind ({', '.join(BUILDERS)}), or `path` must name it"
             check("data_files", self.data_files, len(kinds) == 1 and None not in kinds, rule)
 
+    @abstractmethod
     def columns(self) -> list[str]:
         """The columns that are read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
         """The rows as a trainer takes them."""
-        raise NotImplementedError
 
     def labels(self, rows: Any) -> list[str]:
         """The names of the classes, in the order of their indices; none where nothing is classified."""
