@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .choice_data import DataCollatorForChoices as DataCollatorForChoices
 from .mixin import AdapterTrainerMixin as AdapterTrainerMixin
+from .tfew import TFewTrainer as TFewTrainer
+from .tfew_arguments import TFewTrainingArguments as TFewTrainingArguments
 from .trainer import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer
 from .trainer import AdapterTrainer as AdapterTrainer
 

@@ -1,0 +1,142 @@
+"""Rows of prompts, answer choices and answers; checked one by one, and made into batches."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..choices import Example, collate, encode_choices
+from ..placement import check
+from ..rank_classification import Normalization, lengths
+
+logger: Any = logging.get_logger(__name__)
+
+COLUMNS = ["prompt", "choices", "answer"]
+
+
+class ChoiceRows(Dataset[dict[str, Any]]):
+    """The rows of a map-style data set, each checked as it is read, since a row may be another at each access.
+
+    Args:
+        rows: anything with a length whose rows are read by their numbers: a list, a `datasets.Dataset`, a
+            `torch.utils.data.Dataset`. Columns beside `prompt`, `choices` and `answer` are left out.
+        answered: whether every row must have an answer.
+    """
+
+    def __init__(self, rows: Any, answered: bool = True):
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping):
+            kind = type(rows).__name__
+            raise TypeError(
+                f"The data set (={kind}) must be map-style: with a length, its rows read by their numbers."
+            )
+        self.rows, self.answered = rows, answered
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return checked(self.rows[number], number, self.answered)
+
+
+def checked(row: Any, number: int, answered: bool = True) -> dict[str, Any]:
+    """The prompt, the choices and the answer of a row.
+
+    Args:
+        row: a mapping with `prompt` (a text), `choices` (a list of texts) and `answer` (the index of one of them).
+        number: of the row, for errors.
+        answered: whether there must be an answer.
+
+    Raises:
+        TypeError: the row or a field is of the wrong kind.
+        ValueError: a field is missing, or its value breaks a rule.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(f"Row {number} (={type(row).__name__}) must be a mapping with {', '.join(COLUMNS)}.")
+    needed = COLUMNS if answered else COLUMNS[:2]
+    lacking = [name for name in needed if row.get(name) is None]
+    check("row", number, not lacking, f"lacks {' and '.join(f'`{name}`' for name in lacking)}")
+    prompt, choices, answer = (row.get(name) for name in COLUMNS)
+    if not isinstance(prompt, str):
+        raise TypeError(f"`prompt` (={prompt!r}) of row {number} must be a text.")
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
+        raise TypeError(f"`choices` (={choices!r}) of row {number} must be a list of texts.")
+    texts = [choice for choice in choices if isinstance(choice, str) and choice.strip()]
+    rule = f"of row {number} must be texts, at least one, and none of them empty"
+    check("choices", choices, 0 < len(texts) == len(choices), rule)
+    found: dict[str, Any] = {"prompt": prompt, "choices": texts}
+    if answer is None:
+        return found
+    if isinstance(answer, bool) or not hasattr(answer, "__index__"):
+        raise TypeError(f"`answer` (={answer!r}) of row {number} must be the index of a choice, a whole number.")
+    index = operator.index(answer)
+    rule = f"of row {number} must be the index of one of its {len(texts)} choices, 0 to {len(texts) - 1}"
+    check("answer", index, 0 <= index < len(texts), rule)
+    return {**found, "answer": index}
+
+
+def check_rows(rows: Any) -> None:
+    """Read every row of data that lie there as they are, so that no run ends with an error in the last of them."""
+    if rows is None:
+        return
+    numbered = ChoiceRows(rows)
+    rendered = getattr(rows, "format", {}).get("type") == "custom"  # as they are read, by `datasets`' set_transform
+    if isinstance(rows, list | tuple) or (hasattr(rows, "features") and not rendered):
+        for number in range(len(numbered)):
+            numbered[number]
+
+
+@dataclass
+class DataCollatorForChoices:
+    """Rows with prompts, choices and answers as a batch for `packing.choice_token_scores` and the losses.
+
+    To what `choices.collate` gives, it adds
+
+        answer    (examples,): the index of the right choice among those of the example; not there if no row has one
+        lengths   (rows,): what divides the log-probability of a choice where choices are ranked
+
+    Args:
+        tokenizer: the model's.
+        encoder_decoder: whether the model is one.
+        max_prompt_length: tokens of a prompt; longer ones lose their beginning, since a question mostly ends with what
+            is asked (the code of the paper cuts the end off). None for any number.
+        max_choice_length: tokens of a choice; longer ones lose their end. None for any number.
+        normalization: what `lengths` are: of "token", "byte" or "character", or 1 for "none".
+        separator: goes between prompt and choice where neither has white space there; decoders only.
+    """
+
+    tokenizer: Any
+    encoder_decoder: bool = False
+    max_prompt_length: int | None = None
+    max_choice_length: int | None = None
+    normalization: Normalization = "token"
+    separator: str = " "
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        examples = [self.encode(row["prompt"], row["choices"]) for row in rows]
+        batch = collate(examples, self.tokenizer.pad_token_id or 0)
+        divisors = (lengths(e, row["choices"], self.normalization) for e, row in zip(examples, rows, strict=True))
+        batch["lengths"] = torch.tensor([float(n) for one in divisors for n in one])
+        if any("answer" in row for row in rows):
+            batch["answer"] = torch.tensor([row["answer"] for row in rows])
+        return batch
+
+    def encode(self, prompt: str, choices: Sequence[str]) -> Example:
+        """The tokens of a prompt and its choices, cut to the lengths that are allowed."""
+        example = encode_choices(self.tokenizer, prompt, choices, self.encoder_decoder, self.separator)
+        begun = example.prompt[:1] if example.prompt[0] == self.tokenizer.bos_token_id else []
+        kept = shorter("prompt", example.prompt[len(begun) :], self.max_prompt_length, len(begun))
+        cut = [shorter("choice", choice[::-1], self.max_choice_length)[::-1] for choice in example.choices]
+        return Example(begun + kept, cut)
+
+
+def shorter(name: str, tokens: list[int], length: int | None, taken: int = 0) -> list[int]:
+    """The last tokens, so many that with those that are taken there are at most `length`."""
+    if length is None or len(tokens) + taken <= length:
+        return tokens
+    logger.warning_once(f"A {name} has more than `max_{name}_length` (={length}) tokens; such are cut.")
+    return tokens[len(tokens) - max(length - taken, 0) :]

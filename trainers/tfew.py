@@ -1,0 +1,208 @@
+"""T-Few: few-shot training on prompts with answer choices, evaluated by ranking them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, TrainingArguments
+from transformers.optimization import Adafactor
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..losses import choice_loss, lm_loss, unlikelihood_loss
+from ..packing import bare, choice_token_scores, packs
+from ..papers import IA3
+from ..placement import check
+from ..tuners.composed import keep_4bit_trainable
+from .choice_batches import answers_alone, costs, loss_counts, right, scores, with_scores
+from .choice_data import COLUMNS, ChoiceRows, DataCollatorForChoices, check_rows
+from .tfew_arguments import TFewTrainingArguments
+from .trainer import AdapterTrainer
+
+
+class TFewTrainer(AdapterTrainer):
+    """Trains an adapter to answer prompts by one of their choices, with the losses of T-Few.
+
+    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.2: loss = lm_loss + choice_loss + unlikelihood_loss.
+    Each is logged. Means are over the whole step: however many batches are accumulated and processes take part, loss
+    and gradient are those of one big batch.
+
+    Rows of data are mappings with `prompt` (a text), `choices` (a list of texts, of any length) and `answer` (the
+    index of the right one). A row with one choice has the language-modelling loss alone.
+
+    Evaluation ranks the choices: `compute_metrics` gets an `EvalPrediction` with
+
+        predictions   (examples, most choices of an example): the scores of the choices, float32, -inf where an example
+                      has no such choice
+        label_ids     (examples,): the answers
+
+    and is the accuracy if none is given. `predict` returns the same scores, also for rows without `answer`. The loss
+    of an evaluation is the mean over its batches, as everywhere in Trainer.
+
+    Args:
+        model: a causal or sequence-to-sequence language model, with an adapter, or with `peft_config`.
+        args: `TFewTrainingArguments`.
+        data_collator: in place of `DataCollatorForChoices`.
+        train_dataset, eval_dataset: lists of rows, a `datasets.Dataset`, or other map-style data. Rows may be rendered
+            as they are read.
+        processing_class: the model's tokenizer.
+        peft_config: the adapter to put on `model`: `TFewConfig()`, as in the paper, or any other.
+        kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        TypeError: arguments, data or rows are of the wrong kind.
+        ValueError: a row breaks a rule, or an argument does not go with these losses.
+    """
+
+    _name = "T-Few"
+    _paper = IA3
+    _tags = ("t-few",)
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TFewTrainingArguments | None = None,
+        data_collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ):
+        args = TFewTrainingArguments() if args is None else args
+        if not isinstance(args, TFewTrainingArguments):
+            raise TypeError(f"`args` (={type(args).__name__}) must be TFewTrainingArguments.")
+        if data_collator is None and processing_class is None:
+            raise ValueError("`processing_class` (=None) must be the tokenizer of the model.")
+        given = kwargs.get("compute_loss_func")
+        check("compute_loss_func", given, given is None, "must be None: the losses are those of T-Few")
+        for rows in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_rows(rows)
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics or accuracy,
+            **kwargs,
+        )
+        self._check_setting()
+        self.model_accepts_loss_kwargs = True  # older versions of transformers count for such models only
+        self.label_names = ["answer"]
+        if data_collator is None:
+            self.data_collator = DataCollatorForChoices(
+                processing_class,
+                encoder_decoder=self._base_config.is_encoder_decoder,
+                max_prompt_length=args.max_prompt_length,
+                max_choice_length=args.max_choice_length,
+                normalization=args.normalization,
+                separator=args.separator,
+            )
+
+    @property
+    def _base_config(self) -> Any:
+        return bare(self.peft_model).config
+
+    @property
+    def _arguments(self) -> TFewTrainingArguments:
+        return cast(TFewTrainingArguments, self.args)
+
+    def _check_setting(self) -> None:
+        base = bare(self.peft_model)
+        rule = "must be a causal or sequence-to-sequence language model"
+        check("model", type(base).__name__, base.can_generate(), rule)
+        rule = "GPUs in one process are not supported; start a process for each with `torchrun --nproc-per-node`"
+        check("n_gpu", self.args.n_gpu, self.args.n_gpu <= 1, rule)
+        packs(self.peft_model, self._arguments.packed)  # says what is not possible, and what will be slower
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = COLUMNS  # what `remove_unused_columns` leaves
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        rows = ChoiceRows(dataset, answered=description != "test")
+        return super()._get_dataloader(rows, description, *args, **kwargs)
+
+    # The loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor:  # shape: (3,)
+        """What the means of the three losses are over: in all batches of a step, on all processes."""
+        total = torch.zeros(3, dtype=torch.long, device=device)
+        for batch in batch_samples:
+            total += loss_counts(batch, self._arguments.average).to(device)
+        return cast(Tensor, self.accelerator.reduce(total, "sum")) if self._sums_processes else total
+
+    @property
+    def _sums_processes(self) -> bool:
+        return self.args.average_tokens_across_devices and self.args.world_size > 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,  # shape: (3,)
+    ) -> Any:
+        args, weights = self._arguments, self._arguments.weights
+        batch = inputs if return_outputs or weights.keys() != {"lm_loss"} else answers_alone(inputs)
+        tokens = choice_token_scores(model, batch, args.packed)
+        correct, example = right(batch), batch["example"]
+        answers, ranked, wrong = (None,) * 3 if num_items_in_batch is None else num_items_in_batch.unbind()
+        losses = {
+            "lm_loss": lm_loss(tokens, correct, args.average, answers),
+            "choice_loss": choice_loss(tokens, correct, example, args.power, ranked),
+            "unlikelihood_loss": unlikelihood_loss(tokens, correct, example, args.epsilon, args.average, wrong),
+        }
+        summed = num_items_in_batch is not None and self._sums_processes
+        scale = args.world_size if summed else 1  # since gradients and logs are means over the processes
+        terms = {name: weight * scale * losses[name] for name, weight in weights.items()}
+        self.add_loss_terms(**terms)
+        loss = torch.stack(list(terms.values())).sum()
+        return (loss, {"costs": costs(tokens, batch)}) if return_outputs else loss
+
+    def gate_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prompts; for an encoder-decoder with the right choices, as its labels."""
+        prompts = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
+        decoded = {"labels": inputs["choice_ids"][right(inputs)]} if self._base_config.is_encoder_decoder else {}
+        return prompts | decoded
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The optimizer that `args` names; Adafactor with the `scale_parameter` that they say."""
+        cls, kwargs = AdapterTrainer.get_optimizer_cls_and_kwargs(args, model)
+        if cls is Adafactor:
+            kwargs["scale_parameter"] = cast(TFewTrainingArguments, args).scale_parameter
+        return cls, kwargs
+
+    # Evaluation
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if "answer" in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        batch = cast(dict[str, Tensor], self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return None, costs(choice_token_scores(model, batch, self._arguments.packed), batch), None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        keep_4bit_trainable(self.peft_model)
+        given = self.compute_metrics
+        self.compute_metrics = given and with_scores(given)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.compute_metrics = given
+        return output._replace(predictions=scores(output.predictions))
+
+
+def accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    """The share of the examples whose answer has the highest score."""
+    return {"accuracy": float((np.argmax(evaluated.predictions, -1) == evaluated.label_ids).mean())}

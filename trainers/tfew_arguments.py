@@ -1,0 +1,85 @@
+"""The recipe of T-Few as training arguments."""
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from transformers import TrainingArguments
+
+from ..losses import Averaging
+from ..placement import check, check_count, is_number
+from ..rank_classification import Normalization
+
+
+@dataclass
+class TFewTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the recipe of T-Few as defaults, and what its losses take.
+
+    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.5 and the paper's code: 1,000 steps of 8 examples,
+    Adafactor, a rate of 3e-3 that rises over the first 6 % of the steps and falls linearly to 0, and gradients clipped
+    at 1.
+
+    Args:
+        max_steps: 1,000; to train by `num_train_epochs` set it to -1.
+        scale_parameter: of Adafactor: whether the rate is that of a change relative to the root mean square of a
+            parameter, as in the paper, where the vectors of (IA)^3 have 1. What begins at zero, as half of LoRA does,
+            then moves at a thousandth of the rate: False is better for it (or `optim="adamw_torch"`).
+            transformers' own `optim="adafactor"` is False, whatever `optim_args` says.
+        lm_weight, choice_weight, unlikelihood_weight: of the three losses, see `hf_peft_ext.losses`. With the last two
+            at 0, training reads the right choices alone (the paper does so where there are dozens of choices).
+        power: of the length that divides a choice's log-probability in the choice loss; 0 for none.
+        epsilon: of the unlikelihood loss; 0.01 in the code of the paper.
+        average: "token", over all tokens of a step as in the code of the paper, or "example", as the paper writes it.
+        packed: whether a prompt is read once for all its choices; None for wherever the model can. The numbers are the
+            same.
+        normalization: of the scores by which choices are ranked in evaluation, see `hf_peft_ext.score_choices`.
+        max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`.
+
+    Raises:
+        ValueError: a value breaks a rule.
+    """
+
+    learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
+    max_steps: int = field(default=1000, metadata={"help": "Steps of training; -1 to count by num_train_epochs."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Steps in which the rate rises; below 1, a share."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples in a batch of evaluation."})
+    optim: str = field(default="adafactor", metadata={"help": "The optimizer."})
+    scale_parameter: bool = field(default=True, metadata={"help": "Adafactor's rates are relative to parameters."})
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss."})
+    choice_weight: float = field(default=1.0, metadata={"help": "Weight of the length-normalised choice loss."})
+    unlikelihood_weight: float = field(default=1.0, metadata={"help": "Weight of the unlikelihood loss."})
+    power: float = field(default=1.0, metadata={"help": "Of the length, in the choice loss."})
+    epsilon: float = field(default=0.0, metadata={"help": "Of the unlikelihood loss."})
+    average: Averaging = field(default="token", metadata={"help": "Over the tokens of a step, or by example first."})
+    packed: bool | None = field(default=None, metadata={"help": "Read prompts once; None for wherever possible."})
+    normalization: Normalization = field(default="token", metadata={"help": "What divides scores in evaluation."})
+    max_prompt_length: int | None = field(default=256, metadata={"help": "Tokens of a prompt."})
+    max_choice_length: int | None = field(default=256, metadata={"help": "Tokens of a choice."})
+    separator: str = field(default=" ", metadata={"help": "Between prompt and choice, in decoders."})
+
+    def __post_init__(self) -> None:
+        for name in ("lm_weight", "choice_weight", "unlikelihood_weight", "power", "epsilon"):
+            value = getattr(self, name)
+            check(name, value, is_number(value) and value >= 0, "must be a number of 0 or more")
+        rule = "must not be 0 if `choice_weight` and `unlikelihood_weight` are"
+        check("lm_weight", self.lm_weight, bool(self.weights), rule)
+        for name, known in (("average", get_args(Averaging)), ("normalization", get_args(Normalization))):
+            check(name, getattr(self, name), getattr(self, name) in known, f"must be one of {', '.join(known)}")
+        for name in ("max_prompt_length", "max_choice_length"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        rule = "must be 0: the losses of T-Few compare choices, and have no labels to smooth"
+        check("label_smoothing_factor", self.label_smoothing_factor, self.label_smoothing_factor == 0, rule)
+        by_steps = self.num_train_epochs == 3.0 or self.max_steps <= 0  # 3 is the default of transformers
+        rule = f"does nothing beside `max_steps` (={self.max_steps}); add `max_steps=-1` to train by epochs"
+        check("num_train_epochs", self.num_train_epochs, by_steps, rule)
+        super().__post_init__()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses that count, by their names in the log, and their weights."""
+        weights = {
+            "lm_loss": self.lm_weight,
+            "choice_loss": self.choice_weight,
+            "unlikelihood_loss": self.unlikelihood_weight,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
