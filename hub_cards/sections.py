@@ -10,7 +10,7 @@ from . import figures, methods
 from .adapter import SavedAdapter, is_hub_id
 from .metadata import base_model
 from .record import DatasetRecord, Result, TrainingRecord
-from .snippet import base_class, snippet
+from .snippet import base_class, ranks_choices, snippet
 from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
 
 COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
@@ -27,8 +27,9 @@ def values(
     drawn = figures.drawable(record)
     trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
     place = {"repo_id": repo_id, "subfolder": subfolder}
-    loading = snippet(adapter, base, revision=revision, labels=record.labels, **place)
-    cited = [*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")]
+    ranks = ranks_choices(adapter, record.pipeline_tag)
+    loading = snippet(adapter, base, revision=revision, labels=record.labels, ranks=ranks, **place)
+    cited = dict.fromkeys([*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")])
     return {
         "method": methods.name(adapter),
         "base_code": code(base) if base else None,
@@ -36,7 +37,7 @@ def values(
         "parameters": whole(adapter.parameters),
         "size": in_units(adapter.bytes, BYTES),
         "trained_on": listed(trained_on) if trained_on else None,
-        "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours else 'peft'}", "bash"),
+        "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours or ranks else 'peft'}", "bash"),
         "snippet": fenced(loading, "python"),
         "labels": ", ".join(code(label) for label in record.labels),
         "results": results(record.results),

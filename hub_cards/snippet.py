@@ -40,8 +40,16 @@ GENERATE = """
 inputs = tokenizer("A text to go on from:", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=50)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+RANK = """
+classifier = RankClassifier(model, tokenizer, choices=["one answer", "another"])
+print(classifier.predict(["A prompt that asks for one of them:"]))"""
 USES = {"SEQ_CLS": CLASSIFY, "CAUSAL_LM": GENERATE, "SEQ_2_SEQ_LM": GENERATE}
 MANY = 20  # more names of classes would bury the code
+
+
+def ranks_choices(adapter: SavedAdapter, task: str | None) -> bool:
+    """Whether a model that writes text is used to classify, by the choice that it finds most probable."""
+    return task == "text-classification" and adapter.config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def auto_class(adapter: SavedAdapter) -> str | None:
@@ -78,6 +86,7 @@ def snippet(
     labels: Sequence[str] = (),
     repo_id: str | None = None,
     subfolder: str | None = None,
+    ranks: bool = False,
 ) -> str:
     """Python that loads the base model and the adapter, and uses them where the task says how.
 
@@ -88,8 +97,9 @@ def snippet(
         labels: names of the classes, in order.
         repo_id: where the adapter is on the Hub; its folder's name by default.
         subfolder: the folder of the repository in which it lies; None for the repository itself.
+        ranks: whether it is used by ranking answer choices.
     """
-    cls, use = auto_class(adapter), USES.get(adapter.config.task_type, "")
+    cls, use = auto_class(adapter), RANK if ranks else USES.get(adapter.config.task_type, "")
     load = "hf_peft_ext.load_adapter" if adapter.is_ours else "PeftModel.from_pretrained"
     lines = [*imports(adapter, cls, use), "", f"adapter = {literal(repo_id or adapter.folder.resolve().name)}"]
     if cls:
@@ -114,6 +124,7 @@ def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
     lines = {
         ours: adapter.is_ours,
         "import torch": "torch." in use,
+        "from hf_peft_ext import RankClassifier": "RankClassifier(" in use,
         "from peft import PeftModel": not adapter.is_ours,
         f"from transformers import {', '.join(names)}": bool(names),
     }

@@ -87,13 +87,16 @@ def hub_id(namespace: str, lowered: str, revision: str) -> str | None:
 
 
 def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that differ from their defaults, without places and secrets."""
-    usual = defaults(args)
+    """The settings that differ from their defaults, or whose defaults are not those of transformers' class; without
+    places and secrets.
+    """
+    usual, stock = defaults(args), {f.name: default(f) for f in dataclasses.fields(TrainingArguments)}
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         hidden = is_secret(field.name) or PLACES.fullmatch(field.name)
-        if field.init and value != usual[field.name] and not hidden:
+        own = default(field) != stock.get(field.name, default(field))  # as the rate of a paper's recipe
+        if field.init and (own or value != usual[field.name]) and not hidden:
             changed[field.name] = value.value if isinstance(value, Enum) else value
     return without_secrets(json.loads(json.dumps(changed, default=str)), args.hub_token)
 

@@ -1,15 +1,17 @@
 """T-Few: few-shot training on prompts with answer choices, evaluated by ranking them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..hub_cards import TrainingRecord
 from ..losses import choice_loss, lm_loss, unlikelihood_loss
 from ..packing import bare, choice_token_scores, packs
 from ..papers import IA3
@@ -45,7 +47,7 @@ class TFewTrainer(AdapterTrainer):
         args: `TFewTrainingArguments`.
         data_collator: in place of `DataCollatorForChoices`.
         train_dataset, eval_dataset: lists of rows, a `datasets.Dataset`, or other map-style data. Rows may be rendered
-            as they are read.
+            as they are read; what draws at random does so anew in each epoch if it has `set_epoch`, which is called.
         processing_class: the model's tokenizer.
         peft_config: the adapter to put on `model`: `TFewConfig()`, as in the paper, or any other.
         kwargs: further arguments of `transformers.Trainer`.
@@ -93,6 +95,7 @@ class TFewTrainer(AdapterTrainer):
             **kwargs,
         )
         self._check_setting()
+        self.add_callback(AtEpoch(train_dataset))
         self.model_accepts_loss_kwargs = True  # older versions of transformers count for such models only
         self.label_names = ["answer"]
         if data_collator is None:
@@ -130,7 +133,7 @@ class TFewTrainer(AdapterTrainer):
         rows = ChoiceRows(dataset, answered=description != "test")
         return super()._get_dataloader(rows, description, *args, **kwargs)
 
-    # The loss
+    # The loss: a share of that of the whole step
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -183,6 +186,11 @@ class TFewTrainer(AdapterTrainer):
             kwargs["scale_parameter"] = cast(TFewTrainingArguments, args).scale_parameter
         return cls, kwargs
 
+    def filled_record(self) -> TrainingRecord:
+        """The record as it stands now; what is trained classifies, even if the model could generate text."""
+        record = super().filled_record()
+        return replace(record, pipeline_tag=record.pipeline_tag or "text-classification")
+
     # Evaluation
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +209,20 @@ class TFewTrainer(AdapterTrainer):
         finally:
             self.compute_metrics = given
         return output._replace(predictions=scores(output.predictions))
+
+
+class AtEpoch(TrainerCallback):
+    """Tells data that draw at random which epoch it is, whether training begins there or goes on from a checkpoint.
+
+    (accelerate's data loader tells them where there is one process, and not where there are several.)
+    """
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(int(state.epoch or 0))
 
 
 def accuracy(evaluated: EvalPrediction) -> dict[str, float]:
