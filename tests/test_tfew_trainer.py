@@ -25,7 +25,7 @@ from .backbones import BACKBONES
 from .methods import randomise
 from .test_rank_classification import DECODER, SEQ2SEQ
 from .test_trainers import logged
-from .test_training import StopAt, classifier, trained
+from .test_training import StopAt, trained
 
 # 2026-11: the data loader asks for pinned memory wherever it runs
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
@@ -320,7 +320,10 @@ def test_adafactor_is_that_of_the_paper(tmp_path):
     rates = [trainer.lr_scheduler.lr_lambdas[0](step) * 3e-3 for step in (0, 30, 60, 530, 1000)]
     assert rates == pytest.approx([0, 1.5e-3, 3e-3, 1.5e-3, 0])
     stock = Trainer.get_optimizer_cls_and_kwargs(args)[1]
-    assert (stock["scale_parameter"], trainer.get_optimizer_cls_and_kwargs(args)[1]["scale_parameter"]) == (False, True)
+    assert (stock["scale_parameter"], trainer.get_optimizer_cls_and_kwargs(args)[1]["scale_parameter"]) == (
+        False,
+        True,
+    )
 
     trainer = made(tmp_path, max_steps=3, warmup_steps=0, lr_scheduler_type="constant", rows=ROWS)
     other, batch = Other(trainer.model), trainer.data_collator(ROWS)
@@ -348,7 +351,11 @@ def test_record_and_card(tmp_path):
     trainer.evaluate_base()
     trainer.save_model()
     record = TrainingRecord.load(tmp_path)
-    assert (record.trainer, record.pipeline_tag, record.paper["arxiv"]) == ("T-Few", "text-classification", "2205.05638")
+    assert (record.trainer, record.pipeline_tag, record.paper["arxiv"]) == (
+        "T-Few",
+        "text-classification",
+        "2205.05638",
+    )
     assert {(r.metric, r.method) for r in record.results} >= {("accuracy", "adapter"), ("accuracy", "base")}
     assert set(TERMS) <= record.history[0].keys()
     assert record.hyperparameters["optim"] == "adafactor"

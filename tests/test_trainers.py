@@ -719,6 +719,7 @@ def test_sft(tmp_path):
     assert record.hyperparameters == {
         **{"use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "max_steps": 8},
         **{"logging_steps": 2, "max_length": 32, "save_steps": 3, "packing_strategy": "wrapped"},
+        **{"gradient_checkpointing": True},  # TRL's own default
     }
     assert record.datasets[0].fingerprint == data._fingerprint
     assert "mean_token_accuracy" in record.history[0]
