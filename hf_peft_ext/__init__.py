@@ -7,6 +7,10 @@ from .adapterhub import from_adapterhub as from_adapterhub
 from .autoload import install_autoload as install_autoload
 from .autoload import uninstall_autoload as uninstall_autoload
 from .placement import Placement as Placement
+from .prompts import PromptedDataset as PromptedDataset
+from .prompts import PromptTemplate as PromptTemplate
+from .prompts import evaluate_templates as evaluate_templates
+from .prompts import load_templates as load_templates
 from .rank_classification import RankClassifier as RankClassifier
 from .rank_classification import score_choices as score_choices
 from .safe_load import load_adapter as load_adapter

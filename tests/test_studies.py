@@ -39,6 +39,7 @@ def options(tmp_path):
 
 def run(monkeypatch, options):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as when it is started as a script
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

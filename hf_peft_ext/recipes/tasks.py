@@ -6,9 +6,9 @@ from typing import Any
 import transformers
 
 from .. import trainers
+from ..metrics import CLASSIFICATION, GENERATION, Metric
 from .data import Classification, Instruction, Sequences
 from .draft import optional
-from .metrics import CLASSIFICATION, GENERATION, Metric
 from .rows import Rows
 
 

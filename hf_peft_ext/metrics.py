@@ -1,4 +1,4 @@
-"""The metrics that a recipe can ask for, by name; each compares what was predicted with what is right."""
+"""The metrics of recipes and prompt templates, by name; each compares what was predicted with what is right."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

