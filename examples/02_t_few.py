@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_peft_ext import RankClassifier, TFewConfig
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
@@ -26,9 +26,7 @@ def load(cls, **kwargs):
 
 
 def load_model():
-    model = load(AutoModelForCausalLM, dtype=torch.float32)
-    model.is_quantized = False  # any more: what was read from the file are plain numbers now
-    return model
+    return load(AutoModelForCausalLM, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
 
 
 def prompt(text):

@@ -25,9 +25,10 @@ Python arguments:
 
 \b
 [cyan]model[/]         model_name_or_path, revision, dtype, attn_implementation, and
-              local_path: where the same model lies on this machine
+              local_path: where the same model lies on this machine,
+              gguf_file: the file in it, where it is one in GGUF
 [cyan]quantization[/]  those of transformers.BitsAndBytesConfig; none without it
-[cyan]peft[/]          peft_type: UNIPELT, MAM, LORA or any other that peft knows
+[cyan]peft[/]          peft_type: UNIPELT, MAM, TFEW, LORA or any other that peft knows
               task_type: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM
               and the fields of that type's config
 [cyan]data[/]          path, name, data_files, revision, as in load_dataset;
@@ -38,10 +39,13 @@ Python arguments:
                   or prompt_column and response_column
                 SEQ_2_SEQ_LM: prompt_column, response_column, max_length,
                   max_target_length
+                T-Few, of these two: prompt and choices, in Jinja,
+                  answer_column, use_chat_template
 [cyan]training[/]      those of transformers.TrainingArguments, for CAUSAL_LM of
-              trl.SFTConfig, for SEQ_2_SEQ_LM of Seq2SeqTrainingArguments;
+              trl.SFTConfig, for SEQ_2_SEQ_LM of Seq2SeqTrainingArguments,
+              with choices of TFewTrainingArguments;
               output_dir says where the adapter goes
-[cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS),
+[cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS, T-Few),
               exact_match (SEQ_2_SEQ_LM)
 
 Changes come behind the file, their values in YAML: section.key=value, or

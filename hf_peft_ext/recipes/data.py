@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..placement import check
+from ..prompts import PromptTemplate, chat
 from .draft import RecipeError
 from .rows import Rows
 
@@ -120,3 +121,53 @@ class Sequences(Rows):
             return {**prompts, "labels": responses["input_ids"]}
 
         return rows.map(inputs, batched=True, remove_columns=rows.column_names)
+
+
+@dataclass
+class Ranking(Rows):
+    """Data of T-Few, for CAUSAL_LM and SEQ_2_SEQ_LM: a prompt for each row, and choices to answer it with.
+
+    Args:
+        prompt: the prompt in Jinja, whose names are columns.
+        choices: a list of texts in Jinja; one text that renders to all of them with "|||" between; or a mapping from
+            what may stand in `answer_column` to the choice that it means.
+        answer_column: the right choice: its text, its index, or a key of `choices`.
+        use_chat_template: whether prompts go through the tokenizer's chat template.
+    """
+
+    prompt: str = ""
+    choices: list[str] | dict[str, str] | str = ""
+    answer_column: str = "label"
+    use_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("prompt", self.prompt, bool(self.prompt.strip()), "must be a text in Jinja, such as '{{ text }} Topic:'")
+        self.template()
+
+    def template(self) -> PromptTemplate:
+        choices = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
+        return PromptTemplate("data", self.prompt, choices, self.answer_column)
+
+    def columns(self) -> list[str]:
+        return sorted(self.template().fields | {self.answer_column})
+
+    def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
+        template = self.template()
+
+        def rendered(row: dict[str, Any], number: int) -> dict[str, Any]:
+            try:
+                example = template.render({**row, self.answer_column: self._answer(row)})
+            except ValueError as error:
+                raise RecipeError(f"`data`: row {number} of {self.title}: {error}") from error
+            return {**example, "prompt": chat(tokenizer, example["prompt"])} if self.use_chat_template else example
+
+        return rows.map(rendered, with_indices=True, remove_columns=rows.column_names)
+
+    def _answer(self, row: dict[str, Any]) -> Any:
+        """The right choice, as the template takes it."""
+        answer = row[self.answer_column]
+        if not isinstance(self.choices, dict):
+            return answer
+        check(self.answer_column, answer, str(answer) in self.choices, f"must be one of {', '.join(self.choices)}")
+        return list(self.choices).index(str(answer))

@@ -7,13 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
 from ..trainers.secret import is_secret
 from .draft import Draft, RecipeError, did_you_mean, split_override
-from .tasks import TASKS
+from .tasks import CONFIGS, TASKS, task_of
 
 SECTIONS = ("model", "quantization", "peft", "data", "training", "metrics")
 KINDS = ("peft.peft_type", "peft.task_type")  # what decides which keys the sections have
@@ -36,6 +34,7 @@ class ModelArguments:
         revision: branch, tag or commit on the Hub.
         dtype: "float32", "bfloat16", "float16" or "auto".
         attn_implementation: "sdpa" or "eager" for methods with prefixes.
+        gguf_file: the file in the model's folder, if it is one in GGUF; its weights are unpacked.
     """
 
     model_name_or_path: str
@@ -43,6 +42,7 @@ class ModelArguments:
     revision: str | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
+    gguf_file: str | None = None
 
 
 def override(draft: Draft, changes: Sequence[str]) -> None:
@@ -82,8 +82,8 @@ def known_keys(draft: Draft) -> dict[str, dict[str, Any]]:
             raise draft.error(str(name), f"is not a section of a recipe ({', '.join(SECTIONS)}){hint}")
         if section is not None and not isinstance(section, list if name == "metrics" else dict):
             raise draft.error(name, f"must be a {'list' if name == 'metrics' else 'mapping of keys to values'}")
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(_choice(draft, "peft_type", [t.value for t in PeftType]))]
-    task = TASKS[_choice(draft, "task_type", list(TASKS))]
+    config = CONFIGS[_choice(draft, "peft_type", list(CONFIGS))]
+    task = task_of(_choice(draft, "task_type", list(TASKS)), draft.sections.get("data"))
     known = {
         "model": _fields(ModelArguments),
         "quantization": {

@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType
 from transformers import BitsAndBytesConfig
 
 from ..hub_cards import is_as_written
@@ -18,7 +16,7 @@ from ..trainers.checkpoint import last_checkpoint, missing
 from .draft import Draft, did_you_mean, optional
 from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
 from .rows import Rows
-from .tasks import TASKS, Task
+from .tasks import CONFIGS, Task, task_of
 
 FILE = "recipe.yaml"
 
@@ -64,7 +62,7 @@ class Recipe:
 
     @property
     def task(self) -> Task:
-        return TASKS[str(getattr(self.peft.task_type, "value", self.peft.task_type))]
+        return task_of(str(getattr(self.peft.task_type, "value", self.peft.task_type)), self.written.get("data"))
 
     def save(self, folder: str | Path) -> Path:
         """Write it as `recipe.yaml`, from which `hf-peft-ext train` repeats the run.
@@ -92,7 +90,7 @@ def _build(draft: Draft) -> dict[str, Any]:
     """The objects that the sections describe; their classes check the values."""
     sections = {name: dict(draft.sections.get(name) or {}) for name in SECTIONS if name != "metrics"}
     peft_type, task_type = (sections["peft"][key] for key in ("peft_type", "task_type"))
-    task, config = TASKS[task_type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    task, config = task_of(task_type, sections["data"]), CONFIGS[peft_type]
     revision = sections["model"].get("revision")
     options = {**{key: value for key, value in sections["peft"].items() if key != "peft_type"}, "revision": revision}
     built = {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, set_seed
 
-from ..metrics import classification_metrics, generation_metrics
+from ..metrics import CLASSIFICATION, classification_metrics, generation_metrics
 from .draft import RecipeError
 from .recipe import Recipe
 
@@ -49,7 +49,8 @@ def prepare(recipe: Recipe) -> Any:
         *rows, labels = data.load(args.seed)
     source = find_model(recipe)
     with loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=recipe.model.revision)
+        wanted = recipe.model
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted.revision, gguf_file=wanted.gguf_file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with args.main_process_first(desc="tokens"):
@@ -118,6 +119,8 @@ def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -
         options["attn_implementation"] = wanted.attn_implementation
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if wanted.gguf_file is not None:
+        options |= {"gguf_file": wanted.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     if recipe.quantization is not None:
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
     with loading(source):
@@ -131,7 +134,7 @@ def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -
 def _task_options(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What the trainer of a task takes beside what all take."""
     metrics = {name: recipe.task.metrics[name] for name in recipe.metrics}
-    if recipe.peft.task_type == "SEQ_CLS":
+    if recipe.task.metrics is CLASSIFICATION:
         return {"compute_metrics": classification_metrics(metrics)} if metrics else {}
     if recipe.peft.task_type == "SEQ_2_SEQ_LM":
         compute = {"compute_metrics": generation_metrics(metrics, tokenizer)} if metrics else {}

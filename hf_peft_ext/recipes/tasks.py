@@ -1,13 +1,19 @@
-"""The tasks a recipe can train: which model, data, trainer and metrics belong to each `task_type`."""
+"""The tasks a recipe can train: which model, data, trainer and metrics belong to each `task_type`.
 
-from dataclasses import dataclass, field
+A language model with `data.choices` ranks them: that is T-Few's task.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .. import trainers
 from ..metrics import CLASSIFICATION, GENERATION, Metric
-from .data import Classification, Instruction, Sequences
+from ..tuners.tfew import TFewConfig
+from .data import Classification, Instruction, Ranking, Sequences
 from .draft import optional
 from .rows import Rows
 
@@ -19,7 +25,7 @@ class Task:
     Args:
         model: transformers' auto class.
         data: what the `data` section becomes.
-        arguments: what the `training` section becomes: a class of transformers or of TRL, by name.
+        arguments: what the `training` section becomes: a class of transformers, of TRL or of ours, by name.
         trainer_name: its trainer in `hf_peft_ext.trainers`.
         metrics: the metrics that can be asked for, beside the loss.
     """
@@ -32,7 +38,9 @@ class Task:
 
     def training(self) -> Any:
         """The class of the `training` section."""
-        return getattr(optional("trl", "trl") if self.arguments == "SFTConfig" else transformers, self.arguments)
+        if self.arguments == "SFTConfig":
+            return optional("trl", "trl").SFTConfig
+        return getattr(trainers if hasattr(trainers, self.arguments) else transformers, self.arguments)
 
     def trainer(self) -> Any:
         """The trainer; imported late, since TRL is an extra."""
@@ -56,3 +64,20 @@ TASKS = {
         GENERATION,
     ),
 }
+T_FEW = {
+    task_type: replace(
+        TASKS[task_type],
+        data=Ranking,
+        arguments="TFewTrainingArguments",
+        trainer_name="TFewTrainer",
+        metrics=CLASSIFICATION,
+    )
+    for task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+}
+CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+CONFIGS["TFEW"] = TFewConfig  # which becomes one of peft's, as soon as it has a model
+
+
+def task_of(task_type: str, data: Mapping[str, Any] | None) -> Task:
+    """The task of a recipe, from its `peft.task_type` and its `data` section."""
+    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else TASKS[task_type]
