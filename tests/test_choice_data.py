@@ -73,7 +73,7 @@ class Stream(IterableDataset):
         yield ROW
 
 
-@pytest.mark.parametrize("data", [Stream(), {"train": [ROW]}, iter([ROW])])
+@pytest.mark.parametrize("data", [Stream(), {"train": [ROW]}, iter([ROW]), "rows.jsonl"])
 def test_data_that_are_not_map_style(data, tmp_path):
     with pytest.raises(TypeError, match=rf"The data set \(={type(data).__name__}\) must be map-style"):
         TFewTrainer(None, arguments(tmp_path), processing_class=DECODER, train_dataset=data)

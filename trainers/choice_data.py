@@ -29,7 +29,7 @@ class ChoiceRows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, rows: Any, answered: bool = True):
-        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping):
+        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping | str):
             kind = type(rows).__name__
             raise TypeError(
                 f"The data set (={kind}) must be map-style: with a length, its rows read by their numbers."
@@ -84,8 +84,10 @@ def check_rows(rows: Any) -> None:
     if rows is None:
         return
     numbered = ChoiceRows(rows)
-    rendered = getattr(rows, "format", {}).get("type") == "custom"  # as they are read, by `datasets`' set_transform
-    if isinstance(rows, list | tuple) or (hasattr(rows, "features") and not rendered):
+    of_datasets = hasattr(rows, "features") and hasattr(rows, "set_transform")
+    if isinstance(rows, list | tuple) or (
+        of_datasets and rows.format["type"] != "custom"
+    ):  # no transform renders them
         for number in range(len(numbered)):
             numbered[number]
 
