@@ -76,8 +76,8 @@ def with_demonstrations(
         kept.append(len(shown) - dropped)
     short = sum(n < k for n in kept)
     if short and max_tokens is not None:
-        reason = f"Of {len(kept)} prompts, {short} have fewer than k={k} demonstrations, down to {min(kept)}"
-        warnings.warn(f"{reason}: no more fit into max_tokens={max_tokens}.", stacklevel=2)
+        where = f"{short} of {len(kept)} prompts, down to {min(kept)}"
+        warnings.warn(f"Fewer than k={k} demonstrations in {where}: no more fit into {max_tokens=}.", stacklevel=2)
     return [{**example, "prompt": text} for example, text in zip(examples, prompts, strict=True)]
 
 
@@ -113,5 +113,4 @@ def first_that_fits(
 
 def context_length(model: nn.Module) -> int | None:
     """How many tokens a model can read; None where its config sets no limit."""
-    config = bare(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return getattr(bare(model).config.get_text_config(), "max_position_embeddings", None)
