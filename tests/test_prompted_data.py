@@ -1,11 +1,13 @@
 """Data that draws templates, evaluation by template and few-shot prompts, against plain loops and written texts."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from hf_peft_ext import PromptedDataset, PromptTemplate, RankClassifier, evaluate_templates, score_choices
@@ -51,6 +53,9 @@ def test_rows_are_rendered_at_access():
     assert len(dataset) == len(ROWS)
     assert [dataset[i] for i in range(20)] == [dataset.template(i).render(row) for i, row in enumerate(ROWS)]
     assert dataset[-1] == dataset[19]
+    columns = PromptedDataset(Dataset.from_list(ROWS), TEMPLATES)
+    assert [columns[i] for i in range(20)] == [dataset[i] for i in range(20)]
+    assert pickle.loads(pickle.dumps(dataset))[3] == dataset[3]
     with pytest.raises(IndexError, match=r"`index` \(=20\) must lie within the 20 rows."):
         dataset[20]
 
