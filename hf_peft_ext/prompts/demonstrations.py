@@ -62,7 +62,7 @@ def with_demonstrations(
     check("k", k, type(k) is int and 0 <= k <= len(demonstrations), rule)
     needs = chat or max_tokens is not None
     check("tokenizer", tokenizer, tokenizer is not None or not needs, "is needed for `chat` and `max_tokens`")
-    prompts, kept = [], []
+    prompts, cut = [], []
     for i, example in enumerate(examples):
         shown = draw(demonstrations, example["prompt"], k, f"{seed}" if shared else f"{seed} {i}")
 
@@ -73,11 +73,11 @@ def with_demonstrations(
 
         dropped = 0 if max_tokens is None else first_that_fits(prompt, len(shown), example, tokenizer, max_tokens)
         prompts.append(prompt(dropped))
-        kept.append(len(shown) - dropped)
-    short = sum(n < k for n in kept)
-    if short and max_tokens is not None:
-        where = f"{short} of {len(kept)} prompts, down to {min(kept)}"
-        warnings.warn(f"Fewer than k={k} demonstrations in {where}: no more fit into {max_tokens=}.", stacklevel=2)
+        if dropped:
+            cut.append(len(shown) - dropped)
+    if cut:
+        where = f"{len(cut)} of {len(prompts)} prompts, down to {min(cut)}"
+        warnings.warn(f"Fewer than {k=} demonstrations in {where}: no more fit into {max_tokens=}.", stacklevel=2)
     return [{**example, "prompt": text} for example, text in zip(examples, prompts, strict=True)]
 
 
