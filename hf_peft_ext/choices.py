@@ -47,6 +47,9 @@ def encode_choices(
     both are texts of their own, with their special tokens: that which ends a choice counts as one of its tokens, as in
     T-Few.
 
+    Line breaks with which a chat template opens the model's turn stay with the prompt. In lm-evaluation-harness they
+    go to the choices too: all of them are a token longer there, and as much less probable.
+
     Args:
         tokenizer: the model's.
         prompt: a text.
@@ -62,15 +65,24 @@ def encode_choices(
         encoded = [tokenizer(text_target=choice)["input_ids"] for choice in choices]
         example = Example(tokenizer(prompt)["input_ids"], encoded)
     else:
-        context = prompt.rstrip()
-        gap = prompt[len(context) :]
-        targets = [gap + choice if gap or choice[:1].isspace() else separator + choice for choice in choices]
+        context = prompt if opens_turn(tokenizer, prompt) else prompt.rstrip()
+        gap = "" if prompt[-1:].isspace() else separator
+        gaps = ["" if choice[:1].isspace() else gap for choice in choices]
+        targets = [prompt[len(context) :] + gap + choice for gap, choice in zip(gaps, choices, strict=True)]
         ids = open_ids(tokenizer, context)
         encoded = [open_ids(tokenizer, context + target)[len(ids) :] for target in targets]
         example = Example(ids or first_ids(tokenizer), encoded)
     for choice, tokens in zip(choices, example.choices, strict=True):
         check("choices", choice, len(tokens) > 0, "has no tokens behind its prompt")
     return example
+
+
+def opens_turn(tokenizer: Any, prompt: str) -> bool:
+    """Whether the prompt ends with the head of a turn in a chat: a line that begins with a special token."""
+    if prompt[-1:] != "\n":
+        return False
+    head = prompt.rstrip().rpartition("\n")[2]
+    return head.startswith(tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special))
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:

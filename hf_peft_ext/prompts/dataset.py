@@ -18,8 +18,8 @@ class PromptedDataset(Dataset[dict[str, Any]]):
 
     The template of row i in an epoch is drawn from `seed`, the epoch and i alone. So the draws are the same with any
     number of DataLoader workers and processes, and a run that is resumed goes on with those it would have had.
-    Trainer (and whatever else uses accelerate's data loader) calls `set_epoch` by itself; in a loop of your own call
-    it before each epoch, or every epoch has the draws of the first.
+    `TFewTrainer` calls `set_epoch`, and so does accelerate's data loader, and with it Trainer, in a single process; in
+    a loop of your own call it before each epoch, or every epoch has the draws of the first.
 
     Args:
         rows: mappings, by their fields: a list, or a `datasets.Dataset`.

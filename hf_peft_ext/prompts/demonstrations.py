@@ -62,7 +62,7 @@ def with_demonstrations(
     check("k", k, type(k) is int and 0 <= k <= len(demonstrations), rule)
     needs = chat or max_tokens is not None
     check("tokenizer", tokenizer, tokenizer is not None or not needs, "is needed for `chat` and `max_tokens`")
-    prompts, kept = [], []
+    prompts, cut = [], []
     for i, example in enumerate(examples):
         shown = draw(demonstrations, example["prompt"], k, f"{seed}" if shared else f"{seed} {i}")
 
@@ -73,11 +73,11 @@ def with_demonstrations(
 
         dropped = 0 if max_tokens is None else first_that_fits(prompt, len(shown), example, tokenizer, max_tokens)
         prompts.append(prompt(dropped))
-        kept.append(len(shown) - dropped)
-    short = sum(n < k for n in kept)
-    if short and max_tokens is not None:
-        reason = f"Of {len(kept)} prompts, {short} have fewer than k={k} demonstrations, down to {min(kept)}"
-        warnings.warn(f"{reason}: no more fit into max_tokens={max_tokens}.", stacklevel=2)
+        if dropped:
+            cut.append(len(shown) - dropped)
+    if cut:
+        where = f"{len(cut)} of {len(prompts)} prompts, down to {min(cut)}"
+        warnings.warn(f"Fewer than {k=} demonstrations in {where}: no more fit into {max_tokens=}.", stacklevel=2)
     return [{**example, "prompt": text} for example, text in zip(examples, prompts, strict=True)]
 
 
@@ -113,5 +113,4 @@ def first_that_fits(
 
 def context_length(model: nn.Module) -> int | None:
     """How many tokens a model can read; None where its config sets no limit."""
-    config = bare(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return getattr(bare(model).config.get_text_config(), "max_position_embeddings", None)
