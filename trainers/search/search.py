@@ -1,0 +1,191 @@
+"""The search through a design space, S0 to S4: sample, train, compare, narrow, stage by stage."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.trial import Trial
+from peft import PeftConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...placement import check, check_count
+from .compare import Comparison, compare
+from .trial_queue import Queue, Record, Run
+from .result import Decision, SearchResult, config_of, scores_of
+from .training import RunArguments, SearchTask, adapted, evaluate, train
+
+FINISHED = ("done", "stopped", "failed")
+
+
+class Space(Protocol):
+    """One stage of a design space, as `hf_peft_ext.design_space` has them."""
+
+    stage: str
+
+    def constraints(self) -> Sequence[str]: ...
+
+    def sample(self, constraint: str, n: int, seed: int) -> Sequence[PeftConfig]: ...
+
+    def narrow(self, winner: str) -> "Space | None": ...
+
+
+class DesignSpaceSearch:
+    """Finds an architecture: at each stage it samples models under each constraint, and the best constraint stays.
+
+    Chen et al. 2023, Parameter-Efficient Fine-Tuning Design Spaces (https://arxiv.org/abs/2301.01821). The base model is
+    loaded once; adapters are put in and taken out. All that is done stands in a database: started again, a search goes
+    on where it was, and several processes, on several machines if the database is a server's, may work on one.
+
+    Args:
+        tasks: name -> what models are trained and scored on. A model's score is the mean over them.
+        space: the first stage.
+        args: how each run trains.
+        storage: a database's URL; by default a SQLite file. "postgresql+psycopg://user@host/name" for many machines.
+        study_name: the search's name in it. Searches of other settings need another.
+        n_models: models sampled under each constraint.
+        seed: of the samples. Model i under every constraint trains with `seed` + i.
+        pruner: one of Optuna's, to stop hopeless runs early: it sees, after each epoch of each task, the mean score
+            over the tasks up to there. None stops none.
+        heartbeat: seconds between signs of life; a run that misses three waits for another worker.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: a value breaks a rule, or the study holds runs of other settings.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, SearchTask],
+        space: Space,
+        args: RunArguments | None = None,
+        *,
+        storage: str = "sqlite:///search.db",
+        study_name: str = "s4",
+        n_models: int = 12,
+        seed: int = 0,
+        pruner: BasePruner | None = None,
+        heartbeat: int = 20,
+        progress: bool = True,
+    ):
+        check("tasks", tasks, len(tasks) > 0, "must hold at least one task")
+        check_count("n_models", n_models)
+        check_count("heartbeat", heartbeat)
+        check("seed", seed, type(seed) is int and seed >= 0, "must be a whole number of 0 or more")
+        self.tasks, self.space, self.args = dict(tasks), space, args or RunArguments()
+        self.n_models, self.seed, self.stops_early, self.progress = n_models, seed, pruner is not None, progress
+        self.queue = Queue(storage, study_name, pruner, heartbeat)
+        self._check_protocol()
+
+    def _check_protocol(self) -> None:
+        """Keeps runs of two settings out of one study."""
+        protocol = {"n_models": self.n_models, "seed": self.seed, "tasks": list(self.tasks), **asdict(self.args)}
+        there = self.queue.noted("protocol")
+        if there is None:
+            self.queue.note("protocol", protocol)
+        for name, value in (there or {}).items():
+            rule = f"is {value!r} in the study {self.queue.study.study_name!r}; choose another `study_name`"
+            check(name, protocol.get(name), protocol.get(name) == value, rule)
+
+    def search(self) -> SearchResult:
+        """Works until the last stage is decided. Other workers may do the same at the same time."""
+        space: Space | None = self.space
+        while space is not None:
+            self.queue.fill(self.runs(space))
+            records = self._work(space.stage)
+            decision = self._decide(space.stage, records)
+            space = space.narrow(decision.winner)
+        return self.result()
+
+    def runs(self, space: Space) -> list[Run]:
+        """The runs of a stage, model by model, so that the constraints fill up side by side."""
+        sampled = {name: list(space.sample(name, self.n_models, self.seed)) for name in space.constraints()}
+        return [
+            Run(space.stage, name, i, self.seed + i, plain(configs[i]))
+            for i in range(self.n_models)
+            for name, configs in sampled.items()
+            if i < len(configs)
+        ]
+
+    def result(self) -> SearchResult:
+        """What is known so far."""
+        return SearchResult.read(self.queue)
+
+    def _work(self, stage: str) -> list[Record]:
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
+        last = (TimeRemainingColumn(), TextColumn("[red]{task.fields[failed]}"))
+        bars = Progress(*columns, *last, disable=not self.progress)
+        with bars if self.progress else nullcontext():
+            bar = bars.add_task(stage, total=None, failed="")
+
+            def look(records: list[Record]) -> None:
+                finished = sum(record.state in FINISHED for record in records)
+                failed = sum(record.state == "failed" for record in records)
+                bars.update(bar, total=len(records), completed=finished, failed=f"{failed} failed" if failed else "")
+
+            self.queue.work(stage, self._do, look)
+        return self.queue.records(stage)
+
+    def _do(self, trial: Trial, run: Run) -> float:
+        """One run: all tasks in turn, each from the same head and with the same seed."""
+        start, scores = time.perf_counter(), dict(trial.user_attrs.get("scores", {}))
+        before = trial.user_attrs.get("seconds", 0.0)  # of a worker that was killed
+        for step, (name, task) in enumerate(self.tasks.items()):
+            if name in scores:
+                continue
+            try:
+                scores[name] = self._train(trial, run, task, scores, step)
+            finally:
+                trial.set_user_attr("seconds", round(before + time.perf_counter() - start, 3))
+            trial.set_user_attr("scores", scores)
+        return sum(scores.values()) / len(scores)
+
+    def _train(self, trial: Trial, run: Run, task: SearchTask, scores: dict[str, float], step: int) -> float:
+        evaluation = task.batches("evaluation", self.args.per_device_eval_batch_size)
+        name = list(self.tasks)[step]
+        with adapted(task.model, config_of(run.config), run.seed) as model:
+
+            def score() -> float:
+                found = evaluate(model, evaluation, self.args, task.compute_metrics)
+                if found != found or abs(found) == float("inf"):
+                    raise ValueError(f"The score on {name!r} is {found}.")
+                return found
+
+            def stop_if_hopeless(epoch: int) -> None:
+                reached = {**scores, name: score()}
+                trial.report(sum(reached.values()) / len(reached), step * self.args.num_train_epochs + epoch)
+                if trial.should_prune():
+                    trial.set_user_attr("scores", reached)
+                    raise optuna.TrialPruned
+
+            if "parameters" not in trial.user_attrs:
+                trial.set_user_attr("parameters", adapter_parameters(model, task.model))
+            batches = task.batches("train", self.args.per_device_train_batch_size)
+            train(model, batches, self.args, run.seed, stop_if_hopeless if self.stops_early else None)
+            return score()
+
+    def _decide(self, stage: str, records: list[Record]) -> Decision:
+        """Compare the constraints; every worker comes to the same, from the same records."""
+        scores = scores_of(records, list(self.tasks))
+        if not scores:
+            error = next((record.error for record in records if record.error), "no model was sampled")
+            raise RuntimeError(f"No run of stage {stage} was finished; the first error: {error}")
+        decision = Decision.of(stage, compare(scores), records)
+        self.queue.note(f"decision {stage}", asdict(decision))
+        return decision
+
+
+def plain(config: PeftConfig) -> dict[str, Any]:
+    """A config as JSON has it."""
+    values = config.to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+
+def adapter_parameters(model: Any, base: Any) -> int:
+    """How many parameters the adapter trains, the head, which every method trains, left out."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
+    )
