@@ -1,5 +1,6 @@
 """The search through S4's design spaces: sample architectures, train and compare them, narrow the space."""
 
+from .report import write_report as write_report
 from .result import Decision as Decision
 from .result import SearchResult as SearchResult
 from .search import DesignSpaceSearch as DesignSpaceSearch

@@ -19,7 +19,7 @@ def compare(scores: Mapping[str, Sequence[float]]) -> Comparison:
     means = {c: mean(s) for c, s in scores.items()}
     ranked = sorted(means, key=means.__getitem__, reverse=True)
     p = None
-    if len(ranked) > 1 and min(len(scores[c]) for c in ranked[:2]) > 1:
+    if len(ranked) > 1 and len({*scores[ranked[0]]}) > 1 and len({*scores[ranked[1]]}) > 1 and min(len(scores[c]) for c in ranked[:2]) > 1:
         p = float(ttest_ind(scores[ranked[0]], scores[ranked[1]], equal_var=False).pvalue)
     return Comparison(
         ranked[0], means, {c: stdev(s) if len(s) > 1 else 0.0 for c, s in scores.items()},

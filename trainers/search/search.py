@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -13,6 +14,7 @@ from peft import PeftConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...placement import check, check_count
+from ...structure import layer_paths
 from .compare import Comparison, compare
 from .trial_queue import Queue, Record, Run
 from .result import Decision, SearchResult, config_of, scores_of
@@ -82,7 +84,10 @@ class DesignSpaceSearch:
 
     def _check_protocol(self) -> None:
         """Keeps runs of two settings out of one study."""
-        protocol = {"n_models": self.n_models, "seed": self.seed, "tasks": list(self.tasks), **asdict(self.args)}
+        model: Any = next(iter(self.tasks.values())).model
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        protocol = {"model": Path(name).name, "layers": len(layer_paths(model)), "tasks": list(self.tasks)}
+        protocol |= {"n_models": self.n_models, "seed": self.seed, **asdict(self.args)}
         there = self.queue.noted("protocol")
         if there is None:
             self.queue.note("protocol", protocol)

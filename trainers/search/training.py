@@ -124,6 +124,7 @@ def adapted(model: nn.Module, config: PeftConfig, seed: int) -> Iterator[PeftMod
     try:
         yield peft_model
     finally:
+        peft_model.delete_adapter("default")  # or unloading leaves its head in the model
         peft_model.unload()
         model.train(was_training)
         for parameter, requires_grad in trainable:
