@@ -16,6 +16,7 @@ from .tuners import ComposedConfig as ComposedConfig
 from .tuners import ComposedModel as ComposedModel
 from .tuners import LayerPrefixConfig as LayerPrefixConfig
 from .tuners import MAMConfig as MAMConfig
+from .tuners import S4Config as S4Config
 from .tuners import TFewConfig as TFewConfig
 from .tuners import UniPELTConfig as UniPELTConfig
 from .tuners import fix_gates as fix_gates

@@ -88,6 +88,14 @@ MAM = paper(
     2022,
     "2110.04366",
 )
+S4 = paper(
+    "chen2023design",
+    "Parameter-Efficient Fine-Tuning Design Spaces",
+    "Chen, Jiaao and Zhang, Aston and Shi, Xingjian and Li, Mu and Smola, Alex and Yang, Diyi",
+    "International Conference on Learning Representations",
+    2023,
+    "2301.01821",
+)
 IA3 = paper(
     "liu2022few",
     "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
@@ -113,6 +121,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "bitfit": (BITFIT,),
     "unipelt": (UNIPELT, PFEIFFER, PREFIX_TUNING, LORA),
     "mam": (MAM, PREFIX_TUNING),
+    "s4": (S4, PFEIFFER, PREFIX_TUNING, LORA, BITFIT),
     "composed": (),
 }
 # The same for types of peft's own that results of this package are saved as, or compared with.

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from math import floor, isfinite, log10
 from operator import index
 
+from ..layer_groups import ranges as ranges
+
 LONGEST = 200  # characters of a name; what is longer tells a reader nothing
 
 
@@ -59,17 +61,6 @@ def listed(items: Iterable[str]) -> str:
     """a, b and c."""
     *most, last = items
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """0 to 2, 5: runs of whole numbers as a person writes them."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def whole(count: int) -> str:

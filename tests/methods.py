@@ -15,6 +15,7 @@ from hf_peft_ext import (
     LayerPrefixConfig,
     MAMConfig,
     Placement,
+    S4Config,
     UniPELTConfig,
 )
 
@@ -71,6 +72,11 @@ METHODS = {
         lambda **kw: UniPELTConfig(methods=("lora",), gated=False, r=2, **kw), starts_as_base=True, mergeable=True
     ),
     "mam": Method(lambda **kw: MAMConfig(num_virtual_tokens=4, bottleneck_size=4, **kw)),
+    "s4": Method(
+        lambda **kw: S4Config(
+            grouping="uniform", strategies=[("adapter", "lora"), ("prefix", "bitfit", "lora")], budget=0.1, **kw
+        )
+    ),
     "composed": Method(composed),
 }
 

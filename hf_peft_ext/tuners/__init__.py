@@ -13,9 +13,10 @@ from .gates import gate_values as gate_values
 from .ia3 import IA3Model
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from .mam import MAMConfig as MAMConfig
+from .s4 import S4Config as S4Config
 from .tfew import TFewConfig as TFewConfig
 from .unipelt import UniPELTConfig as UniPELTConfig
 
-for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, ComposedConfig):
+for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, S4Config, ComposedConfig):
     register(config.method, config, ComposedModel)
 replace_tuner(PeftType.IA3, IA3Model)

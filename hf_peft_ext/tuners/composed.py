@@ -53,7 +53,8 @@ class ComposedModel(BaseTuner):
             ValueError: a placement has no site in this model, a layer does not exist, or the adapter's name is one
                 that a part of a sub-layer has.
         """
-        config = cast(PlacedConfig, self.peft_config[adapter_name])
+        config = cast(PlacedConfig, self.peft_config[adapter_name]).resolved(model)
+        self.peft_config[adapter_name] = config
         planned = plan(model, config)
         check_adapter_name(adapter_name, model)
         self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
 
 from ..placement import SITES, Placement, check, check_count
 from ..schema import known_fields, read_json
@@ -90,6 +91,10 @@ class PlacedConfig(NamedFields, PeftConfig):
     @abstractmethod
     def to_placements(self) -> list[Placement]:
         """The method, as placements."""
+
+    def resolved(self, model: nn.Module) -> "PlacedConfig":
+        """The config for this model. Only methods whose sizes depend on the model have another one than this."""
+        return self
 
     def stored(self) -> "PlacedConfig":
         """The config that describes the saved adapter: reparameterised prefixes are saved as plain ones."""
