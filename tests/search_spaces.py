@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import time
+from typing import ClassVar
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -20,22 +21,38 @@ ARGS = RunArguments(num_train_epochs=1, learning_rate=0.05)
 class TwoStages:
     """S1: LoRA in the first or in the last layer; S2: of small or of large rank."""
 
-    def __init__(self, stage="S1", layer=None):
-        self.stage, self.layer = stage, layer
+    left_out: ClassVar = {}
+
+    def __init__(self, *winners):
+        self.winners = winners
+
+    @property
+    def stage(self):
+        return f"S{len(self.winners) + 1}"
+
+    @property
+    def finished(self):
+        return len(self.winners) == 2
 
     def constraints(self):
-        return {"S1": ["first", "last"], "S2": ["small", "large"]}[self.stage]
-
-    def sample(self, constraint, n, seed):
-        layer = self.layer if self.stage == "S2" else ["first", "last"].index(constraint)
-        ranks = [i % 2 + {"small": 1, "large": 5}.get(constraint, 3) for i in range(n)]
-        return [
-            ComposedConfig(task_type="SEQ_CLS", placements=[Placement("low_rank", "query", [layer], options={"r": r})])
-            for r in ranks
-        ]
+        return (["first", "last"], ["small", "large"])[len(self.winners)]
 
     def narrow(self, winner):
-        return TwoStages("S2", ["first", "last"].index(winner)) if self.stage == "S1" else None
+        return type(self)(*self.winners, winner)
+
+    def sample(self, constraint, n, seed=0):
+        return [lora(*self.winners, constraint, i) for i in range(n)]
+
+    def config(self):
+        return lora(*self.winners, 0)
+
+
+def lora(layer, *size):
+    """A model of the space; those of S1 have a size between those of S2."""
+    *size, model = size
+    r = {"small": 1, "large": 5}.get("".join(size), 3) + model % 2
+    layers = [["first", "last"].index(layer)]
+    return ComposedConfig(task_type="SEQ_CLS", placements=[Placement("low_rank", "query", layers, options={"r": r})])
 
 
 def accuracy(evaluated):

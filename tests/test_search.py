@@ -14,11 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from hf_peft_ext import ComposedConfig
 from hf_peft_ext.trainers.search import SearchTask, share_trunk
 from hf_peft_ext.trainers.search.result import scores_of
 from hf_peft_ext.trainers.search.training import RunArguments, adapted, evaluate, train
 
-from .search_spaces import ARGS, N_MODELS, TwoStages, accuracy, search, tiny_tasks
+from .search_spaces import ARGS, N_MODELS, TwoStages, accuracy, lora, search, tiny_tasks
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +43,26 @@ def test_goes_through_the_stages(finished):
     assert all(r.run.config["placements"][0]["layers"] == [layer] for r in result.of("S2"))
 
 
-def test_winner_is_a_config(finished):
-    """The best model of the winning constraint, as a config that peft takes and saves."""
+def test_what_was_found_is_a_config(finished):
+    """The config of the last space, for peft."""
     result, _ = finished
-    best = max(result.scores("S2")[result.decisions[-1].winner])
-    assert mean(result.winner.scores.values()) == best
-    model = get_peft_model(tiny_tasks()["two"].model, result.config)
-    assert isinstance(model, PeftModel)
-    assert result.config.placements[0].options["r"] == result.winner.run.config["placements"][0]["options"]["r"]
+    layer, size = (decision.winner for decision in result.decisions)
+    assert result.config.to_placements() == lora(layer, size, 0).placements
+    assert isinstance(get_peft_model(tiny_tasks()["two"].model, result.config), PeftModel)
 
 
 def test_scores_are_those_of_a_run_by_hand(finished):
     """The score of a trial is the one of the same config on a model that was made for it alone."""
     result, _ = finished
     for record in (result.records[0], result.records[-1]):
+        placements = record.run.config["placements"]
         for name in ("two", "three"):
             task = tiny_tasks()[name]
             torch.manual_seed(record.run.seed)
-            options = record.run.config["placements"][0]
-            config = TwoStages("S2", options["layers"][0]).sample("small", 1, 0)[0]
-            config.placements[0].options["r"] = options["options"]["r"]
-            model = get_peft_model(task.model, config)
+            model = get_peft_model(task.model, ComposedConfig(task_type="SEQ_CLS", placements=placements))
             train(model, task.batches("train", 8), ARGS, record.run.seed)
             assert evaluate(model, task.batches("evaluation", 64), ARGS, accuracy) == record.scores[name]
-            assert record.parameters == sum(
-                p.numel() for n, p in model.named_parameters() if "sublayer_" in n
-            )
+            assert record.parameters == sum(p.numel() for n, p in model.named_parameters() if "sublayer_" in n)
 
 
 def test_goes_on_where_it_stood(finished):
@@ -104,7 +99,7 @@ def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("config", [TwoStages("S2", 0).sample("small", 1, 0)[0], LoraConfig(task_type="SEQ_CLS")])
+@pytest.mark.parametrize("config", [lora("first", "small", 0), LoraConfig(task_type="SEQ_CLS")])
 def test_nothing_of_an_adapter_is_left(config):
     """After it was swapped out, its tensors are gone, and the model has the modules and hooks that it had."""
     model, left = tiny_tasks()["two"].model, []
@@ -127,11 +122,13 @@ def test_memory_is_flat_over_200_runs(tmp_path):
     tasks, sizes = tiny_tasks(), []
 
     class Watched(TwoStages):
+        finished = property(lambda self: len(self.winners) == 1)
+
         def constraints(self):
             return ["first"]
 
-        def narrow(self, winner):
-            return None
+        def config(self):
+            return lora("first", 0)
 
     def metric(evaluated):
         sizes.append((tracemalloc.get_traced_memory()[0], psutil.Process().memory_info().rss))
@@ -152,10 +149,12 @@ def test_memory_is_flat_over_200_runs(tmp_path):
 
 def test_failures_are_recorded(tmp_path):
     """A run that fails says why, and the others go on; a score that is no number is a failure."""
+
     class Failing(TwoStages):
-        def sample(self, constraint, n, seed):
+        def sample(self, constraint, n, seed=0):
             configs = super().sample(constraint, n, seed)
-            configs[1].placements[0].layers = [7]
+            if not self.winners:
+                configs[1].placements[0].layers = [7]
             return configs
 
     result = search(tmp_path / "search.db", space=Failing()).search()
@@ -166,7 +165,9 @@ def test_failures_are_recorded(tmp_path):
     assert result.decisions[0].runs == {"first": 1, "last": 1}
 
     hopeless = search(tmp_path / "nan.db", tiny_tasks(lambda evaluated: float("nan")))
-    with pytest.raises(RuntimeError, match=r"No run of stage S1 was finished; the first error: ValueError: The score"):
+    with pytest.raises(
+        RuntimeError, match=r"No run of stage 'S1' was finished; the first error: ValueError: The score"
+    ):
         hopeless.search()
 
 

@@ -116,7 +116,7 @@ class SearchRecipe:
             tasks[name] = SearchTask(models[name], *rows, metric, DataCollatorWithPadding(tokenizer))
         settings = self.search
         try:
-            space = DesignSpace(next(iter(models.values())), **{"task_type": "SEQ_CLS", **self.space})
+            space = DesignSpace.of(next(iter(models.values())), **{"task_type": "SEQ_CLS", **self.space})
             return DesignSpaceSearch(
                 tasks, space, self.training,
                 storage=settings.storage, study_name=settings.study_name, n_models=settings.n_models,
@@ -164,6 +164,6 @@ def check_keys(draft: Draft, section: str, values: dict[str, Any], keys: dict[st
 
 def space_keys() -> dict[str, Any]:
     """What `DesignSpace` takes beside the model."""
-    hints = get_type_hints(DesignSpace.__init__)
-    names = list(inspect.signature(DesignSpace).parameters)[1:]
+    hints = get_type_hints(DesignSpace.of)
+    names = [name for name in inspect.signature(DesignSpace.of).parameters if name not in ("model", "fields")]
     return {name: hints.get(name, Any) for name in names}

@@ -34,8 +34,8 @@ def render(result: SearchResult) -> str:
     )
     return environment.get_template("report.html.jinja").render(
         result=result,
-        stages=[stage(result, name) for name in dict.fromkeys(record.run.stage for record in result.records)],
-        winner=winner(result),
+        stages=[stage(result, name) for name in result.stages],
+        architecture=architecture(result),
         cost=cost(result),
         tasks=result.tasks,
         mean=mean,
@@ -50,14 +50,11 @@ def stage(result: SearchResult, name: str) -> dict[str, Any]:
     return {"name": name, "decision": decision, "scores": scores, "records": records, "figure": figure}
 
 
-def winner(result: SearchResult) -> dict[str, Any] | None:
-    """The best model so far; None before the first decision."""
-    if not result.decisions:
-        return None
-    record, config = result.winner, result.config
-    drawn = isinstance(config, PlacedConfig)
-    figure = svg(architecture_figure(config, result.protocol["layers"]), "winner") if drawn else ""
-    return {"record": record, "config": config, "figure": figure}
+def architecture(result: SearchResult) -> str:
+    """What was found, drawn; nothing while the search goes on."""
+    if result.found is None or not isinstance(result.config, PlacedConfig):
+        return ""
+    return svg(architecture_figure(result.config, result.protocol["layers"]), f"{result.study_name} found")
 
 
 def cost(result: SearchResult) -> dict[str, Any]:

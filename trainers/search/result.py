@@ -1,6 +1,7 @@
 """What came out of a search: its runs, what each stage decided, the winner; as tables and as a config."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 
-from .compare import Comparison
+from ...design_space import Comparison
 from .trial_queue import Queue, Record
 
-DECISION = "decision "  # begins the name under which a stage's decision is noted
+DECISION, FOUND = "decision ", "found"  # under which a stage's decision, and the last space's config, are noted
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Decision:
         stage: "S1", "S2", ...
         winner: the constraint with the highest mean.
         means: constraint -> mean score of its models.
-        spreads: constraint -> their standard deviation.
+        spreads: constraint -> their standard deviation; None of a single model.
         runs: constraint -> how many models counted.
         failed: constraint -> how many failed, which do not count.
+        left_out: constraint -> why no model can keep to it.
         p_value: of the gap between the winner and the runner-up; None where too few ran, or nothing was compared.
         tie: the gap is not significant.
     """
@@ -35,18 +37,29 @@ class Decision:
     stage: str
     winner: str
     means: dict[str, float]
-    spreads: dict[str, float]
+    spreads: dict[str, float | None]
     runs: dict[str, int]
     failed: dict[str, int]
+    left_out: dict[str, str]
     p_value: float | None
     tie: bool
 
     @classmethod
-    def of(cls, stage: str, compared: Comparison, records: Sequence[Record]) -> "Decision":
+    def of(
+        cls, stage: str, compared: Comparison, records: Sequence[Record], left_out: Mapping[str, str]
+    ) -> "Decision":
         lost = [record.run.constraint for record in records if record.state == "failed"]
-        failed = {name: lost.count(name) for name in dict.fromkeys(lost)}
-        measured = {name: dict(getattr(compared, name)) for name in ("means", "spreads", "runs")}
-        return cls(stage, compared.winner, **measured, failed=failed, p_value=compared.p_value, tie=compared.tie)
+        return cls(
+            stage,
+            compared.winner,
+            means=compared.means,
+            spreads={name: None if math.isnan(spread) else spread for name, spread in compared.spreads.items()},
+            runs=compared.runs,
+            failed={name: lost.count(name) for name in dict.fromkeys(lost)},
+            left_out=dict(left_out),
+            p_value=compared.p_value,
+            tie=compared.tie,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,14 @@ class SearchResult:
         records: the runs.
         decisions: the stages that are decided, in order.
         protocol: the settings that all runs share.
+        found: the config of the last space, as `PeftConfig.to_dict` gives it; None while the search goes on.
     """
 
     study_name: str
     records: list[Record]
     decisions: list[Decision]
     protocol: dict[str, Any]
+    found: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, storage: str, study_name: str) -> "SearchResult":
@@ -75,29 +90,27 @@ class SearchResult:
         records = queue.records()
         noted = [queue.noted(f"{DECISION}{stage}") for stage in dict.fromkeys(r.run.stage for r in records)]
         decisions = [Decision(**values) for values in noted if values]
-        return cls(queue.study.study_name, records, decisions, queue.noted("protocol") or {})
+        return cls(queue.study.study_name, records, decisions, queue.noted("protocol") or {}, queue.noted(FOUND))
 
     @property
     def tasks(self) -> list[str]:
         return self.protocol["tasks"]
 
     @property
-    def winner(self) -> Record:
-        """The best model under the constraint that won the last decided stage.
-
-        Raises:
-            RuntimeError: no stage is decided yet.
-        """
-        if not self.decisions:
-            raise RuntimeError(f"The search {self.study_name!r} has not decided a stage yet.")
-        last = self.decisions[-1]
-        found = [r for r in self.of(last.stage) if r.run.constraint == last.winner and r.state == "done"]
-        return max(found, key=lambda record: mean(record.scores.values()))
+    def stages(self) -> list[str]:
+        """The stages that were begun, in order."""
+        return list(dict.fromkeys(record.run.stage for record in self.records))
 
     @property
     def config(self) -> PeftConfig:
-        """The winner, for `get_peft_model`."""
-        return config_of(self.winner.run.config)
+        """What was found, for `get_peft_model`.
+
+        Raises:
+            RuntimeError: the search is not finished.
+        """
+        if self.found is None:
+            raise RuntimeError(f"The search {self.study_name!r} is not finished; go on with it.")
+        return config_of(self.found)
 
     def of(self, stage: str) -> list[Record]:
         return [record for record in self.records if record.run.stage == stage]
@@ -144,5 +157,3 @@ def scores_of(records: Sequence[Record], tasks: Sequence[str]) -> dict[str, list
             filled = [record.scores.get(task, usual[task] + behind) for task in tasks]
             found.setdefault(record.run.constraint, []).append(mean(filled))
     return found
-
-

@@ -1,8 +1,7 @@
 """The search through a design space, S0 to S4: sample, train, compare, narrow, stage by stage."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,36 +10,46 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import Trial
 from peft import PeftConfig
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
+from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
-from .compare import Comparison, compare
 from .trial_queue import Queue, Record, Run
-from .result import Decision, SearchResult, config_of, scores_of
+from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
 
 FINISHED = ("done", "stopped", "failed")
 
 
 class Space(Protocol):
-    """One stage of a design space, as `hf_peft_ext.design_space` has them."""
+    """One stage of a design space; `hf_peft_ext.design_space.DesignSpace` is one."""
 
-    stage: str
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
 
     def constraints(self) -> Sequence[str]: ...
 
-    def sample(self, constraint: str, n: int, seed: int) -> Sequence[PeftConfig]: ...
+    def sample(self, constraint: str, n: int, seed: int = 0) -> Sequence[PeftConfig]: ...
 
-    def narrow(self, winner: str) -> "Space | None": ...
+    def narrow(self, winner: str) -> "Space": ...
+
+    def config(self) -> PeftConfig: ...
 
 
 class DesignSpaceSearch:
     """Finds an architecture: at each stage it samples models under each constraint, and the best constraint stays.
 
-    Chen et al. 2023, Parameter-Efficient Fine-Tuning Design Spaces (https://arxiv.org/abs/2301.01821). The base model is
-    loaded once; adapters are put in and taken out. All that is done stands in a database: started again, a search goes
-    on where it was, and several processes, on several machines if the database is a server's, may work on one.
+    Chen et al. 2023 (https://arxiv.org/abs/2301.01821), section 3. The base model is loaded once; adapters are put in
+    and taken out. All that is done stands in a database: started again, a search goes on where it was, and several
+    processes, on several machines if the database is a server's, may work on one.
 
     Args:
         tasks: name -> what models are trained and scored on. A model's score is the mean over them.
@@ -97,12 +106,15 @@ class DesignSpaceSearch:
 
     def search(self) -> SearchResult:
         """Works until the last stage is decided. Other workers may do the same at the same time."""
-        space: Space | None = self.space
-        while space is not None:
-            self.queue.fill(self.runs(space))
-            records = self._work(space.stage)
-            decision = self._decide(space.stage, records)
-            space = space.narrow(decision.winner)
+        space = self.space
+        with self._progress() as bars:
+            while not space.finished:
+                self.queue.fill(self.runs(space))
+                self._work(space, bars)
+                space = space.narrow(self._decide(space).winner)
+        model = next(iter(self.tasks.values())).model
+        with adapted(model, space.config(), self.seed) as found:  # solves what a config leaves open
+            self.queue.note(FOUND, plain(found.peft_config["default"]))
         return self.result()
 
     def runs(self, space: Space) -> list[Run]:
@@ -119,20 +131,26 @@ class DesignSpaceSearch:
         """What is known so far."""
         return SearchResult.read(self.queue)
 
-    def _work(self, stage: str) -> list[Record]:
+    def _progress(self) -> Progress:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
-        last = (TimeRemainingColumn(), TextColumn("[red]{task.fields[failed]}"))
-        bars = Progress(*columns, *last, disable=not self.progress)
-        with bars if self.progress else nullcontext():
-            bar = bars.add_task(stage, total=None, failed="")
+        return Progress(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
 
-            def look(records: list[Record]) -> None:
-                finished = sum(record.state in FINISHED for record in records)
-                failed = sum(record.state == "failed" for record in records)
-                bars.update(bar, total=len(records), completed=finished, failed=f"{failed} failed" if failed else "")
+    def _work(self, space: Space, bars: Progress) -> None:
+        """Bars for the stage and for the search as a whole, whose length is a guess until the groups are chosen."""
+        before = len([record for record in self.queue.records() if record.run.stage != space.stage])
+        if not bars.tasks:
+            bars.add_task("search", total=None, failed="")
+        whole, stage = bars.tasks[0].id, bars.add_task(space.stage, total=None, failed="")
+        ahead = sum(len(later.constraints()) for later in stages_ahead(space)) * self.n_models
 
-            self.queue.work(stage, self._do, look)
-        return self.queue.records(stage)
+        def look(records: list[Record]) -> None:
+            finished = sum(record.state in FINISHED for record in records)
+            failed = sum(record.state == "failed" for record in records)
+            bars.update(whole, total=before + len(records) + ahead, completed=before + finished)
+            told = f"{failed} failed" if failed else ""
+            bars.update(stage, total=len(records), completed=finished, failed=told)
+
+        self.queue.work(space.stage, self._do, look)
 
     def _do(self, trial: Trial, run: Run) -> float:
         """One run: all tasks in turn, each from the same head and with the same seed."""
@@ -167,20 +185,27 @@ class DesignSpaceSearch:
                     raise optuna.TrialPruned
 
             if "parameters" not in trial.user_attrs:
-                trial.set_user_attr("parameters", adapter_parameters(model, task.model))
+                trial.set_user_attr("parameters", adapter_parameters(model))
             batches = task.batches("train", self.args.per_device_train_batch_size)
             train(model, batches, self.args, run.seed, stop_if_hopeless if self.stops_early else None)
             return score()
 
-    def _decide(self, stage: str, records: list[Record]) -> Decision:
+    def _decide(self, space: Space) -> Decision:
         """Compare the constraints; every worker comes to the same, from the same records."""
+        records = self.queue.records(space.stage)
         scores = scores_of(records, list(self.tasks))
         if not scores:
             error = next((record.error for record in records if record.error), "no model was sampled")
-            raise RuntimeError(f"No run of stage {stage} was finished; the first error: {error}")
-        decision = Decision.of(stage, compare(scores), records)
-        self.queue.note(f"decision {stage}", asdict(decision))
+            raise RuntimeError(f"No run of stage {space.stage!r} was finished; the first error: {error}")
+        decision = Decision.of(space.stage, compare(scores), records, space.left_out)
+        self.queue.note(f"{DECISION}{space.stage}", asdict(decision))
         return decision
+
+
+def stages_ahead(space: Space) -> Iterator[Space]:
+    """The stages after this one, if the last constraint wins at each."""
+    while not (space := space.narrow(space.constraints()[-1])).finished:
+        yield space
 
 
 def plain(config: PeftConfig) -> dict[str, Any]:
@@ -189,8 +214,7 @@ def plain(config: PeftConfig) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
-def adapter_parameters(model: Any, base: Any) -> int:
-    """How many parameters the adapter trains, the head, which every method trains, left out."""
-    return sum(
-        p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
-    )
+def adapter_parameters(model: nn.Module) -> int:
+    """How many parameters the adapter trains; the head, which every method trains, left out."""
+    trained = ((name, p.numel()) for name, p in model.named_parameters() if p.requires_grad)
+    return sum(size for name, size in trained if "modules_to_save" not in name)

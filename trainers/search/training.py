@@ -60,8 +60,8 @@ class RunArguments:
 class SearchTask:
     """A data set to train on and to be scored on. Its batches are made once, for all runs.
 
-    Batches hold rows of about one length, which saves padding; a run draws their order by its seed, so that runs of one
-    seed see the same batches in the same order.
+    Batches hold rows of about one length, which saves padding; a run draws their order by its seed, so that runs of
+    one seed see the same batches in the same order.
 
     Args:
         model: the base model with this task's head; it is not changed. Models of several tasks may share their trunk
