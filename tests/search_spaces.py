@@ -1,4 +1,4 @@
-"""A small search for tests: a space of two stages over a tiny BERT, two tasks, and workers in processes of their own."""
+"""A small search for tests: a space of two stages over a tiny BERT, two tasks, and workers in their own processes."""
 
 import multiprocessing
 import os

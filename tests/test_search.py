@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
 from hf_peft_ext.trainers.search import SearchTask, share_trunk
@@ -227,8 +228,6 @@ def test_errors(tmp_path):
         search(tmp_path / "search.db", n_models=0)
     with pytest.raises(ValueError, match=r"`storage` \(='sqlite://'\) must name a file"):
         search("sqlite://")
-    with pytest.raises(ValueError, match=r"`models` \(='Linear'\) must have the trunk of the first"):
-        linear = torch.nn.Linear(1, 1)
-        linear.base_model_prefix = "bert"
-        linear.base_model = linear
-        share_trunk({"a": tasks["two"].model, "b": linear})
+    gpt2 = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4))
+    with pytest.raises(ValueError, match=r"`models` \(='GPT2For.*'\) must have the trunk of the first, BertFor"):
+        share_trunk({"a": tasks["two"].model, "b": gpt2})

@@ -12,8 +12,8 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from .draft import RecipeError
-from .metrics import classification_metrics, generation_metrics
 from .keys import ModelArguments
+from .metrics import classification_metrics, generation_metrics
 from .recipe import Recipe
 from .tasks import Task
 

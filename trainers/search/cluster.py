@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...placement import check_count
-from .search import DesignSpaceSearch
 from .result import SearchResult
+from .search import DesignSpaceSearch
 
 
 def search_on_ray(make_search: Callable[[], DesignSpaceSearch], num_workers: int, **resources: Any) -> SearchResult:

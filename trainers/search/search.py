@@ -16,9 +16,9 @@ from torch import nn
 from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
-from .trial_queue import Queue, Record, Run
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
+from .trial_queue import Queue, Record, Run
 
 FINISHED = ("done", "stopped", "failed")
 
