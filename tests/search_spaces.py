@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import time
-from typing import ClassVar
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -20,8 +19,6 @@ ARGS = RunArguments(num_train_epochs=1, learning_rate=0.05)
 
 class TwoStages:
     """S1: LoRA in the first or in the last layer; S2: of small or of large rank."""
-
-    left_out: ClassVar = {}
 
     def __init__(self, *winners):
         self.winners = winners

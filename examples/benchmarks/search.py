@@ -1,8 +1,8 @@
 """How many models a search tries in an hour, against the plain loop; and whether it pays to train several at once.
 
-The plain loop loads MiniLM and tokenises the rows for each model, and trains with transformers' Trainer, random batches
-padded to their longest row, or all rows padded to the limit. The search keeps the model, swaps adapters, and shares
-batches of like lengths. All ways train the same sampled models of S4's space on the same rows, in turn, so that
+The plain loop loads MiniLM and tokenises the rows for each model, and trains with transformers' Trainer: batches at
+random, padded to their longest row, or all rows padded to the limit. The search keeps the model, swaps adapters, and
+shares batches of like lengths. All ways train the same sampled models of S4's space on the same rows, in turn, so that
 what else the machine does falls on all alike.
 
 "Routed" trains several models in one forward pass over the shared trunk, each on its own copy of the rows

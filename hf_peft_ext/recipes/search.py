@@ -111,9 +111,9 @@ class SearchRecipe:
         share_trunk(models)
         tasks = {}
         for name, (train, evaluated, labels) in parts.items():
-            rows = [self.tasks[name].encode(part, tokenizer, labels) for part in (train, evaluated)]
+            rows, scored = (self.tasks[name].encode(part, tokenizer, labels) for part in (train, evaluated))
             metric = classification_metrics({self.tasks[name].metric: CLASSIFICATION[self.tasks[name].metric]})
-            tasks[name] = SearchTask(models[name], *rows, metric, DataCollatorWithPadding(tokenizer))
+            tasks[name] = SearchTask(models[name], rows, scored, metric, DataCollatorWithPadding(tokenizer))
         settings = self.search
         try:
             space = DesignSpace.of(next(iter(models.values())), **{"task_type": "SEQ_CLS", **self.space})

@@ -1,5 +1,6 @@
 """Workers of a search as tasks of a Ray cluster (`pip install "hf_peft_ext[ray]"`)."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def search_on_ray(make_search: Callable[[], DesignSpaceSearch], num_workers: int
         ValueError: `num_workers` is not a positive whole number.
     """
     check_count("num_workers", num_workers)
-    import ray  # an extra, and slow to import
+    ray = importlib.import_module("ray")  # an extra, and slow to import
 
     worker: Any = ray.remote(**{"num_cpus": 1, "max_retries": -1, **resources})(work)
     return ray.get([worker.remote(make_search) for _ in range(num_workers)])[0]

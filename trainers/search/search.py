@@ -18,7 +18,7 @@ from ...placement import check, check_count
 from ...structure import layer_paths
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
-from .trial_queue import Queue, Record, Run
+from .trial_queue import Queue, Record, Run, only_new_garbage
 
 FINISHED = ("done", "stopped", "failed")
 
@@ -31,9 +31,6 @@ class Space(Protocol):
 
     @property
     def finished(self) -> bool: ...
-
-    @property
-    def left_out(self) -> Mapping[str, str]: ...
 
     def constraints(self) -> Sequence[str]: ...
 
@@ -107,7 +104,7 @@ class DesignSpaceSearch:
     def search(self) -> SearchResult:
         """Works until the last stage is decided. Other workers may do the same at the same time."""
         space = self.space
-        with self._progress() as bars:
+        with self._progress() as bars, only_new_garbage():
             while not space.finished:
                 self.queue.fill(self.runs(space))
                 self._work(space, bars)
@@ -197,7 +194,7 @@ class DesignSpaceSearch:
         if not scores:
             error = next((record.error for record in records if record.error), "no model was sampled")
             raise RuntimeError(f"No run of stage {space.stage!r} was finished; the first error: {error}")
-        decision = Decision.of(space.stage, compare(scores), records, space.left_out)
+        decision = Decision.of(space.stage, compare(scores), records, getattr(space, "left_out", {}))
         self.queue.note(f"{DECISION}{space.stage}", asdict(decision))
         return decision
 

@@ -140,7 +140,7 @@ class Queue:
             do: carries out a run and returns its score.
             look: called with the stage's records whenever they may have changed.
         """
-        with quiet(), only_new_garbage():
+        with quiet():
             while True:
                 records = self.records(stage)
                 look(records)
@@ -247,7 +247,6 @@ def one_after_another(engine: Engine) -> None:
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
     """What is in memory already is not looked through after each run, which would take half a second."""
-    gc.collect()
     gc.freeze()
     try:
         yield
