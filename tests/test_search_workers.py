@@ -1,7 +1,13 @@
 """Several workers on one database: nothing is done twice, a killed worker's runs are done by another, and what they
 find is what one worker finds."""
 
+import os
+import shutil
+import subprocess
+import tempfile
 import time
+from glob import glob
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +63,45 @@ def test_killed_worker(alone, tmp_path):
     assert log.read_text(encoding="utf-8").count("\n") == 2 * RUNS + 1
     assert found(f"sqlite:///{file}") == alone
     assert lost.run.key in {r.run.key for r in SearchResult.load(f"sqlite:///{file}", "s4").records}
+
+
+@pytest.fixture
+def server():
+    """The URL of a PostgreSQL server of this test's own, reached through a socket in a folder."""
+    pytest.importorskip("psycopg")
+    found = glob("/usr/lib/postgresql/*/bin/initdb")  # Debian keeps it off the path
+    initdb = shutil.which("initdb") or next(iter(found), None)
+    if initdb is None:
+        pytest.skip("needs PostgreSQL's server: apt install postgresql")
+    binaries = Path(initdb).resolve().parent
+    as_user = {"user": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    with tempfile.TemporaryDirectory() as folder:
+        if as_user:
+            shutil.chown(folder, "postgres")
+        options = {**as_user, "cwd": folder, "stdout": subprocess.DEVNULL}
+        subprocess.run([initdb, "-D", "data", "-U", "postgres", "-A", "trust"], check=True, **options)
+        command = [binaries / "postgres", "-D", "data", "-k", folder, "-c", "listen_addresses="]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, **options) as process:
+            try:
+                while subprocess.run([binaries / "pg_isready", "-q", "-h", folder]).returncode:
+                    time.sleep(0.1)
+                yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+            finally:
+                process.terminate()
+
+
+@pytest.mark.slow
+def test_postgresql(alone, server, tmp_path):
+    """Three workers on a real server, one of them killed: what one worker finds on SQLite, and one task repeated."""
+    log = tmp_path / "log"
+    first = start_worker(server, log, 0.3)
+    while not log.exists() or log.read_text(encoding="utf-8").count("\n") < 4:
+        time.sleep(0.02)
+    others = [start_worker(server, log, 0.1) for _ in range(2)]
+    time.sleep(0.1)
+    first.kill()
+    finish(*others)
+    first.join()
+    assert first.exitcode == -9
+    assert found(server) == alone
+    assert 2 * RUNS <= log.read_text(encoding="utf-8").count("\n") <= 2 * RUNS + 1
