@@ -3,11 +3,11 @@
     pip install -e ".[studies,search]"
     HF_PEFT_EXT_DATA=folder python examples/studies/s4_search.py --models 2 --examples 64
 
-The search stands in `search.db` in `--output`, the runs of the comparison in `comparison.csv`; started again, the study
-goes on where it was, and a second process with the same options helps with the search. It writes the search's report
-(`report.html`, `runs.csv`), `table.md` and `figure.png`. The paper samples 100 models for each constraint and trains on
-all of eight tasks; here `--models`, `--tasks`, `--examples` and `--epochs` set the scale. By default the tasks are those
-on which methods differ with this model and few examples (README.md beside this file).
+The search stands in `search.db` in `--output`, the runs of the comparison in `comparison.csv`; started again, the
+study goes on where it was, and a second process with the same options helps with the search. It writes the search's
+report (`report.html`, `runs.csv`), `table.md` and `figure.png`. The paper samples 100 models for each constraint and
+trains on all of eight tasks; here `--models`, `--tasks`, `--examples` and `--epochs` set the scale. By default the
+tasks are those on which methods differ with this model and few examples (README.md beside this file).
 
 The comparison has the protocol of unipelt_low_resource.py: the learning rate of each method is chosen on dev rows at
 the first seed, the test rows are the task's own dev split, which the search never sees. Adapter, prefix and LoRA are
