@@ -38,30 +38,28 @@ def ways(grouping: Grouping, num_layers: int, num_groups: int) -> tuple[tuple[in
     Raises:
         ValueError: there are more than a hundred thousand.
     """
-    found = tuple(islice(compositions(relations(grouping, num_groups), num_layers), MOST_WAYS + 1))
+    found = tuple(islice(compositions(("", *relations(grouping, num_groups)), num_layers), MOST_WAYS + 1))
     rule = f"groups {num_layers} layers in more than {MOST_WAYS} ways; pass the sizes as `grouping`"
     check("num_groups", num_groups, len(found) <= MOST_WAYS, rule)
     return found
 
 
-def compositions(relations: Sequence[str], left: int, last: int | None = None) -> Iterator[tuple[int, ...]]:
-    """Whole numbers of 1 or more that add up to `left` and compare as `relations` says.
+def compositions(chain: Sequence[str], total: int, last: int = 0) -> Iterator[tuple[int, ...]]:
+    """Whole numbers of 1 or more that add up to `total`, each compared with the one in front as `chain` says.
 
     Args:
-        last: None at the start; else the number in front, which the first relation compares with.
+        last: the number in front of the first, with which `chain[0]` compares it; "" compares it with nothing.
     """
-    if last is None:
-        relations = ("", *relations)
-    relation, after = relations[0], relations[1:]
-    low = {"<": (last or 0) + 1, "=": last or 1}.get(relation, 1)
-    high = {">": (last or 0) - 1, "=": last or 1}.get(relation, left)
+    after = chain[1:]
+    low = {"<": last + 1, "=": last}.get(chain[0], 1)
+    high = {">": last - 1, "=": last}.get(chain[0], total)
     if not after:
-        if low <= left <= high:
-            yield (left,)
+        if low <= total <= high:
+            yield (total,)
         return
     rising = after.index(">") if ">" in after else len(after)  # so many of the rest are no smaller than this one
-    for number in range(low, min(high, (left - len(after) + rising) // (1 + rising)) + 1):
-        for rest in compositions(after, left - number, number):
+    for number in range(low, min(high, (total - len(after) + rising) // (1 + rising)) + 1):
+        for rest in compositions(after, total - number, number):
             yield (number, *rest)
 
 

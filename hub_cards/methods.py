@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..papers import HOULSBY, LORA, MAM, PAPERS, PFEIFFER, PREFIX_TUNING, STOCK_PAPERS, UNIPELT, Paper
+from ..papers import BITFIT, HOULSBY, LORA, MAM, PAPERS, PFEIFFER, PREFIX_TUNING, S4, STOCK_PAPERS, UNIPELT, Paper
 from .adapter import SavedAdapter
-from .text import listed
+from .text import listed, ranges
 
 NAMES = {
     "unipelt": "UniPELT",
@@ -12,6 +12,7 @@ NAMES = {
     "bottleneck": "Bottleneck",
     "layer_prefix": "Prefix-tuning",
     "bitfit": "BitFit",
+    "s4": "S4",
     "composed": "Composed",
     "lora": "LoRA",
     "ia3": "(IA)³",
@@ -26,12 +27,14 @@ SUBLAYERS = {
     "prefix": "trained prefixes (keys and values that attention sees in front of every text)",
     "bias": "trained biases",
 }
+STRATEGIES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}
 METHODS = {
     "unipelt": "puts {sublayers} into the layers of a frozen model{gates}.",
     "mam": "is short for mix-and-match: {sublayers}, both added to a frozen model.",
     "bottleneck": "adds {sublayers} to a frozen model.",
     "layer_prefix": "leaves a model as it is and adds {sublayers}.",
     "bitfit": "trains biases and leaves the weights as they are.",
+    "s4": "puts {sublayers} into a frozen model, different ones into different layers{groups}.",
     "composed": "is put together for this adapter, of {sublayers}{gates}.",
     "lora": "leaves the weights as they are and adds to some of them a product of two thin matrices of low rank.",
     "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
@@ -53,10 +56,10 @@ def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
     if adapter.method == "bottleneck":
         return (STYLES[adapter.config.style],)
     present = {placement.sublayer for placement in adapter.config.to_placements()}
-    parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank"}
+    parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank", BITFIT: "bias"}
     if adapter.method == "composed":
         return tuple(paper for paper, sublayer in parts.items() if sublayer in present)
-    return tuple(p for p in PAPERS[adapter.method] if p in (UNIPELT, MAM) or parts.get(p, "") in ("", *present))
+    return tuple(p for p in PAPERS[adapter.method] if p in (UNIPELT, MAM, S4) or parts.get(p, "") in ("", *present))
 
 
 def description(adapter: SavedAdapter) -> str:
@@ -72,4 +75,13 @@ def description(adapter: SavedAdapter) -> str:
     if any(placement.gate for placement in placements):
         gates = "; gates, small networks of their own, decide from each input how much of them is let through"
     sublayers = listed(SUBLAYERS[kind] for kind in kinds) if kinds else ""
-    return f"{name(adapter)}{paper} {said.format(sublayers=sublayers, gates=gates)}"
+    groups = layer_groups(adapter.config) if adapter.method == "s4" else ""
+    return f"{name(adapter)}{paper} {said.format(sublayers=sublayers, gates=gates, groups=groups)}"
+
+
+def layer_groups(config: Any) -> str:
+    """Which strategies the groups of S4 have, such as " (layer 0: adapters and LoRA; layers 1 to 5: biases)"."""
+    named = [listed(STRATEGIES[strategy] for strategy in names) for names in config.strategies]
+    tuned = [(layers, named[i]) for i, layers in enumerate(config.groups or []) if i + 1 in config.tuned]
+    said = "; ".join(f"layer{'s' * (len(layers) > 1)} {ranges(layers)}: {names}" for layers, names in tuned)
+    return f" ({said})" if said else ""

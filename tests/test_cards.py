@@ -21,11 +21,11 @@ from hf_peft_ext.hub_cards.adapter import SavedAdapter, layers
 from hf_peft_ext.hub_cards.edits import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
 from hf_peft_ext.hub_cards.told import quantization
-from hf_peft_ext.papers import IA3, LORA, MAM, UNIPELT
+from hf_peft_ext.papers import IA3, LORA, MAM, S4, UNIPELT
 
 from .backbones import BACKBONES
 from .card_pattern import CARD
-from .cards import ADAPTERS, BASE, LABELS, full_record, saved, tokenizer
+from .cards import ADAPTERS, BASE, LABELS, OURS, full_record, saved, tokenizer
 
 
 def card_of(folder: Path, name: str, record: TrainingRecord | None = None, **kwargs) -> str:
@@ -136,7 +136,7 @@ def test_snippets_run(tmp_path):
 def test_snippets_import_what_they_need(tmp_path, name):
     """Methods of this package: it first of all. Types of peft's: peft alone."""
     card = card_of(tmp_path, name)
-    ours = name in ("unipelt", "mam", "bitfit")
+    ours = name in OURS
     assert code_of(card).startswith("import hf_peft_ext") == ours
     assert ("hf_peft_ext" in COMMENT.sub("", card)) == ours
     compile(code_of(card), name, "exec")
@@ -191,7 +191,9 @@ def test_a_model_of_ones_own(tmp_path):
 # Method and architecture
 
 
-@pytest.mark.parametrize(("name", "paper"), [("unipelt", UNIPELT), ("mam", MAM), ("ia3", IA3), ("lora", LORA)])
+@pytest.mark.parametrize(
+    ("name", "paper"), [("unipelt", UNIPELT), ("mam", MAM), ("s4", S4), ("ia3", IA3), ("lora", LORA)]
+)
 def test_papers(tmp_path, name, paper):
     card = card_of(tmp_path, name)
     assert f"([{paper.title}]({paper.url}))" in card
@@ -220,6 +222,15 @@ def test_places_are_those_of_the_config(tmp_path):
         ("low rank", "value projection", "0 to 1", "r = 8", "auto"),
         ("saved whole", "`classifier`", "outside the layers", "", ""),
     ]
+
+
+def test_groups_of_s4(tmp_path):
+    """Which layers have which strategies, and the papers of those that are there."""
+    card = card_of(tmp_path, "s4")
+    said = "different ones into different layers (layer 0: adapters and LoRA; layer 1: biases)."
+    assert said in card
+    assert "Ben Zaken" in card
+    assert "Prefix-Tuning" not in card
 
 
 def test_ranks_of_a_stock_type(tmp_path):

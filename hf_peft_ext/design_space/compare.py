@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind_from_stats
 
 from ..placement import check
 
@@ -65,8 +65,9 @@ def compare(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Compa
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The p-value of Welch's t-test; None where it has none: a single score, or scores that are all alike."""
-    if min(len(first), len(second)) < 2 or (len({*first}) == 1 and len({*second}) == 1):
+    """The p-value of Welch's t-test; None where it has none: a single score, or scores without any spread."""
+    if min(len(first), len(second)) < 2 or not (stdev(first) or stdev(second)):
         return None
-    found: Any = ttest_ind(first, second, equal_var=False)
+    moments = (fmean(first), stdev(first), len(first), fmean(second), stdev(second), len(second))
+    found: Any = ttest_ind_from_stats(*moments, equal_var=False)
     return float(found.pvalue)

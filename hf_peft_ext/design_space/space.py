@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -78,6 +78,7 @@ class DesignSpace:
         check_count("num_groups", num_groups)
         share = is_number(budget) and 0 < budget < 1
         check("budget", budget, share, "must be a share of the base model's parameters, between 0 and 1")
+        check("stack", stack, stack in get_args(Stack), f"must be one of {', '.join(get_args(Stack))}")
         names = check_names("strategies", strategies, STRATEGIES)
         return cls(costs_of(model, names, **fields), budget, num_groups, tuple(names), stack, fields)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..layer_groups import ranges
 from ..placement import Placement
-from .strategies import SIZES, Costs, sizes_in
+from .strategies import SIZES, STRATEGIES, Costs, sizes_in
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def layout_of(groups: Sequence[Sequence[int]], placements: Sequence[Placement], 
     found: list[GroupLayout] = []
     for group in groups:
         there = {layer: sizes.get(layer, {}) for layer in group}
-        strategies = dict.fromkeys(strategy for layer in group for strategy in there[layer])
+        strategies = [s for s in STRATEGIES if any(s in there[layer] for layer in group)]
         found.append(
             GroupLayout(
                 layers=list(group),

@@ -135,7 +135,7 @@ class S4Config(PlacedConfig):
         check("allocation", self.allocation, self.allocation == "uniform", rule)
         for strategy in given:
             check_count(EXPLICIT[strategy], sizes[strategy])
-        for strategy in used & sizes.keys():
+        for strategy in (s for s in sizes if s in used):
             rule = f"must be given, as `{EXPLICIT[given[0]]}` is, or else `budget` alone"
             check(EXPLICIT[strategy], sizes[strategy], sizes[strategy] is not None, rule)
 
@@ -148,9 +148,9 @@ class S4Config(PlacedConfig):
         return self.placements or []
 
     def resolved(self, model: nn.Module) -> "S4Config":
-        if self.placements is not None:
-            return self
-        costs = self._costs(model)
+        return self if self.placements is not None else self._solved(self._costs(model))
+
+    def _solved(self, costs: Costs) -> "S4Config":
         stacks = costs.grouped_stacks(self.stack)
         groups = layer_groups(stacks, [group_sizes(self.grouping, len(s), len(self.strategies)) for s in stacks])
         assigned = {layer: self.strategies[n - 1] for n in self.tuned for layer in groups[n - 1]}
@@ -172,8 +172,9 @@ class S4Config(PlacedConfig):
         Raises:
             ValueError: as when the config meets the model.
         """
-        config = self.resolved(model)
-        return layout_of(config.groups or [], config.to_placements(), self._costs(model))
+        costs = self._costs(model)
+        config = self if self.placements is not None else self._solved(costs)
+        return layout_of(config.groups or [], config.to_placements(), costs)
 
     def _costs(self, model: nn.Module) -> Costs:
         used = {s for number in self.tuned for s in self.strategies[number - 1]}

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..placement import Placement, check
@@ -106,25 +107,25 @@ def costs_of(model: nn.Module, strategies: Sequence[str], **fields: Any) -> Cost
     everywhere = [layer for stack in layers for layer in stack]
     probe = ComposedConfig(placements=[p for s in strategies for p in placed(s, 1, everywhere)], **fields)
     costs: dict[str, dict[int, Cost]] = {strategy: {} for strategy in strategies}
+    alike: dict[tuple[Any, ...], Cost] = {}  # sites of the same shape, as most are
     for pairs in plan(model, probe).values():
         for placement, site in pairs:
             strategy, layer = SUBLAYERS[placement.sublayer], site.layer
+            shape = (strategy, site.d_in, site.d_out, site.heads, site.d_k, site.d_v)
+            if shape not in alike:
+                alike[shape] = cost_at(strategy, site)
             if layer is not None:
-                first = parameters_of(placement, site)
-                unit = parameters_of(resized(placement, strategy, 2), site) - first
-                fixed, so_far = first - unit, costs[strategy].get(layer, Cost(0, 0))
-                costs[strategy][layer] = Cost(so_far.fixed + fixed, so_far.unit + unit)
+                so_far = costs[strategy].get(layer, Cost(0, 0))
+                costs[strategy][layer] = Cost(*map(sum, zip(so_far, alike[shape], strict=True)))
     return Costs(base_parameters(model), layers, costs)
 
 
-def resized(placement: Placement, strategy: str, size: int) -> Placement:
-    return replace(placement, options=placed(strategy, size, [])[0].options)
-
-
-def parameters_of(placement: Placement, site: Site) -> int:
-    """Parameters of a placement's sub-layer at a site. Nothing is allocated."""
+def cost_at(strategy: str, site: Site) -> Cost:
+    """What a strategy costs at one site: it is built there in two sizes. Nothing is allocated."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(placement, site, {}).parameters())
+        sublayers = [build(placed(strategy, size, [])[0], site, {}) for size in (1, 2)]
+    one, two = (sum(parameter.numel() for parameter in sublayer.parameters()) for sublayer in sublayers)
+    return Cost(2 * one - two, two - one)
 
 
 def stack_layers(model: nn.Module, sites: Any = None, chosen: list[int] | int | None = None) -> list[list[int]]:
@@ -152,9 +153,9 @@ def base_parameters(model: nn.Module) -> int:
     seen: set[int] = set()
     total = 0
     for path, module in own_modules(model):
-        module = innermost(module)
-        if "modules_to_save" in path.split("."):
+        if "modules_to_save" in path.split(".") or isinstance(module, AuxiliaryTrainingWrapper):
             continue
+        module = innermost(module)
         size, own = leaf_size(module), dict(module.named_parameters(recurse=False))
         if size and "weight" not in own:  # a quantised leaf whose weight is no parameter
             total += prod(size)
