@@ -3,6 +3,7 @@ find is what one worker finds."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -87,7 +88,7 @@ def server():
                     time.sleep(0.1)
                 yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
             finally:
-                process.terminate()
+                process.send_signal(signal.SIGINT)  # "fast": does not wait for those that are connected
 
 
 @pytest.mark.slow

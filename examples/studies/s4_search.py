@@ -166,15 +166,20 @@ def seed_means(scores: low.Scores, method: str, tasks: list[str]) -> list[float]
     return [mean(values) for values in zip(*(found[task] for task in tasks), strict=True)]
 
 
+def paired_test(first: list[float], second: list[float]) -> float | None:
+    """The p-value of a paired t-test; None where it has none: one pair, or pairs that all differ by the same."""
+    if len({round(a - b, 9) for a, b in zip(first, second, strict=True)}) < 2:
+        return None
+    return float(ttest_rel(first, second).pvalue)
+
+
 def table(scores: low.Scores, rates: dict[tuple[int, str], float], tasks: list[str]) -> str:
     """Mean ± standard deviation over the seeds; p of a paired t-test of seed means against the architecture found,
     as it is and corrected for the number of tests (Benjamini and Hochberg).
     """
     names = list(dict.fromkeys(name for _, _, name in scores))
     means = {name: seed_means(scores, name, tasks) for name in names}
-    others = [name for name in names if name != FOUND]
-    tested = len(means[FOUND]) > 1
-    p = {name: float(ttest_rel(means[FOUND], means[name]).pvalue) for name in others} if tested else {}
+    p = {name: value for name in names if (value := paired_test(means[FOUND], means[name])) is not None}
     corrected = dict(zip(p, false_discovery_control([*p.values()]), strict=True)) if p else {}
     chosen = {name: rate for (_, name), rate in rates.items()}
     lines = [
