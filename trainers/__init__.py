@@ -10,6 +10,7 @@ from .trainer import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer
 from .trainer import AdapterTrainer as AdapterTrainer
 
 if TYPE_CHECKING:
+    from .search import DesignSpaceSearch as DesignSpaceSearch
     from .sft import AdapterSFTTrainer as AdapterSFTTrainer
 
 
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from .sft import AdapterSFTTrainer
 
         return AdapterSFTTrainer
+    if name == "DesignSpaceSearch":  # so is Optuna
+        from .search import DesignSpaceSearch
+
+        return DesignSpaceSearch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,15 +85,15 @@ def known_keys(draft: Draft) -> dict[str, dict[str, Any]]:
     config = CONFIGS[_choice(draft, "peft_type", list(CONFIGS))]
     task = task_of(_choice(draft, "task_type", list(TASKS)), draft.sections.get("data"))
     known = {
-        "model": _fields(ModelArguments),
+        "model": fields_of(ModelArguments),
         "quantization": {
             name: Any if parameter.default is None else type(parameter.default)
             for name, parameter in inspect.signature(BitsAndBytesConfig).parameters.items()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         },
-        "peft": _fields(config),
-        "data": _fields(task.data),
-        "training": _fields(task.training()),
+        "peft": fields_of(config),
+        "data": fields_of(task.data),
+        "training": fields_of(task.training()),
     }
     for section, names in NOT_IN_RECIPES.items():
         known[section] = {key: kind for key, kind in known[section].items() if key not in names}
@@ -111,7 +111,7 @@ def check_keys(draft: Draft, known: dict[str, dict[str, Any]]) -> None:
             name = f"{section}.{key}"
             if key not in keys:
                 raise draft.error(name, f"is not a key of `{section}` for {kinds}{_hint(section, str(key), known)}")
-            if not _fits(value, keys[key]):
+            if not fits(value, keys[key]):
                 kind = keys[key].__name__ if isinstance(keys[key], type) else str(keys[key]).replace("typing.", "")
                 raise draft.error(name, f"(={value!r}) must be {kind}, not {type(value).__name__}")
     for name in REQUIRED:
@@ -120,7 +120,7 @@ def check_keys(draft: Draft, known: dict[str, dict[str, Any]]) -> None:
             raise draft.error(section, f"lacks `{key}`, which every recipe needs")
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def fields_of(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls) if field.init}
 
@@ -160,7 +160,7 @@ def _hint(section: str, key: str, known: dict[str, dict[str, Any]]) -> str:
     return here or (f"; did you mean `{dotted[near[0]]}`?" if near else "")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value has the kind of an annotation; a whole number is a number too, and classes check their words."""
     if "Literal" in str(kind) and isinstance(value, str):
         return True  # some of peft's are patterns: "pissa_niter_[number of iters]"

@@ -95,15 +95,15 @@ def _build(draft: Draft) -> dict[str, Any]:
     options = {**{key: value for key, value in sections["peft"].items() if key != "peft_type"}, "revision": revision}
     built = {
         "model": ModelArguments(**sections["model"]),
-        "peft": _checked(draft, "peft", config, options),
-        "data": _checked(draft, "data", task.data, sections["data"]),
+        "peft": checked(draft, "peft", config, options),
+        "data": checked(draft, "data", task.data, sections["data"]),
         "quantization": None,
         "metrics": _metrics(draft, task),
     }
     if sections["quantization"]:
         optional("bitsandbytes", "quantized")
-        built["quantization"] = _checked(draft, "quantization", BitsAndBytesConfig, sections["quantization"])
-    return {**built, "training": _checked(draft, "training", task.training(), sections["training"])}
+        built["quantization"] = checked(draft, "quantization", BitsAndBytesConfig, sections["quantization"])
+    return {**built, "training": checked(draft, "training", task.training(), sections["training"])}
 
 
 def _resumed(draft: Draft) -> bool | str | None:
@@ -118,7 +118,7 @@ def _resumed(draft: Draft) -> bool | str | None:
     return wanted
 
 
-def _checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
+def checked(draft: Draft, section: str, cls: Callable[..., Any], options: dict[str, Any]) -> Any:
     """An object of `cls`; what it says of its arguments is said of the recipe's keys."""
     try:
         return cls(**options)

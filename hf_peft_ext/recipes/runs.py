@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, set_seed
 
 from ..metrics import CLASSIFICATION, classification_metrics, generation_metrics
 from .draft import RecipeError
+from .keys import ModelArguments
 from .recipe import Recipe
+from .tasks import Task
+
+
+class WithModel(Protocol):
+    """What a recipe and a search say of their base model."""
+
+    model: ModelArguments
+    quantization: Any
+
+    @property
+    def task(self) -> Task: ...
 
 
 @dataclass
@@ -81,7 +93,7 @@ def train(recipe: Recipe, trainer: Any) -> Outcome:
     return Outcome(folder, metrics, trained.metrics["train_runtime"])
 
 
-def find_model(recipe: Recipe) -> str:
+def find_model(recipe: WithModel) -> str:
     """Where the model is loaded from: `local_path` if it is given.
 
     Raises:
@@ -111,7 +123,7 @@ def loading(source: str) -> Iterator[None]:
         raise RecipeError(f"`model.model_name_or_path` (={source!r}) cannot be loaded: {error}") from error
 
 
-def load_model(recipe: Recipe, source: str, labels: list[str], tokenizer: Any) -> Any:
+def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any) -> Any:
     """The base model, quantised if the recipe says so."""
     wanted = recipe.model
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": wanted.dtype}

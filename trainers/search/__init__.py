@@ -1,0 +1,11 @@
+"""The search through S4's design spaces: sample architectures, train and compare them, narrow the space."""
+
+from .report import write_report as write_report
+from .result import Decision as Decision
+from .result import SearchResult as SearchResult
+from .search import DesignSpaceSearch as DesignSpaceSearch
+from .training import RunArguments as RunArguments
+from .training import SearchTask as SearchTask
+from .training import share_trunk as share_trunk
+from .trial_queue import Record as Record
+from .trial_queue import Run as Run
