@@ -17,6 +17,7 @@ from ..tuners.composed import attached
 from ..tuners.config import PlacedConfig
 from .projections import RESIDUAL, Side
 
+SEEN = "seen_"  # begins the names of modules that compute a tensor, in front of the tensor's (see `seen`)
 HEAD = -1  # the layer of what is trained outside the blocks
 # The space that a leaf's input lies in, where it is not the residual stream, and that of its output.
 READS = {"attention_output": "heads", "ffn_output": "ffn"}
@@ -49,6 +50,7 @@ class Part:
         owner, name: the module and the attribute that hold it.
         axes: its dimensions that lie along the model.
         host: path of the module that the sub-layer sits at.
+        site: its site, if it is one of this package.
     """
 
     layer: int
@@ -58,6 +60,7 @@ class Part:
     name: str
     axes: tuple[Axis, ...]
     host: str
+    site: Site | None = None
 
     @property
     def value(self) -> Tensor:
@@ -112,7 +115,7 @@ def lora_parts(base: nn.Module, name: str) -> Iterator[Part]:
         if isinstance(module, LoraLayer) and name in module.r:
             check("target_modules", path, path in sites and name in module.lora_A, "is no leaf of a block")
             here = sites[path]
-            reads = {space(here[0], "read"): None}
+            reads: dict[str, Tensor | None] = {space(here[0], "read"): None}
             writes = {space(site, "write"): site.rows for site in here}
             yield part(here, "A", module.lora_A[name], "weight", (Axis(1, "read", reads),))
             yield part(here, "B", module.lora_B[name], "weight", (Axis(0, "write", writes),))
@@ -134,8 +137,9 @@ def placed_parts(base: nn.Module, name: str) -> Iterator[Part]:
 
 def axes_of(site: Site, sublayer: nn.Module) -> dict[str, tuple[Axis, ...]]:
     """Tensor of a sub-layer -> its dimensions that lie along the model."""
-    reads, writes = {space(site, "read"): None}, {space(site, "write"): None}
-    found: dict[str, tuple[Axis, ...]] = {name: () for name, _ in sublayer.named_parameters()}
+    reads: dict[str, Tensor | None] = {space(site, "read"): None}
+    writes: dict[str, Tensor | None] = {space(site, "write"): None}
+    found: dict[str, tuple[Axis, ...]] = {name: () for name in tensors_of(sublayer)}
     cross = "cross_" if site.name.startswith("cross_") else ""
     along = {
         "A": Axis(1, "read", reads),
@@ -150,6 +154,18 @@ def axes_of(site: Site, sublayer: nn.Module) -> dict[str, tuple[Axis, ...]]:
     return found | {name: (along[name],) for name in found if name in along}
 
 
+def tensors_of(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Names of the parameters of a module, those among them that are computed now (see `seen`) under their own."""
+    for name, value in module._parameters.items():
+        if value is not None:
+            yield path + name
+    for name, child in module.named_children():
+        if name.startswith(SEEN):
+            yield path + name.removeprefix(SEEN)
+        else:
+            yield from tensors_of(child, f"{path}{name}.")
+
+
 def space(site: Site, side: Side) -> str:
     """The space that a sub-layer at this site reads or writes."""
     cross = "cross_" if site.name.startswith("cross_") else ""
@@ -160,7 +176,8 @@ def space(site: Site, side: Side) -> str:
 def part(sites: list[Site], tensor: str, owner: nn.Module, name: str, axes: tuple[Axis, ...]) -> Part:
     layer = sites[0].layer
     assert layer is not None
-    return Part(layer, frozenset(site.name for site in sites), tensor, owner, name, axes, sites[0].host)
+    own = None if isinstance(owner, nn.Linear) and tensor in ("A", "B") else sites[0]
+    return Part(layer, frozenset(site.name for site in sites), tensor, owner, name, axes, sites[0].host, own)
 
 
 def head_parts(base: Any, name: str) -> Iterator[Part]:
@@ -168,12 +185,12 @@ def head_parts(base: Any, name: str) -> Iterator[Part]:
     d = base.config.get_text_config().hidden_size
     for path, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            for tensor, value in module.modules_to_save[name].named_parameters():
+            for tensor in tensors_of(module.modules_to_save[name]):
                 owner, _, attribute = tensor.rpartition(".")
+                whole = module.modules_to_save[name].get_submodule(owner)
                 axes = tuple(
                     Axis(dim, "read" if dim else "write", {RESIDUAL: None})
-                    for dim, size in enumerate(value.shape)
+                    for dim, size in enumerate(getattr(whole, attribute).shape)
                     if size == d
                 )
-                whole = module.modules_to_save[name].get_submodule(owner)
                 yield Part(HEAD, frozenset([path]), tensor, whole, attribute, axes, path)

@@ -53,10 +53,10 @@ def plug(
     taken: set[int] = set()
     for part in parts_of(plugged):
         layer = part.layer if part.layer == HEAD else layers[part.layer]
-        index = next((i for i, other in enumerate(given) if part.takes_from(other, layer)), None)
-        check("small", type(base).__name__, index is not None, f"has nothing to plug in at {part.host}")
-        taken.add(index)  # pyright: ignore[reportArgumentType]
-        see_through(part, given[index], steps(part, given[index], projections))  # pyright: ignore[reportArgumentType]
+        index = next((i for i, other in enumerate(given) if part.takes_from(other, layer)), -1)
+        check("small", type(base).__name__, index >= 0, f"has nothing to plug in at {part.host}")
+        taken.add(index)
+        see_through(part, given[index], steps(part, given[index], projections))
     left = [given[i].host for i in set(range(len(given))) - taken if given[i].layer in {HEAD, *layers}]
     check("large", type(large).__name__, not left, f"has no place for what sits at {', '.join(sorted(left)[:3])}")
     plugged.plug = projections
@@ -86,7 +86,7 @@ def config_for(large: nn.Module, config: PeftConfig, given: Sequence[Part], laye
             general |= {"reduction_factor": None, "r": code_width(given)}
         return replace(config, layers_to_transform=chosen, inference_mode=False, **general)
     assert isinstance(config, LoraConfig)
-    found = copy(config)
+    found: Any = copy(config)
     hosts = lora_hosts(large, given, layers)
     others = [path for path, _ in own_modules(large) if path not in hosts]
     found.target_modules = either(module_names([list(hosts)], others))

@@ -121,7 +121,9 @@ class PlugInResult:
 
 def gain_interval(base: Sequence[bool], plugged: Sequence[bool], seed: int = 0) -> tuple[float, float]:
     """The interval of the mean of paired differences, row by row."""
-    check("base", len(base), len(base) == len(plugged) > 1, f"must be of the same rows, two or more, as {len(plugged)}")
+    check(
+        "base", len(base), len(base) == len(plugged) > 1, f"must be of the same rows, two or more, as {len(plugged)}"
+    )
     differences = [float(b) - float(a) for a, b in zip(base, plugged, strict=True)]
     if len(set(differences)) == 1:  # nothing to draw from
         return differences[0], differences[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..placement import check
-from .parts import Part
+from .parts import SEEN, Part
 
 
 class Block(NamedTuple):
@@ -47,7 +47,7 @@ class Seen(nn.Module):
         self.owner = source.owner if follows else None  # a child, so that its parameters are this one's too
 
     def forward(self) -> Tensor:
-        x = self.original if self.owner is None else getattr(self.owner, self.name)
+        x: Any = self.original if self.owner is None else getattr(self.owner, self.name)
         for step in self.steps:
             x = project(x, step) if step.dim is not None else project_heads(x, self.shape, step)
         return x
@@ -92,8 +92,8 @@ def see_through(part: Part, source: Part, steps: list[Step], follows: bool = Fal
         kind = type(owner)
         owner.__class__ = type(kind.__name__, (Computed, kind), {"__module__": kind.__module__})
     delattr(owner, name)
-    owner.add_module(f"seen_{name}", seen)
-    setattr(type(owner), name, property(lambda self: self._modules[f"seen_{name}"]()))
+    owner.add_module(SEEN + name, seen)
+    setattr(type(owner), name, property(lambda self: self._modules[SEEN + name]()))
 
 
 class Computed:
@@ -102,9 +102,9 @@ class Computed:
 
 def make_plain(owner: Any) -> None:
     """Make parameters of a module's computed tensors."""
-    names = [name.removeprefix("seen_") for name, child in owner.named_children() if isinstance(child, Seen)]
+    names = [name.removeprefix(SEEN) for name, child in owner.named_children() if isinstance(child, Seen)]
     values = {name: getattr(owner, name).detach().clone() for name in names}
     owner.__class__ = type(owner).__bases__[1]
     for name, value in values.items():
-        delattr(owner, f"seen_{name}")
+        delattr(owner, SEEN + name)
         owner.register_parameter(name, nn.Parameter(value))

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..placement import check, check_positive
-from .parts import Axis, parts_of
+from .parts import SEEN, Axis, parts_of
 from .seen import Block, Computed, Step, see_through
 
 
@@ -131,7 +131,7 @@ def layer_scales(model: PeftModel) -> list[nn.Parameter]:
             if not part.tensor.endswith(".keys"):
                 scale = scales.setdefault(part.layer, Scale())
                 see_through(part, part, [Step(axis.dim, size_along(part.value, axis), [Block(scale, None, None)])])
-                part.owner.get_submodule(f"seen_{part.name}").original.requires_grad_(False)  # pyright: ignore
+                part.owner.get_submodule(SEEN + part.name).original.requires_grad_(False)  # pyright: ignore
     return [scales[layer].s for layer in sorted(scales)]
 
 
