@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from hf_peft_ext.pruning import thin_config, thin_copy, thin_sizes
 
+from .test_benchmarks import rows, run
 from .test_thin import build, every_family
 
 
@@ -51,3 +52,16 @@ def test_grouped_heads_are_rounded_together(heads, kv_heads, r, expected):
     assert (thin.num_attention_heads, thin.num_key_value_heads) == expected
     assert thin.head_dim == 64
     assert thin.hidden_size % thin.num_attention_heads == 0
+
+
+def test_the_benchmark_prints_both_readings(capsys):
+    """The paper's bridges have 1 / 16 of the parameters: "parameters" comes near, "width" does not."""
+    run("bridge_sizes")
+    printed = capsys.readouterr().out
+    assert set(rows(printed)) == {"GPT-2 XL", "T5-3B", "T5-11B", ""}
+    sizes = {line.split("│")[2].strip(): [cell.strip() for cell in line.split("│")[3:-1]]
+             for line in printed.splitlines() if line.startswith("│")}  # fmt: skip
+    assert sizes["parameters"] == ["256", "32", "16384", "712.9", "704.7", "688", "1.04"]  # T5-11B, the last
+    assert sizes["width"] == ["64", "8", "4096", "46.1", "44.0", "688", "0.07"]
+    assert "T5-3B: the paper's 185M is 2800M / 15.14." in printed
+    assert 'The reading "parameters" comes near: off by a factor of 1.05' in printed

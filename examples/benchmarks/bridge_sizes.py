@@ -1,8 +1,8 @@
 """How large the Bridge of plug-in transfer is, under both readings of its factor r, beside the paper's Table 2.
 
 The text of Jin et al. 2023 prunes rows and columns by r each; its table shows models of 1 / r of the parameters. From
-configs alone: nothing is downloaded and nothing is built. "Exact" is the number of weights that a cut without rounding
-would leave; rounding to whole heads is why a thin copy differs from it.
+configs alone: nothing is downloaded and nothing is built. Heads are kept whole, which is why GPT-2 XL, whose width is
+that of its heads, comes out at 6 x 64 = 384 and not at 400.
 
     python examples/benchmarks/bridge_sizes.py
     python examples/benchmarks/bridge_sizes.py --r 8

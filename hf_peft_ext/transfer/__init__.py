@@ -6,5 +6,7 @@ from .fold import fold as fold
 from .plugging import plug as plug
 from .projections import Projections as Projections
 from .result import PlugInResult as PlugInResult
+from .similarity import ModuleSimilarity as ModuleSimilarity
+from .similarity import module_similarity as module_similarity
 from .zeroth_order import MeZO as MeZO
 from .zeroth_order import layer_scales as layer_scales
