@@ -1,5 +1,10 @@
 """Plug-in transfer: what was tuned on a small model, made to fit a large one that is never trained."""
 
+from ..pruning import Importance as Importance
+from ..pruning import ThinModel as ThinModel
+from ..pruning import importance as importance
+from ..pruning import thin_copy as thin_copy
+from ..pruning import thin_sizes as thin_sizes
 from .bridge import bridge as bridge
 from .delta import delta_bridge as delta_bridge
 from .fold import fold as fold
