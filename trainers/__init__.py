@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .bridge import BridgeTrainer as BridgeTrainer
 from .mixin import AdapterTrainerMixin as AdapterTrainerMixin
 from .trainer import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer
 from .trainer import AdapterTrainer as AdapterTrainer
