@@ -57,8 +57,15 @@ def plugged_model(family, kind, **kwargs):
     return plug(small_model(family, kind), BACKBONES[family].build(**LARGE[family]), **kwargs).eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", LARGE)
+SLOW = [(family, kind) for family in LARGE for kind in ("houlsby", "unipelt")]
+every_pair = [
+    pytest.param(family, kind, marks=pytest.mark.slow if (family, kind) in SLOW else [])
+    for family in LARGE
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), every_pair)
 def test_folding_leaves_the_logits(family, kind, tmp_path):
     inputs = BACKBONES[family].inputs()
     model = plugged_model(family, kind)

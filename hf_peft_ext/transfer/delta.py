@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from ..placement import check
 from ..pruning import ThinModel
 from ..sites import Site
-from ..structure import innermost, is_norm, leaf_size, own_modules
+from ..structure import covers, innermost, is_norm, leaf_size, own_modules
 from ..tuners.attach import hidden_states
 from .bridge import bridge, kept_channels
 from .parts import SEEN, Part, parts_of
@@ -93,9 +93,9 @@ class Anchors:
         copy: Any = model.get_base_model()
         self.handles.append(copy.register_forward_pre_hook(self.run_large, with_kwargs=True))
         larges, thins = dict(own_leaves(self.large)), dict(own_leaves(copy))
-        whole = {part.host for part in parts_of(plugged) if part.layer < 0}  # trained as a whole, not anchored
+        whole = tuple(part.host for part in parts_of(plugged) if part.layer < 0)  # trained, not held
         for path, leaf in thins.items():
-            if path not in whole:
+            if not covers(whole, path):
                 self.anchor(path, larges[path], leaf)
         sources = {(part.host, part.tensor): part for part in parts_of(plugged)}
         parts = {(part.host, part.tensor): part for part in parts_of(model)}

@@ -1,7 +1,9 @@
 """Makes plain tensors of those that are seen through projections, so that the adapter stands by itself."""
 
 from peft import PeftModel
+from torch import Tensor
 
+from .parts import SEEN
 from .seen import Computed, make_plain
 
 
@@ -23,3 +25,13 @@ def fold(model: PeftModel) -> PeftModel:
     if hasattr(model, "plug"):
         del model.plug
     return model
+
+
+def plain_state(model: PeftModel) -> dict[str, Tensor]:
+    """The state of a plugged model as it would be folded, for `save_pretrained(folder, state_dict=...)`."""
+    state = {name: value for name, value in model.state_dict().items() if SEEN not in name}
+    for path, module in model.named_modules():
+        if isinstance(module, Computed):
+            computed = [name.removeprefix(SEEN) for name, _ in module.named_children() if name.startswith(SEEN)]
+            state |= {f"{path}.{name}": getattr(module, name).detach() for name in computed}
+    return state

@@ -81,7 +81,7 @@ def parts_of(model: PeftModel, adapter_name: str | None = None) -> list[Part]:
         TypeError: the adapter is of another kind.
         ValueError: the adapter has something that cannot be carried to another model.
     """
-    name = model.active_adapter if adapter_name is None else adapter_name
+    name: Any = model.active_adapter if adapter_name is None else adapter_name
     check("adapter_name", name, name in model.peft_config, f"must be one of {list(model.peft_config)}")
     config: Any = model.peft_config[name]
     base = model.get_base_model()

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from scipy.stats import bootstrap
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ..placement import check
@@ -48,12 +46,19 @@ def margin(score: Tensor, answer: int) -> float:
 
 def auc(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
     """Averaged over the answers that are right in some rows and wrong in others; 0.5 where there is none."""
+    from sklearn.metrics import roc_auc_score  # of an extra, as is scipy
+
     found = []
     for index in range(max(len(score) for score in scores)):
         pairs = [(log_odds(s, index), a == index) for s, a in zip(scores, answers, strict=True) if index < len(s) > 1]
         if {right for _, right in pairs} == {True, False}:
             found.append(roc_auc_score([right for _, right in pairs], [odds for odds, _ in pairs]))
     return float(sum(found) / len(found)) if found else 0.5
+
+
+def log_likelihood(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
+    """Mean log-probability of the right answers."""
+    return sum(float(score[answer]) for score, answer in zip(scores, answers, strict=True)) / len(answers)
 
 
 def log_odds(score: Tensor, index: int) -> float:
@@ -69,7 +74,7 @@ class PlugInResult:
         base: the large model without the module.
         plugged: with it, at `scale`.
         scale: the factor of the module, chosen on other rows; 0 is always among the choices.
-        tried: scale -> mean margin on the rows that it was chosen by.
+        tried: scale -> mean log-likelihood of the right answers, on the rows that it was chosen by.
         low, high: the 95 % interval of the gain, by bootstrap over rows (BCa, pairs kept together).
     """
 
@@ -124,6 +129,8 @@ def gain_interval(base: Sequence[bool], plugged: Sequence[bool], seed: int = 0) 
     check(
         "base", len(base), len(base) == len(plugged) > 1, f"must be of the same rows, two or more, as {len(plugged)}"
     )
+    from scipy.stats import bootstrap
+
     differences = [float(b) - float(a) for a, b in zip(base, plugged, strict=True)]
     if len(set(differences)) == 1:  # nothing to draw from
         return differences[0], differences[0]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import collate, encode_choices
-from ..losses import choice_loss, lm_loss
+from ..losses import IGNORED, choice_loss, lm_loss
 from ..packing import bare, choice_token_scores
 from ..placement import check
 from ..rank_classification import evaluating, score_choices
@@ -29,6 +30,10 @@ class Task(ABC):
     @abstractmethod
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:  # shape of each: (answers,)
         """Log-probabilities, without gradients."""
+
+    @abstractmethod
+    def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The rows with their right answers as `labels`, as the model takes them."""
 
     @abstractmethod
     def answers(self, rows: Sequence[Row]) -> list[int]:
@@ -57,7 +62,8 @@ class Ranking(Task):
         device = base.get_input_embeddings().weight.device
         batch = {key: value.to(device) for key, value in collate(examples).items()}
         correct = torch.tensor([i == row["answer"] for row in rows for i in range(len(row["choices"]))], device=device)
-        tokens = choice_token_scores(model, batch)
+        # an encoder-decoder would copy its states for each choice in the thin copy of a delta bridge only
+        tokens = choice_token_scores(model, batch, packed=False if seq2seq else None)
         loss = choice_loss(tokens, correct, batch["example"])
         return loss + self.lm_weight * lm_loss(tokens, correct) if self.lm_weight else loss
 
@@ -66,8 +72,25 @@ class Ranking(Task):
         found = score_choices(model, self.tokenizer, [row["prompt"] for row in rows], choices)
         return [score.log_softmax(0) for score in found]
 
+    def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+        base = bare(model)
+        seq2seq = base.config.is_encoder_decoder
+        texts = ((row["prompt"], row["choices"][row["answer"]]) for row in rows)
+        examples = [encode_choices(self.tokenizer, prompt, [right], seq2seq) for prompt, right in texts]
+        ids, labels = [example.prompt for example in examples], [example.choices[0] for example in examples]
+        if not seq2seq:
+            ids = [prompt + right for prompt, right in zip(ids, labels, strict=True)]
+            labels = [[IGNORED] * len(e.prompt) + e.choices[0] for e in examples]
+        seen = [[1] * len(row) for row in ids]
+        found = {"input_ids": padded(ids, 0), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORED)}
+        return {name: value.to(base.get_input_embeddings().weight.device) for name, value in found.items()}
+
     def answers(self, rows: Sequence[Row]) -> list[int]:
         return [row["answer"] for row in rows]
+
+
+def padded(rows: Sequence[list[int]], value: int) -> Tensor:  # shape: (rows, length)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 @dataclass
@@ -93,9 +116,16 @@ class Classification(Task):
             return [score for part in parts for score in self.logits(model, part).float().cpu().log_softmax(-1)]
 
     def logits(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:  # shape: (rows, labels)
-        device = next(model.parameters()).device
+        return model(**self.inputs(model, rows)).logits
+
+    def inputs(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         texts = [row["text"] for row in rows]
-        return model(**self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)).logits
+        found = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {name: value.to(next(model.parameters()).device) for name, value in found.items()}
+
+    def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+        inputs = self.inputs(model, rows)
+        return {**inputs, "labels": torch.tensor(self.answers(rows), device=inputs["input_ids"].device)}
 
     def answers(self, rows: Sequence[Row]) -> list[int]:
         return [row["label"] for row in rows]

@@ -1,0 +1,147 @@
+"""The stages of a plug-in transfer, each of which leaves an artefact and is not done again where that is there."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..pruning import Importance, importance, thin_copy
+from .bridge import bridge
+from .delta import delta_bridge
+from .fit import Advance, fit, refine
+from .fold import fold
+from .plugging import plug
+from .projections import Projections
+from .result import Measured, PlugInResult
+from .scales import at_scale, choose_scale, scale_by, writing
+from .settings import PlugInSettings
+from .task import Row, Task
+from .zeroth_order import layer_scales
+
+
+@dataclass
+class Stages:
+    """The stages of one run, each of which is done once."""
+
+    folder: Path
+    settings: PlugInSettings
+    task: Task
+    rows: Sequence[Row]
+    bars: Progress
+
+    def small(self, model: nn.Module, config: PeftConfig | None) -> PeftModel:
+        if isinstance(model, PeftModel):
+            return model
+        if config is None:
+            raise TypeError("`small` must be a PeftModel, or `peft_config` say which adapter to train on it.")
+        path, s = self.folder / "small", self.settings
+        if path.exists():
+            return PeftModel.from_pretrained(model, path)  # pyright: ignore[reportArgumentType]
+        torch.manual_seed(s.seed)
+        tuned: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        with self.bar("small", s.small_steps) as advance:
+            fit(tuned, self.task, self.rows, s.small_steps, s.small_lr, s.batch_size, s.seed, True, advance)
+        finish(path, tuned.save_pretrained)
+        return tuned
+
+    def plugged(self, tuned: PeftModel, large: PreTrainedModel) -> PeftModel:
+        path, s = self.folder / "plugged", self.settings
+        if path.exists():
+            return PeftModel.from_pretrained(large, path, is_trainable=True).eval()
+        scores = self.importance(large)
+        thin = None if s.bridge == "none" else thin_copy(large, s.r, s.reading, scores)
+        torch.manual_seed(s.seed)
+        model = plug(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order).eval()
+        steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
+        if thin is not None:
+            with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
+                if s.bridge == "paper":
+                    fit(bridge(model, thin), self.task, self.rows, *steps, advance)
+                else:
+                    with delta_bridge(model, thin, s.around) as held:
+                        fit(held, self.task, self.rows, *steps, advance)
+        finish(path, fold(model).save_pretrained)
+        return model
+
+    def importance(self, large: PreTrainedModel) -> Importance | None:
+        path, s = self.folder / "importance.safetensors", self.settings
+        if s.bridge == "none":
+            return None
+        if not path.exists():
+            with self.bar("importance", 1) as advance:
+                found = importance(large, self.batches(large), s.importance)
+                advance()
+            tables = {"rows": found.rows, "columns": found.columns}
+            state = {f"{name}:{key}": value for name, table in tables.items() for key, value in table.items()}
+            finish(path, lambda where: save_file({k: v.contiguous() for k, v in state.items()}, where))
+        found = Importance(s.importance)
+        for name, value in load_file(path).items():
+            kind, _, key = name.partition(":")
+            getattr(found, kind)[key] = value
+        return found
+
+    def batches(self, large: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+        """The training rows with their answers, row by row."""
+        return (self.task.batch(large, [row]) for row in self.rows)
+
+    def refined(self, model: PeftModel) -> PeftModel:
+        path, s = self.folder / "refined", self.settings
+        if path.exists():
+            large: Any = model.unload()
+            return PeftModel.from_pretrained(large, path).eval()
+        if s.refine == "scales":
+            layer_scales(model)
+        with self.bar("MeZO", s.refine_steps) as advance:
+            refine(model, self.task, self.rows, s.refine_steps, s.refine_lr, s.batch_size, s.eps, s.seed, advance)
+        finish(path, fold(model).save_pretrained)
+        return model
+
+    def measured(self, model: PeftModel, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
+        """The result; from here on the model has the scale that was chosen, or its adapter disabled without a gain."""
+        path = self.folder / "result.json"
+        if path.exists():
+            result = PlugInResult.load(path)
+        else:
+            with self.bar("measuring", 1) as advance:
+                result = self.measure(model, dev, test)
+                advance()
+        if result.gains:
+            scale_by(writing(model), result.scale)
+            if not (self.folder / "adapter").exists():
+                finish(self.folder / "adapter", model.save_pretrained)
+        else:
+            model.base_model.disable_adapter_layers()  # pyright: ignore[reportCallIssue]
+        result.save(path)
+        return result
+
+    def measure(self, model: PeftModel, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
+        scale, tried = choose_scale(model, self.task, dev, self.settings.scales)
+        base, plugged = (self.measure_at(model, factor, test) for factor in (0.0, scale))
+        return PlugInResult.of(base, plugged, scale, tried, self.settings.seed)
+
+    def measure_at(self, model: PeftModel, scale: float, rows: Sequence[Row]) -> Measured:
+        with at_scale(model, scale):
+            return Measured.of(self.task.scores(model, rows), self.task.answers(rows))
+
+    @contextmanager
+    def bar(self, name: str, steps: int) -> Iterator[Advance]:
+        task = self.bars.add_task(name, total=steps)
+        yield lambda: self.bars.advance(task)
+
+
+def finish(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file or a folder; it gets its name when all of it is there."""
+    partial = path.with_name(f"partial-{path.name}")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    write(partial)
+    partial.rename(path)

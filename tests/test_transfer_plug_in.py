@@ -1,0 +1,156 @@
+"""The one call, on tiny models: what it leaves in its folder, that it goes on where it stopped, and that what does not
+gain is not shipped; the tasks against transformers' own losses.
+"""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_peft_ext import BottleneckConfig
+from hf_peft_ext.transfer import PlugInSettings, plug_in
+from hf_peft_ext.transfer.task import Classification, Ranking, task_for
+
+from .backbones import BACKBONES, SPECIAL
+from .test_transfer_fold import LARGE, refuses
+
+WORDS = "<pad> <s> </s> good bad film was the a so very yes no".split()
+QUICK = {"small_steps": 4, "bridge_steps": 3, "refine_steps": 2, "batch_size": 4, "r": 4}
+
+
+@pytest.fixture
+def tokenizer():
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def rankings(n):
+    texts = ["the film was good", "the film was bad", "so very good a film", "so very bad"]
+    return [{"prompt": texts[i % 4], "choices": ["yes", "no"], "answer": i % 2} for i in range(n)]
+
+
+def labelled(n):
+    return [{"text": row["prompt"], "label": row["answer"]} for row in rankings(n)]
+
+
+def classifier(**overrides):
+    config = {**SPECIAL, **BACKBONES["bert"].config, "vocab_size": 60, "num_labels": 2, **overrides}
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **config))
+
+
+def lora(**kwargs):
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **kwargs)
+
+
+def run(tokenizer, folder, family="llama", **settings):
+    small, large = BACKBONES[family].build(), BACKBONES[family].build(**LARGE[family])
+    config = lora() if family == "llama" else LoraConfig(r=2, target_modules=["q", "v"])
+    chosen = PlugInSettings(**{**QUICK, **settings})
+    return plug_in(small, large, tokenizer, rankings(20), rankings(12), folder, config, None, chosen, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"bridge": "paper", "importance": "fisher", "refine": "module"}),
+        pytest.param("llama", {"bridge": "none", "refine": "scales"}, marks=pytest.mark.slow),
+        pytest.param("t5", {"around": "base", "importance": "magnitude"}, marks=pytest.mark.slow),
+    ],
+)
+def test_one_call(tokenizer, tmp_path, family, settings):
+    model, result = run(tokenizer, tmp_path, family, **settings)
+    assert json.loads((tmp_path / "small/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((tmp_path / "plugged/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (tmp_path / "refined").exists() == ("refine" in settings)
+    assert (tmp_path / "adapter").exists() == result.gains
+    assert len(result.base.correct) == 12
+    assert 0.0 in result.tried
+    assert not list(tmp_path.glob("partial-*"))
+    fresh = BACKBONES[family].build(**LARGE[family])
+    frozen = {name: p for name, p in model.get_base_model().named_parameters() if "lora_" not in name}
+    for name, p in fresh.named_parameters():  # the large model is as it was
+        found = frozen.get(name, frozen.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(found, p)
+    if not result.gains:
+        inputs = BACKBONES[family].inputs()
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
+
+
+def test_classification_with_bottlenecks(tokenizer, tmp_path):
+    config = BottleneckConfig(task_type="SEQ_CLS", r=4)
+    large = classifier(**LARGE["bert"])
+    settings = PlugInSettings(**QUICK)
+    _, result = plug_in(
+        classifier(), large, tokenizer, labelled(20), labelled(12), tmp_path, config, labelled(8), settings, False
+    )
+    again = PeftModel.from_pretrained(classifier(**LARGE["bert"]), tmp_path / "plugged")
+    assert again.active_peft_config.peft_type.value == "BOTTLENECK"
+    assert set(result.tried) == {0.0, 0.25, 0.5, 1.0}
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
+    """Stopped in front of each stage in turn, it ends with the same tensors as in one go, and does no stage twice."""
+    from hf_peft_ext.transfer import stages
+
+    run(tokenizer, tmp_path / "one", refine="module")
+    for name in ("importance", "plug", "refine"):
+        with monkeypatch.context() as patched:
+            patched.setattr(stages, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(tokenizer, tmp_path / "parts", refine="module")
+    run(tokenizer, tmp_path / "parts", refine="module")
+    with monkeypatch.context() as patched:
+        for name in ("importance", "plug", "refine", "fit", "choose_scale"):
+            patched.setattr(stages, name, stop)
+        run(tokenizer, tmp_path / "parts", refine="module")
+    for stage in ("small", "plugged", "refined"):
+        one, parts = ((tmp_path / way / stage / "adapter_model.safetensors").read_bytes() for way in ("one", "parts"))
+        assert one == parts
+    other = "`folder` .*holds a run with other settings: r"
+    refuses(other, ValueError, lambda: run(tokenizer, tmp_path / "parts", refine="module", r=9))
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_losses_of_tasks(tokenizer):
+    """Classification is the model's own loss; ranking is the cross-entropy of the choices' mean log-probabilities."""
+    model, rows = classifier().eval(), labelled(4)
+    task = task_for(tokenizer, rows)
+    assert isinstance(task, Classification)
+    torch.testing.assert_close(task.loss(model, rows), model(**task.batch(model, rows)).loss)
+    decoder, ranked = BACKBONES["llama"].build(), rankings(4)
+    task = task_for(tokenizer, ranked)
+    assert isinstance(task, Ranking)
+    scores = torch.stack(task.scores(decoder, ranked))
+    expected = torch.nn.functional.nll_loss(scores, torch.tensor(task.answers(ranked)))
+    torch.testing.assert_close(task.loss(decoder, ranked), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_batches_hold_the_right_answer(tokenizer, family):
+    model, rows = BACKBONES[family].build(), rankings(2)
+    batch = Ranking(tokenizer).batch(model, rows)
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    answers = [row[row >= 0][0].item() for row in batch["labels"]]
+    assert answers == [yes, no]
+    assert model(**batch).loss.isfinite()
+
+
+def test_errors(tokenizer, tmp_path):
+    refuses("`bridge`.*must hold delta, paper, none", ValueError, lambda: PlugInSettings(bridge="other"))
+    refuses("`bridge_lr` .=0. must be a positive number", ValueError, lambda: PlugInSettings(bridge_lr=0))
+    refuses("must have `prompt`, `choices` and `answer`, or", ValueError, lambda: task_for(tokenizer, [{"a": 1}]))
+    refuses("`rows` .=0. must hold at least one row", ValueError, lambda: task_for(tokenizer, []))
+    small, large = BACKBONES["llama"].build(), BACKBONES["llama"].build()
+    call = lambda: plug_in(small, large, tokenizer, rankings(8), rankings(4), tmp_path, progress=False)  # noqa: E731
+    refuses("`small` must be a PeftModel, or `peft_config`", TypeError, call)
