@@ -14,6 +14,7 @@ from .tuners import BitFitConfig as BitFitConfig
 from .tuners import BottleneckConfig as BottleneckConfig
 from .tuners import ComposedConfig as ComposedConfig
 from .tuners import ComposedModel as ComposedModel
+from .tuners import LadderConfig as LadderConfig
 from .tuners import LayerPrefixConfig as LayerPrefixConfig
 from .tuners import MAMConfig as MAMConfig
 from .tuners import TFewConfig as TFewConfig

@@ -97,6 +97,14 @@ IA3 = paper(
     2022,
     "2205.05638",
 )
+LADDER = paper(
+    "sung2022lst",
+    "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning",
+    "Sung, Yi-Lin and Cho, Jaemin and Bansal, Mohit",
+    "Advances in Neural Information Processing Systems",
+    2022,
+    "2206.06522",
+)
 PROMPT_TUNING = paper(
     "lester2021power",
     "The Power of Scale for Parameter-Efficient Prompt Tuning",
@@ -114,6 +122,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "unipelt": (UNIPELT, PFEIFFER, PREFIX_TUNING, LORA),
     "mam": (MAM, PREFIX_TUNING),
     "composed": (),
+    "ladder": (LADDER,),
 }
 # The same for types of peft's own that results of this package are saved as, or compared with.
 STOCK_PAPERS: dict[str, tuple[Paper, ...]] = {

@@ -11,6 +11,8 @@ from .config import ComposedConfig as ComposedConfig
 from .gates import fix_gates as fix_gates
 from .gates import gate_values as gate_values
 from .ia3 import IA3Model
+from .ladder import LadderConfig as LadderConfig
+from .ladder import LadderModel as LadderModel
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from .mam import MAMConfig as MAMConfig
 from .tfew import TFewConfig as TFewConfig
@@ -18,4 +20,5 @@ from .unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, ComposedConfig):
     register(config.method, config, ComposedModel)
+register(LadderConfig.method, LadderConfig, LadderModel)
 replace_tuner(PeftType.IA3, IA3Model)

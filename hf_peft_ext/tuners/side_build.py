@@ -1,0 +1,99 @@
+"""From a model and a `LadderConfig` to the side networks, with every error found before anything changes."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..placement import check
+from ..pruning.sizes import thin_config
+from .ladder_layer import Role
+from .side_network import SideNetwork, backbones, cut_depth, own_stacks
+
+
+@dataclass(frozen=True)
+class Side:
+    """A side network that has not been attached.
+
+    Args:
+        host: its backbone.
+        role: the backbone's place in the model.
+        network: the side network.
+        kept: the blocks of the backbone that have a rung.
+    """
+
+    host: PreTrainedModel
+    role: Role
+    network: SideNetwork
+    kept: list[int]
+
+
+def side_networks(model: nn.Module, config: Any, pruned: bool = True) -> dict[str, Side]:
+    """Path of the first block of a backbone -> its side network, for all backbones of a model.
+
+    Args:
+        model: the base model.
+        config: the `LadderConfig`.
+        pruned: whether the side network begins as the pruned backbone; False where it will be loaded.
+
+    Raises:
+        ValueError: the architecture cannot be cut to a thin one, a layer does not exist or no layer of a backbone is
+            kept, or a part of the backbone is to be trained and saved whole.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} is no model of transformers, so a ladder finds no backbone in it.")
+    thin = thin_model(model, config, pruned)
+    hosts, stacks = backbones(model), own_stacks(model)
+    check_saved_whole(config, [f"{path}.{i}" for path, stack in stacks for i in range(len(stack))])
+    kept = kept_layers(config, [len(stack) for _, stack in stacks])
+    found: dict[str, Side] = {}
+    for (path, host), (blocks, _), rungs in zip(hosts.items(), stacks, kept, strict=True):
+        role: Role = "alone" if len(hosts) == 1 else "decoder" if host.config.is_decoder else "encoder"
+        stack = cut_depth(cast(PreTrainedModel, thin.get_submodule(path)), rungs)
+        if getattr(stack, "pooler", None) is not None:
+            stack.pooler = None  # the backbone's own reads the output
+        network = SideNetwork(stack, host, config.temperature, ends=role != "encoder")
+        found[f"{blocks}.0"] = Side(host, role, network, rungs)
+    return found
+
+
+def kept_layers(config: Any, depths: list[int]) -> list[list[int]]:
+    """The blocks that get a rung, for each backbone counted from 0.
+
+    Raises:
+        ValueError: a layer does not exist, or a backbone would have none.
+    """
+    total, chosen = sum(depths), config.layers_to_keep
+    layers = list(range(total)) if chosen is None else sorted(set(chosen))
+    rule = f"names layer {layers[-1]}, which does not exist; this model has layers 0 to {total - 1}"
+    check("layers_to_keep", chosen, layers[-1] < total, rule)
+    found, first = [], 0
+    for depth in depths:
+        found.append([layer - first for layer in layers if first <= layer < first + depth])
+        rule = f"keeps none of the layers {first} to {first + depth - 1}, but each backbone needs a rung"
+        check("layers_to_keep", chosen, bool(found[-1]), rule)
+        first += depth
+    return found
+
+
+def check_saved_whole(config: Any, blocks: list[str]) -> None:
+    """Refuse to train blocks of the backbone: no gradient reaches them."""
+    for name in config.modules_to_save or []:
+        inside = any(re.match(rf"(.*\.)?{re.escape(name)}($|\.)", block) for block in blocks)
+        rule = "names blocks of the backbone, which no gradient reaches under a ladder"
+        check("modules_to_save", config.modules_to_save, not inside, rule)
+
+
+def thin_model(model: PreTrainedModel, config: Any, pruned: bool) -> PreTrainedModel:
+    """The model at the side network's width, in the type of the original."""
+    thin = type(model)._from_config(thin_config(model.config, config.r, config.reading))
+    if pruned:
+        with torch.no_grad():
+            for name, parameter in thin.named_parameters():
+                source = model.get_parameter(name)
+                parameter.copy_(source[tuple(slice(size) for size in parameter.shape)])
+    return thin
