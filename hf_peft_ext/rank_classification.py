@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .choices import Example, collate, encode_choices
 from .packing import bare, choice_token_scores, packs
 from .placement import check, check_count
-from .tuners.composed import keep_4bit_trainable
+from .quantized import keep_4bit_trainable
 
 Normalization = Literal["token", "byte", "character", "none"]
 Choices = Sequence[str] | Sequence[Sequence[str]]

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..placement import check
+from ..quantized import keep_4bit_trainable
 from ..structure import own_modules
 from ..sublayers import Bias, LowRank, ProjectedPrefix
 from .attach import Attached, child_name
@@ -304,15 +305,3 @@ def fold_prefixes(model: nn.Module, adapter_name: str | None = None) -> int:
                 layer.sublayer_of[name] = prefix.fold()
                 folded += 1
     return folded
-
-
-def keep_4bit_trainable(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on processors with AVX512-BF16.
-
-    There the first forward in evaluation repacks them, after which training silently has no gradients.
-    """
-    module: Any
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # taking the state unpacks a weight that was repacked already

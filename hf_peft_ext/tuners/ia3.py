@@ -10,7 +10,7 @@ import torch
 from peft.tuners.ia3.layer import IA3Layer, _ConvNd
 from torch import Tensor, nn
 
-from .composed import keep_4bit_trainable
+from ..quantized import keep_4bit_trainable
 from .mixed import check_names, check_unmerged, each_row, known_to_copies
 from .tfew import TFewConfig, resolve
 
