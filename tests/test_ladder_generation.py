@@ -35,7 +35,9 @@ def test_cached_generation_equals_uncached(family, attention):
         found = []
         for use_cache in (True, False):
             torch.manual_seed(0)
-            found.append(model.generate(**prompts(family), **{"do_sample": False, **LENGTH, **options}, use_cache=use_cache))
+            found.append(
+                model.generate(**prompts(family), **{"do_sample": False, **LENGTH, **options}, use_cache=use_cache)
+            )
         assert torch.equal(*found), options
 
 

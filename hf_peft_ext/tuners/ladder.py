@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..placement import check, check_positive
 from ..pruning.sizes import Reading
-from .composed import check_adapter_name, aligned, check_loaded, keep_4bit_trainable, unload_auxiliary
+from ..quantized import keep_4bit_trainable
+from .composed import aligned, check_adapter_name, check_loaded, unload_auxiliary
 from .config import RegisteredConfig, layer_list
 from .ladder_layer import NAME, Ladder
 from .side_build import side_networks
@@ -88,7 +89,7 @@ class LadderModel(BaseTuner):
         check_adapter_name(adapter_name, model, PARTS)
         keep_4bit_trainable(model)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            self._sides = side_networks(model, config, pruned=not low_cpu_mem_usage)
+            self._sides = side_networks(model, config)
         before = ladders(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         kwargs.pop("state_dict", None)  # the config says everything; peft would look for its own key format

@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..placement import check
+from ..structure import stacks
 from .side_cache import check_cache, side_cache
-from .side_network import SideNetwork, own_stacks
+from .side_network import SideNetwork
 
 NAME = "ladder"  # among the children of the backbone's first block
 LEFT_OUT = ("output_attentions", "output_hidden_states", "return_dict", "past_key_values", "use_cache")
@@ -50,7 +51,7 @@ class Ladder(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         self._host = (host,)  # in a tuple: not a child
-        self._blocks = tuple(own_stacks(host)[0][1])
+        self._blocks = tuple(next(stacks(host))[1])
         self._names = list(inspect.signature(host.forward).parameters)
         self.given: dict[str, Any] | None = None  # what the side network gets in this forward; None outside of one
         self._grad, self._tuple = True, False

@@ -4,14 +4,15 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..placement import check
-from ..pruning.sizes import thin_config
+from ..pruning import thin_config, thin_copy
+from ..pruning.sizes import family_of
+from ..structure import stacks
 from .ladder_layer import Role
-from .side_network import SideNetwork, backbones, cut_depth, own_stacks
+from .side_network import SideNetwork, backbones, cut_depth
 
 
 @dataclass(frozen=True)
@@ -31,33 +32,34 @@ class Side:
     kept: list[int]
 
 
-def side_networks(model: nn.Module, config: Any, pruned: bool = True) -> dict[str, Side]:
+def side_networks(model: nn.Module, config: Any) -> dict[str, Side]:
     """Path of the first block of a backbone -> its side network, for all backbones of a model.
 
     Args:
         model: the base model.
         config: the `LadderConfig`.
-        pruned: whether the side network begins as the pruned backbone; False where it will be loaded.
 
     Raises:
         ValueError: the architecture cannot be cut to a thin one, a layer does not exist or no layer of a backbone is
             kept, or a part of the backbone is to be trained and saved whole.
+        TypeError: `model` is no transformers model.
     """
-    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is no model of transformers, so a ladder finds no backbone in it.")
-    thin = thin_model(model, config, pruned)
-    hosts, stacks = backbones(model), own_stacks(model)
-    check_saved_whole(config, [f"{path}.{i}" for path, stack in stacks for i in range(len(stack))])
-    kept = kept_layers(config, [len(stack) for _, stack in stacks])
+        raise TypeError(f"`model` must be a transformers model, not {type(model).__name__}.")
+    family_of(model.config)
+    blocks = list(stacks(model))
+    check_saved_whole(config, [f"{path}.{i}" for path, stack in blocks for i in range(len(stack))])
+    kept = kept_layers(config, [len(stack) for _, stack in blocks])
+    body = cast(PreTrainedModel, model.base_model)
+    thin, hosts = thin_body(body, config), backbones(body)
     found: dict[str, Side] = {}
-    for (path, host), (blocks, _), rungs in zip(hosts.items(), stacks, kept, strict=True):
+    for (path, host), (stack, _), rungs in zip(hosts.items(), blocks, kept, strict=True):
         role: Role = "alone" if len(hosts) == 1 else "decoder" if host.config.is_decoder else "encoder"
-        stack = cut_depth(cast(PreTrainedModel, thin.get_submodule(path)), rungs)
-        if getattr(stack, "pooler", None) is not None:
-            stack.pooler = None  # the backbone's own reads the output
-        network = SideNetwork(stack, host, config.temperature, ends=role != "encoder")
-        found[f"{blocks}.0"] = Side(host, role, network, rungs)
+        side: Any = cut_depth(cast(PreTrainedModel, thin.get_submodule(path)), rungs)
+        if getattr(side, "pooler", None) is not None:
+            side.pooler = None  # the backbone's own reads the output
+        network = SideNetwork(side, host, config.temperature, ends=role != "encoder")
+        found[f"{stack}.0"] = Side(host, role, network, rungs)
     return found
 
 
@@ -88,12 +90,8 @@ def check_saved_whole(config: Any, blocks: list[str]) -> None:
         check("modules_to_save", config.modules_to_save, not inside, rule)
 
 
-def thin_model(model: PreTrainedModel, config: Any, pruned: bool) -> PreTrainedModel:
-    """The model at the side network's width, in the type of the original."""
-    thin = type(model)._from_config(thin_config(model.config, config.r, config.reading))
-    if pruned:
-        with torch.no_grad():
-            for name, parameter in thin.named_parameters():
-                source = model.get_parameter(name)
-                parameter.copy_(source[tuple(slice(size) for size in parameter.shape)])
-    return thin
+def thin_body(body: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """The model without its head, at the side network's width: pruned by the magnitude of its weights."""
+    if nn.Linear(1, 1).weight.is_meta:  # `low_cpu_mem_usage`: the weights will be loaded
+        return type(body)(thin_config(body.config, config.r, config.reading))
+    return thin_copy(body, config.r, config.reading).model

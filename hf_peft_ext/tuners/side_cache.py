@@ -1,7 +1,7 @@
 """The keys and values of a side network, kept in the backbone's own cache.
 
-Their layers stand behind those of the backbone. So whatever is done to the cache between two forwards (beams reordered,
-tokens cropped, rows repeated, all reset) is done to both alike.
+Their layers stand behind those of the backbone. So whatever is done to the cache between two forwards (beams
+reordered, tokens cropped, rows repeated, all reset) is done to both alike.
 """
 
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache

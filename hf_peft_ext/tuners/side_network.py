@@ -38,7 +38,8 @@ class SideNetwork(nn.Module):
     def forward(self, **given: Any) -> Tensor:  # shape: (batch, length, d), or d_side without `up`
         """The last hidden states. Each rung has been shown its part of the backbone before."""
         if given.get("inputs_embeds") is not None:
-            given["inputs_embeds"] = self.stack.get_input_embeddings().down(given["inputs_embeds"])
+            embedding = cast(DownEmbedding, self.stack.get_input_embeddings())
+            given["inputs_embeds"] = embedding.down(given["inputs_embeds"].to(embedding.down.weight.dtype))
         h = self.stack(**given).last_hidden_state
         return h if self.up is None else self.up(h)
 
@@ -110,16 +111,10 @@ def backbones(model: nn.Module) -> dict[str, PreTrainedModel]:
     """
     modules = {path: module for path, module in own_modules(model) if isinstance(module, PreTrainedModel)}
     found: dict[str, PreTrainedModel] = {}
-    for stack, _ in own_stacks(model):
+    for stack, _ in stacks(model):
         above = [path for path in modules if not path or stack.startswith(f"{path}.")]
         found[above[-1]] = modules[above[-1]]
     return found
-
-
-def own_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of blocks of a model, without those of side networks in it."""
-    own = {path for path, _ in own_modules(model)}
-    return [(path, stack) for path, stack in stacks(model) if path in own]
 
 
 def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
@@ -133,6 +128,7 @@ def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     chosen = [blocks[i] for i in kept]
     del blocks[:]
     blocks.extend(chosen)
+    module: Any
     for i, block in enumerate(chosen):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
