@@ -13,6 +13,7 @@ NAMES = {
     "layer_prefix": "Prefix-tuning",
     "bitfit": "BitFit",
     "composed": "Composed",
+    "ladder": "Ladder side-tuning",
     "lora": "LoRA",
     "ia3": "(IA)³",
     "adalora": "AdaLoRA",
@@ -33,6 +34,8 @@ METHODS = {
     "layer_prefix": "leaves a model as it is and adds {sublayers}.",
     "bitfit": "trains biases and leaves the weights as they are.",
     "composed": "is put together for this adapter, of {sublayers}{gates}.",
+    "ladder": "runs a thin network beside a frozen model, which takes in the hidden states of its blocks and gives "
+    "the output in its place; in training, no gradient goes through the model.",
     "lora": "leaves the weights as they are and adds to some of them a product of two thin matrices of low rank.",
     "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
     "adalora": "is LoRA whose ranks are shared out while training, more to the matrices that matter more.",

@@ -7,7 +7,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_peft_ext import BitFitConfig, MAMConfig, UniPELTConfig
+from hf_peft_ext import BitFitConfig, LadderConfig, MAMConfig, UniPELTConfig
 from hf_peft_ext.hub_cards import DatasetRecord, Result, TrainingRecord
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
@@ -32,6 +32,7 @@ ADAPTERS = {
         BACKBONES["t5"].build(), MAMConfig(num_virtual_tokens=4, bottleneck_size=4, task_type="SEQ_2_SEQ_LM")
     ),
     "bitfit": lambda: get_peft_model(BACKBONES["gpt2"].build(), BitFitConfig()),
+    "ladder": lambda: get_peft_model(BACKBONES["qwen2"].build(), LadderConfig(r=4, task_type="CAUSAL_LM")),
     "ia3": lambda: get_peft_model(BACKBONES["llama"].build(), IA3Config(task_type="CAUSAL_LM")),
     "lora": lambda: get_peft_model(BACKBONES["roberta"].build(), LoraConfig(task_type="FEATURE_EXTRACTION", r=2)),
 }
@@ -43,7 +44,7 @@ def saved(folder: Path, name: str, base: str | None = BASE) -> PeftModel:
     randomise(model)
     model.get_base_model().name_or_path = base or ""
     model.save_pretrained(folder)
-    if name in ("unipelt", "mam", "bitfit"):  # peft's own types keep the blank card that peft gives them
+    if name in ("unipelt", "mam", "bitfit", "ladder"):  # peft's own types keep the blank card that peft gives them
         for file in ("README.md", "training_record.json"):
             (folder / file).unlink(missing_ok=True)
     return model.eval()

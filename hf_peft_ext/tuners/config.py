@@ -68,6 +68,10 @@ class RegisteredConfig(NamedFields, PeftConfig):
         rule = "must be None: no sub-layer of this package acts on a bare parameter"
         check("target_parameters", self.target_parameters, not self.target_parameters, rule)
 
+    def to_placements(self) -> list[Placement]:
+        """The method, as placements; none where it is not made of sub-layers."""
+        return []
+
 
 @dataclass
 class PlacedConfig(RegisteredConfig):

@@ -1,6 +1,5 @@
 """From a model and a `LadderConfig` to the side networks, with every error found before anything changes."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from ..placement import check
 from ..pruning import thin_config, thin_copy
 from ..pruning.sizes import family_of
-from ..structure import stacks
+from ..structure import covers, own_modules, stacks
 from .ladder_layer import Role
 from .side_network import SideNetwork, backbones, cut_depth
 
@@ -48,7 +47,7 @@ def side_networks(model: nn.Module, config: Any) -> dict[str, Side]:
         raise TypeError(f"`model` must be a transformers model, not {type(model).__name__}.")
     family_of(model.config)
     blocks = list(stacks(model))
-    check_saved_whole(config, [f"{path}.{i}" for path, stack in blocks for i in range(len(stack))])
+    check_saved_whole(model, config)
     kept = kept_layers(config, [len(stack) for _, stack in blocks])
     body = cast(PreTrainedModel, model.base_model)
     thin, hosts = thin_body(body, config), backbones(body)
@@ -82,12 +81,14 @@ def kept_layers(config: Any, depths: list[int]) -> list[list[int]]:
     return found
 
 
-def check_saved_whole(config: Any, blocks: list[str]) -> None:
-    """Refuse to train blocks of the backbone: no gradient reaches them."""
-    for name in config.modules_to_save or []:
-        inside = any(re.match(rf"(.*\.)?{re.escape(name)}($|\.)", block) for block in blocks)
-        rule = "names blocks of the backbone, which no gradient reaches under a ladder"
-        check("modules_to_save", config.modules_to_save, not inside, rule)
+def check_saved_whole(model: nn.Module, config: Any) -> None:
+    """Refuse to train modules of the backbone, which no gradient reaches; BERT's pooler comes behind it."""
+    inside = tuple(backbones(model))
+    named = tuple(config.modules_to_save or ())
+    for path, _ in own_modules(model):
+        frozen = bool(path) and covers(inside, path) and not path.endswith("pooler")
+        rule = f"names {path}, a part of the backbone, which no gradient reaches under a ladder"
+        check("modules_to_save", config.modules_to_save, not (frozen and path.endswith(named)), rule)
 
 
 def thin_body(body: PreTrainedModel, config: Any) -> PreTrainedModel:
