@@ -22,6 +22,7 @@ from .tuners import UniPELTConfig as UniPELTConfig
 from .tuners import fix_gates as fix_gates
 from .tuners import fold_prefixes as fold_prefixes
 from .tuners import gate_values as gate_values
+from .tuners import prune_ladder as prune_ladder
 
 try:
     __version__ = version("hf_peft_ext")

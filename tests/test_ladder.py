@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, BertForSequenceClassification, T5EncoderModel
 
-from hf_peft_ext import LadderConfig
+from hf_peft_ext import LadderConfig, prune_ladder
+from hf_peft_ext.pruning import Importance, importance, thin_copy
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -247,6 +248,32 @@ def test_starts_as_the_pruned_backbone():
             inputs = BACKBONES[family].inputs()
             base = output(BACKBONES[family].build(), inputs)
             torch.testing.assert_close(output(model, inputs), base, rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_by_other_scores():
+    """By Fisher scores, the side blocks are the backbone's channels that those say; projections stay."""
+    for family in ("gpt2", "t5"):
+        base, inputs = BACKBONES[family].build(), BACKBONES[family].inputs()
+        labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        scores = importance(base, [batch])
+        rows, columns = ({k.removeprefix("transformer."): v for k, v in t.items() if k != "lm_head" or family == "t5"}
+                         for t in (scores.rows, scores.columns))  # fmt: skip
+        thin = thin_copy(base.base_model, 4, importance=Importance("fisher", rows, columns)).model
+        model = get_peft_model(base, LadderConfig(r=4))
+        downs = {name: p.clone() for name, p in model.named_parameters() if "down" in name}
+        before = [side.rungs[0].block.state_dict() for side in sides(copy.deepcopy(model))]
+        prune_ladder(model, scores)
+        stacks = [thin.encoder.block, thin.decoder.block] if family == "t5" else [thin.h]
+        for side, blocks, old in zip(sides(model), stacks, before, strict=True):
+            found = side.rungs[0].block.state_dict()
+            assert not all(torch.equal(tensor, old[name]) for name, tensor in found.items())
+            for rung, block in zip(side.rungs, blocks, strict=True):
+                expected = block.state_dict()
+                assert all(torch.equal(tensor, expected[name]) for name, tensor in rung.block.state_dict().items())
+        assert all(torch.equal(p, downs[name]) for name, p in model.named_parameters() if "down" in name)
+    with pytest.raises(ValueError, match=r"`adapter_name` \(='other'\) is no ladder of this model"):
+        prune_ladder(model, scores, "other")
 
 
 def test_pooler_reads_the_ladder():

@@ -13,6 +13,7 @@ from .gates import gate_values as gate_values
 from .ia3 import IA3Model
 from .ladder import LadderConfig as LadderConfig
 from .ladder import LadderModel as LadderModel
+from .ladder import prune_ladder as prune_ladder
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from .mam import MAMConfig as MAMConfig
 from .tfew import TFewConfig as TFewConfig

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn, cast, get_args
 
 from accelerate import init_empty_weights
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..placement import check, check_positive
+from ..pruning import Importance
 from ..pruning.sizes import Reading
 from ..quantized import keep_4bit_trainable
 from .composed import aligned, check_adapter_name, check_loaded, unload_auxiliary
@@ -176,6 +177,27 @@ class LadderModel(BaseTuner):
             ladder.remove()
         unload_auxiliary(self)
         return self.model
+
+
+def prune_ladder(model: nn.Module, importance: Importance, adapter_name: str = "default") -> None:
+    """Let the side blocks of a ladder begin anew, as the backbone pruned by other scores than its weights' magnitude.
+
+    The paper prunes by Fisher scores from 1,024 labelled examples. The projections stay as they are.
+
+    Args:
+        model: a model with a ladder.
+        importance: `hf_peft_ext.pruning.importance` of the base model, taken before it got an adapter.
+        adapter_name: whose side network.
+
+    Raises:
+        ValueError: the model has no ladder of that name, or the scores are not of this model.
+    """
+    found = [ladder for ladder in ladders(model) if adapter_name in ladder.side_of]
+    check("adapter_name", adapter_name, bool(found), "is no ladder of this model")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = cast(Any, model).peft_config[adapter_name]
+    for ladder, side in zip(found, side_networks(base, config, importance).values(), strict=True):
+        ladder.side_of[adapter_name].begin_as(side.network)
 
 
 def ladders(model: nn.Module) -> list[Ladder]:

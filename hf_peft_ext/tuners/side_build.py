@@ -1,13 +1,13 @@
 """From a model and a `LadderConfig` to the side networks, with every error found before anything changes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..placement import check
-from ..pruning import thin_config, thin_copy
+from ..pruning import Importance, thin_config, thin_copy
 from ..pruning.sizes import family_of
 from ..structure import covers, own_modules, stacks
 from .ladder_layer import Role
@@ -31,12 +31,13 @@ class Side:
     kept: list[int]
 
 
-def side_networks(model: nn.Module, config: Any) -> dict[str, Side]:
+def side_networks(model: nn.Module, config: Any, importance: Importance | None = None) -> dict[str, Side]:
     """Path of the first block of a backbone -> its side network, for all backbones of a model.
 
     Args:
         model: the base model.
         config: the `LadderConfig`.
+        importance: by which scores the backbone is pruned; None for the magnitude of its weights.
 
     Raises:
         ValueError: the architecture cannot be cut to a thin one, a layer does not exist or no layer of a backbone is
@@ -50,7 +51,7 @@ def side_networks(model: nn.Module, config: Any) -> dict[str, Side]:
     check_saved_whole(model, config)
     kept = kept_layers(config, [len(stack) for _, stack in blocks])
     body = cast(PreTrainedModel, model.base_model)
-    thin, hosts = thin_body(body, config), backbones(body)
+    thin, hosts = thin_body(model, config, importance), backbones(body)
     found: dict[str, Side] = {}
     for (path, host), (stack, _), rungs in zip(hosts.items(), blocks, kept, strict=True):
         role: Role = "alone" if len(hosts) == 1 else "decoder" if host.config.is_decoder else "encoder"
@@ -91,8 +92,16 @@ def check_saved_whole(model: nn.Module, config: Any) -> None:
         check("modules_to_save", config.modules_to_save, not (frozen and path.endswith(named)), rule)
 
 
-def thin_body(body: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """The model without its head, at the side network's width: pruned by the magnitude of its weights."""
+def thin_body(model: PreTrainedModel, config: Any, importance: Importance | None) -> PreTrainedModel:
+    """The model without its head, pruned to the side network's width."""
+    body = cast(PreTrainedModel, model.base_model)
     if nn.Linear(1, 1).weight.is_meta:  # `low_cpu_mem_usage`: the weights will be loaded
         return type(body)(thin_config(body.config, config.r, config.reading))
-    return thin_copy(body, config.r, config.reading).model
+    if importance is not None:  # of the model with its head, where paths are longer
+        above = "" if body is model else f"{model.base_model_prefix}."
+        rows, columns = (
+            {path.removeprefix(above): scores for path, scores in table.items() if path.startswith(above)}
+            for table in (importance.rows, importance.columns)
+        )
+        importance = replace(importance, rows=rows, columns=columns)
+    return thin_copy(body, config.r, config.reading, importance).model

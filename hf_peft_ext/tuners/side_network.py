@@ -3,6 +3,7 @@
 import copy
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,6 +43,14 @@ class SideNetwork(nn.Module):
             given["inputs_embeds"] = embedding.down(given["inputs_embeds"].to(embedding.down.weight.dtype))
         h = self.stack(**given).last_hidden_state
         return h if self.up is None else self.up(h)
+
+    @torch.no_grad()
+    def begin_as(self, other: "SideNetwork") -> None:
+        """Take over the weights of another one, but for the projections and gates, which are between it and a host."""
+        weights = dict(other.named_parameters())
+        for name, parameter in self.named_parameters():
+            if not {"down", "up", "alpha"} & {*name.split(".")}:
+                parameter.copy_(weights[name])
 
 
 class Rung(nn.Module):
