@@ -1,9 +1,13 @@
-"""Thin copies: r = 1 against the large model itself, cut weights against loops over the kept units written out for each
-family, saved copies against what transformers loads, and the errors.
+"""Thin copies: r = 1 against the large model itself; what is kept and what is cut against loops, over axes written out
+by hand for each family; saved copies against what transformers loads; and the errors.
 """
+
+import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -14,9 +18,10 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hf_peft_ext.pruning import thin_copy
+from hf_peft_ext.pruning import find_channels, importance, thin_copy
+from hf_peft_ext.pruning.sizes import sizes_of
 
-from .backbones import BACKBONES, Backbone, output
+from .backbones import BACKBONES, LAYERS, Backbone, D, output
 
 QWEN3 = Backbone("decoder", "qwen3", {**BACKBONES["qwen2"].config, "head_dim": 16})
 FAMILIES = {
@@ -69,3 +74,265 @@ def test_nothing_dropped_is_the_model_with_a_head(name, head):
     inputs = Backbone("encoder", "", {}).inputs()
     assert torch.equal(output(thin_copy(model, 1).model, inputs), output(model, inputs))
     assert output(thin_copy(model, 2).model, inputs).isfinite().all()
+
+
+# What is cut: leaf of a block -> what its rows and its columns are
+ATTENTION = {"q": ("heads", "residual"), "k": ("kv_heads", "residual"), "v": ("kv_heads", "residual"),
+             "o": ("residual", "heads")}  # fmt: skip
+LLAMA = {f"self_attn.{role}_proj": axes for role, axes in ATTENTION.items()} | {
+    "mlp.gate_proj": ("ffn", "residual"),
+    "mlp.up_proj": ("ffn", "residual"),
+    "mlp.down_proj": ("residual", "ffn"),
+}
+BERT = {
+    "attention.self.query": ("heads", "residual"),
+    "attention.self.key": ("kv_heads", "residual"),
+    "attention.self.value": ("kv_heads", "residual"),
+    "attention.output.dense": ("residual", "heads"),
+    "intermediate.dense": ("ffn", "residual"),
+    "output.dense": ("residual", "ffn"),
+}
+GPT2 = {
+    "attn.c_attn": ("fused", "residual"),
+    "attn.c_proj": ("residual", "heads"),
+    "mlp.c_fc": ("ffn", "residual"),
+    "mlp.c_proj": ("residual", "ffn"),
+}
+T5_ENCODER = {f"layer.0.SelfAttention.{role}": axes for role, axes in ATTENTION.items()} | {
+    "layer.1.DenseReluDense.wi": ("ffn", "residual"),
+    "layer.1.DenseReluDense.wo": ("residual", "ffn"),
+}
+T5_DECODER = {f"layer.0.SelfAttention.{role}": axes for role, axes in ATTENTION.items()} | {
+    **{
+        f"layer.1.EncDecAttention.{role}": tuple(a if a == "residual" else f"cross_{a}" for a in axes)
+        for role, axes in ATTENTION.items()
+    },
+    "layer.2.DenseReluDense.wi": ("ffn", "residual"),
+    "layer.2.DenseReluDense.wo": ("residual", "ffn"),
+}
+STACKS = {
+    "llama": [("model.layers", LLAMA, 0)],
+    "qwen2": [("model.layers", LLAMA, 0)],
+    "bert": [("encoder.layer", BERT, 0)],
+    "gpt2": [("transformer.h", GPT2, 0)],
+    "t5": [("encoder.block", T5_ENCODER, 0), ("decoder.block", T5_DECODER, LAYERS)],
+}
+BLOCKS = {
+    name: [(f"{stack}.{i}.{leaf}", axes, f"{first + i}.") for stack, leaves, first in stacks for i in range(LAYERS)
+           for leaf, axes in leaves.items()]
+    for name, stacks in STACKS.items()
+}  # fmt: skip
+
+
+# What reads or writes the stream outside the blocks: module -> the dimension of its weight that lies along it.
+OUTSIDE = {
+    "llama": [("model.embed_tokens", 1), ("lm_head", 1)],
+    "bert": [("embeddings.word_embeddings", 1), ("pooler.dense", 0), ("pooler.dense", 1)],
+    "t5": [("shared", 1)],  # which is the head too
+}
+
+
+def matrix(model, path):
+    """A leaf's weight as (rows, columns)."""
+    leaf = model.get_submodule(path)
+    return leaf.weight if isinstance(leaf, nn.Linear) else leaf.weight.T
+
+
+def kept_channels(thin, axis, prefix, head_dim, heads):
+    """The kept channels of one dimension, by loops."""
+    if axis == "fused":
+        parts = [kept_channels(thin, "heads", prefix, head_dim, heads) for _ in range(3)]
+        return [channel + part * heads * head_dim for part in range(3) for channel in parts[part]]
+    kept = thin.kept[axis if axis == "residual" else prefix + axis].tolist()
+    if not axis.endswith("heads"):
+        return kept
+    cross = "cross_" if axis.startswith("cross_") else ""
+    return [head * head_dim + i for head in kept for i in thin.kept[f"{prefix}{cross}head_dim"].tolist()]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("r", [2, 7])
+def test_weights_are_cut_as_a_loop_cuts_them(name, r):
+    """Every projection, bias and norm of the blocks holds the large model's at the kept rows and columns."""
+    model = build(name)
+    thin, sizes = thin_copy(model, r), sizes_of(model.config)
+    narrow = math.sqrt(sizes_of(thin.model.config).head_dim / sizes.head_dim)
+    assert (narrow < 1) == (r == 7 and name in ("bert", "gpt2"))  # the others have a head width of their own
+    for path, (rows, columns), prefix in BLOCKS[name]:
+        at = [kept_channels(thin, axis, prefix, sizes.head_dim, sizes.heads) for axis in (rows, columns)]
+        assert thin.rows_of(path).tolist() == at[0]
+        assert thin.columns_of(path).tolist() == at[1]
+        large, cut = matrix(model, path).tolist(), matrix(thin.model, path).detach()
+        queries = len(at[0]) // 3 if rows == "fused" else len(at[0]) if path.endswith(("query", "q_proj", "q")) else 0
+        scale = [narrow if i < queries else 1.0 for i in range(len(at[0]))]
+        expected = [[large[row][column] * scale[i] for column in at[1]] for i, row in enumerate(at[0])]
+        torch.testing.assert_close(cut, torch.tensor(expected))
+        bias = getattr(model.get_submodule(path), "bias", None)
+        if bias is not None:
+            expected = [bias[row].item() * scale[i] for i, row in enumerate(at[0])]
+            torch.testing.assert_close(thin.model.get_submodule(path).bias.detach(), torch.tensor(expected))
+    for path, module in model.named_modules():
+        if "norm" in type(module).__name__.lower():
+            expected = [module.weight[i].item() for i in thin.kept["residual"]]
+            assert thin.model.get_submodule(path).weight.tolist() == expected
+    words = [[row[i] for i in thin.kept["residual"]] for row in model.get_input_embeddings().weight.tolist()]
+    assert thin.model.get_input_embeddings().weight.tolist() == words
+
+
+def shares(matrix, dim):
+    """What each row (0) or column (1) holds of a matrix's squares, by loops."""
+    values = matrix.double().tolist()
+    sums = [0.0] * matrix.shape[dim]
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            sums[i if dim == 0 else j] += value**2
+    return [value / sum(sums) for value in sums]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_what_is_kept_is_what_scores_highest(name):
+    """The residual channels, heads and inner channels kept are those whose weights hold most of the squares, every
+    weight counted as one; the same residual channels in all layers.
+    """
+    model = build(name)
+    thin, sizes = thin_copy(model, 2), sizes_of(model.config)
+    scores = {}
+
+    def vote(axis, parts):
+        scores[axis] = [a + b for a, b in zip(scores.get(axis, [0.0] * len(parts)), parts, strict=True)]
+
+    for path, axes, prefix in BLOCKS[name]:
+        for dim, axis in enumerate(axes):
+            parts = shares(matrix(model, path), dim)
+            if axis.endswith("heads"):
+                parts = [sum(parts[i : i + sizes.head_dim]) for i in range(0, len(parts), sizes.head_dim)]
+            vote(axis if axis == "residual" else prefix + axis, parts)
+    for path, dim in OUTSIDE[name]:
+        vote("residual", shares(model.get_submodule(path).weight, dim))
+
+    def best(values, n):
+        return sorted(sorted(range(len(values)), key=lambda i: -values[i])[:n])
+
+    assert thin.kept["residual"].tolist() == best(scores["residual"], D // 2)
+    assert thin.kept["1.ffn"].tolist() == best(scores["1.ffn"], 32)
+    if name == "llama":  # one of two keys, with its two queries
+        both = [k + sum(scores["1.heads"][2 * i : 2 * i + 2]) for i, k in enumerate(scores["1.kv_heads"])]
+        assert thin.kept["1.kv_heads"].tolist() == best(both, 1)
+        assert thin.kept["1.heads"].tolist() == [2 * both.index(max(both)), 2 * both.index(max(both)) + 1]
+    elif name == "bert":
+        both = [a + b for a, b in zip(scores["1.heads"], scores["1.kv_heads"], strict=True)]
+        assert thin.kept["1.heads"].tolist() == thin.kept["1.kv_heads"].tolist() == best(both, 2)
+    else:  # one position bias for all layers of the decoder
+        both = [
+            sum(scores[f"{i}.{axis}"][head] for i in (2, 3) for axis in ("heads", "kv_heads")) for head in range(4)
+        ]
+        assert thin.kept["2.heads"].tolist() == thin.kept["3.heads"].tolist() == best(both, 2)
+        bias = model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        cut = thin.model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        assert torch.equal(cut, bias[:, best(both, 2)])
+
+
+def test_given_scores_decide():
+    """Scores that single out some channels, heads and inner channels keep those."""
+    model = build("llama")
+    scores = importance(model, kind="magnitude")
+    wanted = torch.arange(1, D, 2)
+    for path, weights in find_channels(model).weights.items():
+        for dim, table in ((weights.rows, scores.rows), (weights.columns, scores.columns)):
+            if path in table and dim and dim[0].axis == "residual":
+                table[path] = torch.zeros(D).index_fill(0, wanted, 1.0)
+    assert torch.equal(thin_copy(model, 2, importance=scores).kept["residual"], wanted)
+
+
+# Around it
+
+
+@every_family
+def test_saved_and_loaded(name, tmp_path):
+    """A thin copy is a model like any other: saved, loaded and, if it can, generating the same."""
+    model, inputs = build(name), FAMILIES[name].inputs()
+    thin = thin_copy(model, 3).model
+    thin.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(again, inputs), output(thin, inputs))
+    assert again.config.hidden_size < model.config.hidden_size
+    if model.can_generate():
+        ids = {key: inputs[key][:1] for key in ("input_ids", "attention_mask")}
+        tokens = [m.generate(**ids, max_new_tokens=4, do_sample=False) for m in (thin, again)]
+        assert torch.equal(*tokens)
+
+
+def test_leaves_everything_as_it_was():
+    """The large model, its config and the random numbers are those of before; the copy shares no memory with it."""
+    model, inputs = build("llama"), FAMILIES["llama"].inputs()
+    before, config, state = output(model, inputs), model.config.to_dict(), torch.get_rng_state()
+    thin = thin_copy(model.train(), 1).model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_dict() == config
+    assert thin.training
+    with torch.no_grad():
+        for parameter in thin.parameters():
+            parameter.zero_()
+    assert torch.equal(output(model.eval(), inputs), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype):
+    model, inputs = build("llama").to(dtype), FAMILIES["llama"].inputs()
+    thin = thin_copy(model, 1).model
+    assert thin.dtype == dtype
+    assert torch.equal(output(thin, inputs), output(model, inputs))
+
+
+def test_inside_adapters():
+    """Cut from a model with adapters in it, the copy is that of the base model."""
+    model, inputs = build("llama"), FAMILIES["llama"].inputs()
+    expected = output(thin_copy(model, 2).model, inputs)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    assert torch.equal(output(thin_copy(model, 2).model, inputs), expected)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 0}, r"`r` \(=0\) must be a positive number\."),
+        ({"r": 0.5}, r"`r` \(=0.5\) must be at least 1"),
+        ({"r": float("nan")}, r"`r` \(=nan\) must be a positive number\."),
+        ({"r": 2, "reading": "depth"}, r"`reading` \(='depth'\) must be one of width, parameters\."),
+    ],
+)
+def test_values_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        thin_copy(build("llama"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "electra", "opt", "deepseek_v3"])
+def test_architectures_that_are_not_known(name):
+    with pytest.raises(ValueError, match=r"`model_type` \(='.*'\) must be one of bert, .*gpt2, to be cut"):
+        thin_copy(BACKBONES[name].build(), 2)
+
+
+def test_a_weight_along_no_axis_is_named():
+    model = build("llama")
+    model.model.layers[0].mlp.extra = nn.Linear(7, 5)
+    with pytest.raises(
+        ValueError, match=r"cannot be cut: model\.layers\.0\.mlp\.extra has parameters, which lie along"
+    ):
+        thin_copy(model, 2)
+
+
+def test_importance_of_another_model():
+    other = importance(BACKBONES["llama"].build(hidden_size=64), kind="magnitude")
+    with pytest.raises(ValueError, match=r"`importance` \(=64\) must be of this model: model.* has 32 channels"):
+        thin_copy(build("llama"), 2, importance=other)
+    with pytest.raises(ValueError, match="must have scores for every axis of the model"):
+        thin_copy(build("llama"), 2, importance=importance(build("bert"), kind="magnitude"))
+
+
+def test_what_is_no_transformers_model():
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="`model` must be a transformers model, not PeftModel"):
+        thin_copy(model, 2)

@@ -77,7 +77,7 @@ def importance(
         log_likelihood: (model, batch) -> log p(y | x) of each example, for "fisher"; None for that of `labels`: class
             indices, or tokens with -100 where none is predicted.
 
-    Where a weight is used twice, as an embedding tied to the head, each use counts by itself.
+    Where a weight is used twice, as an embedding tied to the head, each use counts by itself, but for "magnitude".
 
     Raises:
         ValueError: `kind` is unknown, there is no example, labels are missing or are no indices, or a leaf sees tokens
@@ -197,13 +197,16 @@ class TokenMasks:
 
 
 def add_magnitudes(model: PreTrainedModel, found: Importance) -> None:
-    """The squares of the weights, leaf by leaf, so that one at a time is dequantised."""
-    for path, leaf in leaves(model):
-        squares = wide(plain_weight(leaf)).square()  # shape: (d_out, d_in), in a Conv1D (d_in, d_out)
-        squares = squares.T if isinstance(leaf, Conv1D) else squares
-        found.add(path, squares.sum(dim=1), squares.sum(dim=0))
-    for path, embedding in token_embeddings(model):
-        found.add(path, wide(plain_weight(embedding)).square().sum(dim=0), None)
+    """The squares of the weights, leaf by leaf, so that one at a time is dequantised; of tied ones the first."""
+    seen: set[Any] = set()
+    for path, module in [*leaves(model), *token_embeddings(model)]:
+        if module.weight in seen:
+            continue
+        seen.add(module.weight)
+        squares = wide(plain_weight(module)).square()  # shape: (d_out, d_in)
+        if isinstance(module, (Conv1D, nn.Embedding)):
+            squares = squares.T
+        found.add(path, squares.sum(dim=1), None if isinstance(module, nn.Embedding) else squares.sum(dim=0))
 
 
 def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:

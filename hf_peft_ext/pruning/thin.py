@@ -136,6 +136,9 @@ def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept
     before, after = sizes_of(large.config).head_dim, sizes_of(thin.config).head_dim
     # scores are divided by the square root of a head's width: a narrower head's would be too large
     rescale = math.sqrt(after / before) if getattr(large.config, "scale_attn_weights", True) else 1.0
+    dtype = (
+        large.dtype if getattr(large, "is_quantized", False) else None
+    )  # packed leaves cast their inputs, plain don't
     filled: set[nn.Parameter] = set()
     for path, module in thin.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -149,7 +152,7 @@ def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept
             if weights.query and rescale != 1.0:
                 along = dims.index(weights.rows)
                 part.narrow(along, 0, len(index_of(weights.rows[:1], kept))).mul_(rescale)  # type: ignore[arg-type]
-            parameter.data = part
+            parameter.data = part.to(dtype or part.dtype)
         for name, _ in module.named_buffers(recurse=False):
             module.register_buffer(name, copy_of(sources[path], name), name not in module._non_persistent_buffers_set)
 

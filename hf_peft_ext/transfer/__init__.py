@@ -1,0 +1,12 @@
+"""Plug-in transfer: what was tuned on a small model, made to fit a large one that is never trained."""
+
+from .bridge import bridge as bridge
+from .delta import delta_bridge as delta_bridge
+from .fold import fold as fold
+from .plugging import plug as plug
+from .projections import Projections as Projections
+from .result import PlugInResult as PlugInResult
+from .similarity import ModuleSimilarity as ModuleSimilarity
+from .similarity import module_similarity as module_similarity
+from .zeroth_order import MeZO as MeZO
+from .zeroth_order import layer_scales as layer_scales

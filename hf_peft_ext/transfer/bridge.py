@@ -1,0 +1,79 @@
+"""The bridge: a thin copy of the large model that the plugged module is trained in, so that the large one never is."""
+
+from copy import deepcopy
+
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from ..placement import check
+from ..pruning import ThinModel
+from .parts import parts_of
+from .plugging import steps
+from .projections import RESIDUAL, Init, Projections, Space
+from .seen import see_through
+
+# An axis of `pruning`, less its layer -> the spaces of projections that lie along it.
+SPACES_ALONG = {
+    RESIDUAL: (RESIDUAL,),
+    "heads": ("query", "heads"),
+    "kv_heads": ("key", "value"),
+    "ffn": ("ffn",),
+}
+
+
+def bridge(
+    plugged: PeftModel,
+    thin: ThinModel,
+    init: Init = "slice",
+    trainable: bool | None = None,
+    train_bridge: bool = True,
+) -> PeftModel:
+    """The thin copy with the plugged module, each tensor seen through W_down; training it trains the plugged one.
+
+    The bridge of the paper: module and bridge are trained together, by any trainer, and then the bridge is dropped.
+    The module's tensors are those of the plugged model themselves, and so is W_plug. The large model is not run, and
+    no gradient reaches it.
+
+    Args:
+        plugged: what `plug` returned, or any large model with a LoRA or an adapter of this package.
+        thin: the thin copy of its base model (`pruning.thin_copy`).
+        init: how W_down begins: "slice" (the bridge sees the channels that it has of the large model) or "orthogonal"
+            (at random).
+        trainable: whether W_down is trained; None for wherever it is no slice.
+        train_bridge: whether the thin copy is trained with the module.
+
+    Raises:
+        ValueError: the thin copy is not of this large model.
+    """
+    large = plugged.get_base_model()
+    same = type(large) is type(thin.model)
+    check("thin", type(thin.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
+    down = Projections(init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(thin))
+    config = deepcopy(plugged.active_peft_config)
+    config.base_model_name_or_path, config.inference_mode = None, False
+    model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
+    given = {(part.host, part.tensor): part for part in parts_of(plugged)}
+    for part in parts_of(model):
+        source = given[part.host, part.tensor]
+        see_through(part, source, steps(part, source, down), follows=True)
+    thin.model.train(plugged.training)
+    if train_bridge:
+        own = {id(p) for p in plugged.parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in own and ".seen_" not in name:
+                parameter.requires_grad = True
+    return model
+
+
+def kept_channels(thin: ThinModel) -> dict[Space, Tensor]:
+    """Space -> its channels that the thin copy has."""
+    found: dict[Space, Tensor] = {}
+    for axis, units in thin.kept.items():
+        layer, _, name = axis.rpartition(".")
+        cross, name = ("cross_" if name.startswith("cross_") else ""), name.removeprefix("cross_")
+        if name in SPACES_ALONG and name.endswith("heads"):  # each of several channels
+            inside = f"{layer}.{cross}head_dim"
+            units = (units[:, None] * thin.channels.sizes[inside] + thin.kept[inside]).flatten()
+        for space in SPACES_ALONG.get(name, ()):
+            found[cross + space, int(layer) if layer else None] = units
+    return found

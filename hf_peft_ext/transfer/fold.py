@@ -1,0 +1,25 @@
+"""Makes plain tensors of those that are seen through projections, so that the adapter stands by itself."""
+
+from peft import PeftModel
+
+from .seen import Computed, make_plain
+
+
+def fold(model: PeftModel) -> PeftModel:
+    """Compute W_plug into the adapter, in place: a LoRA becomes a plain `LORA`, bottlenecks a `BOTTLENECK`, and so on.
+
+    The logits stay what they were, nothing is left to compute at inference, and `save_pretrained` writes an adapter
+    that is loaded as any other.
+
+    Args:
+        model: what `plug` returned.
+
+    Returns:
+        The same model.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Computed):
+            make_plain(module)
+    if hasattr(model, "plug"):
+        del model.plug
+    return model

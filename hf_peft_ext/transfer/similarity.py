@@ -1,0 +1,311 @@
+"""How alike two adapters are that were trained on models of different size: the paper's 75 % claim, beside chance.
+
+The paper (Jin et al. 2023, Figure 1b) reports a cosine of up to 75 % between the modules of GPT2-base or -medium and
+of GPT2-XL, and does not say how modules of 768 and of 1600 channels were compared. Weights of two models that were
+trained by themselves share no channels, so we compare what the modules *do* to the same texts. For layer i of b, and
+the layer of a that corresponds to it,
+
+    D    what the adapter adds to the residual stream in that layer: block(x) with it, less block(x) without it, on the
+         input x that the block has in the adapted model; a row for each token, shape: (rows, d)
+    H    the block's output in the untouched model, centred, shape: (rows, d)
+    Q    the orthogonal map from a's channels to b's that fits H best: argmin ||H_a Q - H_b||, from the singular
+         vectors of H_a^T H_b (Procrustes)
+
+    cosine = <D_a Q, D_b> / (||D_a Q|| ||D_b||)
+    CKA    = ||D_a^T D_b||^2 / (||D_a^T D_a|| ||D_b^T D_b||), D centred
+
+CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) is itself a cosine, of the matrices of similarities
+between rows, and needs no map between channels. Both modules read the same texts, so they may be alike before anything
+was learnt: the chance level is that of untrained modules, the same tensors with their entries shuffled.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..placement import check, check_count
+from ..structure import stacks
+from .projections import Order, layer_map
+
+Batch = Mapping[str, Tensor]
+PAPERS = 0.75
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """One layer of `b` beside one of `a`; the chance levels are those of the draws, one by one."""
+
+    layer_a: int
+    layer_b: int
+    cosine: float
+    cka: float
+    chance_cosine: list[float]
+    chance_cka: list[float]
+
+
+@dataclass(frozen=True)
+class ModuleSimilarity:
+    """How alike two adapters are, layer by layer.
+
+    Args:
+        layers: those of `b` where both adapters do something.
+        rows: over how many tokens or texts.
+    """
+
+    layers: list[LayerSimilarity]
+    rows: int
+
+    @property
+    def cosine(self) -> float:
+        """The mean over layers."""
+        return fmean(layer.cosine for layer in self.layers)
+
+    @property
+    def cka(self) -> float:
+        """The mean over layers."""
+        return fmean(layer.cka for layer in self.layers)
+
+    @property
+    def chance_cosine(self) -> float:
+        """The mean over layers and draws."""
+        return fmean(value for layer in self.layers for value in layer.chance_cosine)
+
+    @property
+    def chance_cka(self) -> float:
+        """The mean over layers and draws."""
+        return fmean(value for layer in self.layers for value in layer.chance_cka)
+
+    def table(self) -> Table:
+        """Layer by layer, chance levels as their mean and, in brackets, the highest of the draws."""
+        table = Table(title=f"What the modules add to the stream, {self.rows} rows")
+        for column in ("layer of b", "of a", "cosine", "by chance", "CKA", "by chance"):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            chances = [f"{fmean(c):.2f} ({max(c):.2f})" for c in (layer.chance_cosine, layer.chance_cka)]
+            table.add_row(str(layer.layer_b), str(layer.layer_a), f"{layer.cosine:.2f}", chances[0],
+                          f"{layer.cka:.2f}", chances[1])  # fmt: skip
+        table.add_section()
+        table.add_row("mean", "", f"{self.cosine:.2f}", f"{self.chance_cosine:.2f}", f"{self.cka:.2f}",
+                      f"{self.chance_cka:.2f}")  # fmt: skip
+        return table
+
+    def figure(self, path: str | Path) -> None:
+        """Draw cosine and CKA by layer, each above the range that untrained modules reach, into a file.
+
+        Needs matplotlib (`pip install "hf_peft_ext[figures]"`).
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        at = [layer.layer_b for layer in self.layers]
+        panels = {
+            "cosine": ([layer.cosine for layer in self.layers], [layer.chance_cosine for layer in self.layers]),
+            "CKA": ([layer.cka for layer in self.layers], [layer.chance_cka for layer in self.layers]),
+        }
+        for axes, (name, (values, chances)) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            axes.fill_between(at, [min(c) for c in chances], [max(c) for c in chances], color="#c9ccd6", linewidth=0)
+            axes.plot(at, [fmean(c) for c in chances], color="#7f7f7f", linewidth=1.2, label="untrained modules")
+            axes.plot(at, values, color="#1f5fbf", linewidth=1.8, marker="o", markersize=4, label="trained modules")
+            axes.axhline(0, color="#1a1a2e", linewidth=0.6)
+            axes.axhline(PAPERS, color="#d1495b", linewidth=1, linestyle="--", label="the paper's 75 %")
+            axes.set_title(name, loc="left", color="#1a1a2e")
+            axes.set_xlabel("layer of the large model")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].legend(frameon=False, fontsize=9)
+        figure.savefig(path, dpi=150)
+
+
+def module_similarity(
+    a: PeftModel,
+    b: PeftModel,
+    batches: Iterable[Batch],
+    batches_b: Iterable[Batch] | None = None,
+    draws: int = 5,
+    order: Order = "interleaved",
+    seed: int = 0,
+) -> ModuleSimilarity:
+    """How alike the active adapters of a small and a large model are.
+
+    Args:
+        a: the small model with its adapter.
+        b: the large model with its adapter.
+        batches: texts as the models take them, as mappings of tensors. Some thousand tokens at least: with fewer rows
+            than channels, a map between the streams is found for anything.
+        batches_b: the same texts for `b`, where it has another tokeniser; an example's mean over its tokens is then a
+            row. None where both read the same tokens; each token that is no padding is a row.
+        draws: how often untrained modules are drawn for the chance level.
+        order: which layer of `a` corresponds to one of `b` (see `layer_map`).
+        seed: of the draws.
+
+    Raises:
+        TypeError: a model is not a `PeftModel`.
+        ValueError: there are no rows, the models do not read as many, their stacks of layers do not correspond, or no
+            layer has something of both adapters.
+    """
+    for name, model in (("a", a), ("b", b)):
+        if not isinstance(model, PeftModel):
+            raise TypeError(f"`{name}` must be a PeftModel, not {type(model).__name__}.")
+    check_count("draws", draws)
+    depths = [[len(stack) for _, stack in stacks(model.get_base_model())] for model in (a, b)]
+    corresponding = layer_map(depths[0], depths[1], order)
+    texts = [list(batches), list(batches_b or ())]
+    by_text = batches_b is not None
+    sides = [(a, texts[0]), (b, texts[1] if by_text else texts[0])]
+    check("batches", texts[0], all(batch for _, batch in sides), "must hold at least one batch")
+    states = [base_states(*side, by_text) for side in sides]
+    rows = [len(side[0]) for side in states]
+    check("batches_b", rows[1], rows[0] == rows[1], f"must hold as many texts as `batches`, {rows[0]}")
+    trained = [deltas(*side, by_text) for side in sides]
+    pairs = [(i, j) for j, i in enumerate(corresponding) if trained[0][i].any() and trained[1][j].any()]
+    check("a", a.active_adapter, bool(pairs), "and the adapter of `b` act together in no layer")
+    maps = {j: procrustes(states[0][i], states[1][j]) for i, j in pairs}
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[list[list[Tensor]]] = []
+    for _ in range(draws):
+        drawn.append([])
+        for side in sides:  # one after the other: both may be the same model
+            with shuffled(side[0], generator):
+                drawn[-1].append(deltas(*side, by_text))
+    found = [
+        LayerSimilarity(i, j, cosine(trained[0][i] @ maps[j], trained[1][j]), cka(trained[0][i], trained[1][j]),
+                        [cosine(one[i] @ maps[j], other[j]) for one, other in drawn],
+                        [cka(one[i], other[j]) for one, other in drawn])
+        for i, j in pairs
+    ]  # fmt: skip
+    return ModuleSimilarity(found, rows[0])
+
+
+def procrustes(
+    x: Tensor,  # shape: (rows, d_a)
+    y: Tensor,  # shape: (rows, d_b)
+) -> Tensor:  # shape: (d_a, d_b)
+    """Q = argmin ||x Q - y||, both centred, over maps with orthonormal rows (or columns, where they are fewer)."""
+    u, _, v = torch.linalg.svd((x - x.mean(0)).T @ (y - y.mean(0)), full_matrices=False)
+    return u @ v
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    """<x, y> / (||x|| ||y||), all rows together."""
+    return float((x * y).sum() / (x.norm() * y.norm()))
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """||x^T y||^2 / (||x^T x|| ||y^T y||), x and y centred: linear CKA."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def base_states(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+    """The output of each block of the untouched model, a row for each token or text."""
+    with untouched(model), model.disable_adapter():
+        found = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
+    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+
+
+def deltas(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+    """What the active adapter adds in each block to what the block gives on the same input without it."""
+    found = []
+    for batch in batches:
+        with untouched(model):
+            with_it = calls(model, batch)
+            with torch.no_grad(), model.disable_adapter():
+                without = [call.again() for call in with_it]
+        pairs = zip(with_it, without, strict=True)
+        found.append([rows_of(call.output - base, call.mask, by_text) for call, base in pairs])
+    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+
+
+class Call(NamedTuple):
+    """One call of a block, and which of its tokens are no padding."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    mask: Tensor
+
+    def again(self) -> Tensor:
+        return first(self.block.forward(*self.args, **self.kwargs))
+
+
+def calls(model: PeftModel, batch: Batch) -> list[Call]:
+    """The call of each block in one forward pass, layer by layer."""
+    base: Any = model.get_base_model()
+    blocks = [block for _, stack in stacks(base) for block in stack]
+    encoder = len(next(stacks(base))[1]) if base.config.is_encoder_decoder else 0
+    labels, seen = batch.get("labels"), {}
+
+    def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        output = first(output)
+        mask = batch.get("attention_mask")
+        if len(seen) >= encoder > 0:
+            mask = batch.get("decoder_attention_mask", labels != -100 if labels is not None else None)
+        if mask is None or mask.shape != output.shape[:2]:
+            mask = torch.ones(output.shape[:2])
+        seen[block] = Call(block, args, kwargs, output, mask.bool().cpu())
+
+    handles = [block.register_forward_hook(after, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            device = next(base.parameters()).device
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[block] for block in blocks]
+
+
+def rows_of(output: Tensor, mask: Tensor, by_text: bool) -> Tensor:
+    """The tokens that are no padding, one a row, or their mean over each text, in double precision."""
+    output = output.double().cpu()
+    if not by_text:
+        return output[mask]
+    weights = mask.unsqueeze(-1).double()
+    return (output * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def untouched(model: PeftModel) -> Iterator[None]:
+    """The model in evaluation; afterwards trained, and trainable, as it was: peft thaws what it enables again."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def shuffled(model: PeftModel, generator: torch.Generator) -> Iterator[None]:
+    """The model with an untrained adapter: the entries of each of its tensors in random order."""
+    tuner: Any = model.base_model
+    prefix, name = tuner.prefix, model.active_adapter
+    own = [p for key, p in model.named_parameters() if prefix in key and f".{name}" in key]
+    before = [p.detach().clone() for p in own]
+    with torch.no_grad():
+        for p in own:
+            order = torch.randperm(p.numel(), generator=generator)
+            p.copy_(p.flatten()[order.to(p.device)].view_as(p))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(own, before, strict=True):
+                p.copy_(value)

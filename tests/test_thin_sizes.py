@@ -1,0 +1,67 @@
+"""Sizes of thin models from configs alone, against those of thin copies, against counts by hand, and as the benchmark
+prints them beside the plug-in paper's.
+"""
+
+import pytest
+from transformers import AutoConfig
+
+from hf_peft_ext.pruning import thin_config, thin_copy, thin_sizes
+
+from .test_benchmarks import rows, run
+from .test_thin import build, every_family
+
+
+@every_family
+@pytest.mark.parametrize(("r", "reading"), [(5, "width"), (16, "parameters")])
+def test_sizes_from_the_config_are_those_of_the_copy(name, r, reading):
+    model = build(name)
+    thin = thin_copy(model, r, reading).model
+    found = thin_sizes(model.config, r, reading, type(model))
+    assert found.parameters == thin.num_parameters()
+    assert found.config.to_dict() == thin.config.to_dict()
+    names = ("embed_tokens", "_embed", "wte", "wpe", "shared", "lm_head.weight")
+    words = [p.numel() for n, p in thin.named_parameters() if any(name in n for name in names)]
+    assert found.embeddings == sum(words)
+
+
+def test_sizes_of_models_too_large_for_this_machine():
+    """Nothing is built: T5-11B's thin copy is counted by hand."""
+    config = AutoConfig.for_model("t5", d_model=1024, d_kv=128, d_ff=65536, num_heads=128, num_layers=24)
+    found = thin_sizes(config, 16, "parameters")
+    attention, ffn, norm = 4 * 256 * 32 * 128, 2 * 256 * 16384, 256
+    blocks = 24 * (attention + ffn + 2 * norm) + 24 * (2 * attention + ffn + 3 * norm) + 2 * norm + 2 * 32 * 32
+    assert found.parameters == blocks + 32128 * 256
+    assert found.embeddings == 32128 * 256
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "r", "expected"),
+    [
+        (9, 3, 2, (4, 2)),
+        (9, 3, 4, (2, 1)),
+        (9, 3, 16, (1, 1)),
+        (32, 8, 4, (8, 2)),
+        (32, 8, 16, (2, 1)),
+        (8, 8, 3, (3, 3)),
+    ],
+)
+def test_grouped_heads_are_rounded_together(heads, kv_heads, r, expected):
+    config = AutoConfig.for_model("llama", hidden_size=72 * heads, num_attention_heads=heads, head_dim=64,
+                                  num_key_value_heads=kv_heads, intermediate_size=100)  # fmt: skip
+    thin = thin_config(config, r)
+    assert (thin.num_attention_heads, thin.num_key_value_heads) == expected
+    assert thin.head_dim == 64
+    assert thin.hidden_size % thin.num_attention_heads == 0
+
+
+def test_the_benchmark_prints_both_readings(capsys):
+    """The paper's bridges have 1 / 16 of the parameters: "parameters" comes near, "width" does not."""
+    run("bridge_sizes")
+    printed = capsys.readouterr().out
+    assert set(rows(printed)) == {"GPT-2 XL", "T5-3B", "T5-11B", ""}
+    sizes = {line.split("│")[2].strip(): [cell.strip() for cell in line.split("│")[3:-1]]
+             for line in printed.splitlines() if line.startswith("│")}  # fmt: skip
+    assert sizes["parameters"] == ["256", "32", "16384", "712.9", "704.7", "688", "1.04"]  # T5-11B, the last
+    assert sizes["width"] == ["64", "8", "4096", "46.1", "44.0", "688", "0.07"]
+    assert "T5-3B: the paper's 185M is 2800M / 15.14." in printed
+    assert 'The reading "parameters" comes near: off by a factor of 1.05' in printed
