@@ -18,6 +18,7 @@ from .tuners import BitFitConfig as BitFitConfig
 from .tuners import BottleneckConfig as BottleneckConfig
 from .tuners import ComposedConfig as ComposedConfig
 from .tuners import ComposedModel as ComposedModel
+from .tuners import LadderConfig as LadderConfig
 from .tuners import LayerPrefixConfig as LayerPrefixConfig
 from .tuners import MAMConfig as MAMConfig
 from .tuners import S4Config as S4Config
@@ -26,6 +27,7 @@ from .tuners import UniPELTConfig as UniPELTConfig
 from .tuners import fix_gates as fix_gates
 from .tuners import fold_prefixes as fold_prefixes
 from .tuners import gate_values as gate_values
+from .tuners import prune_ladder as prune_ladder
 
 try:
     __version__ = version("hf_peft_ext")

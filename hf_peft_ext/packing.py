@@ -169,7 +169,7 @@ def encoder_decoder(model: nn.Module, batch: Mapping[str, Tensor], shared: bool)
     def copied(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, **{name: kwargs[name][example] for name in FROM_ENCODER}}
 
-    handle = base.get_decoder().register_forward_pre_hook(copied, with_kwargs=True)
+    handle = base.get_decoder().register_forward_pre_hook(copied, with_kwargs=True, prepend=True)
     try:
         logits = model(input_ids=prompt, attention_mask=seen, **inputs).logits
     finally:

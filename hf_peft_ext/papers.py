@@ -105,6 +105,14 @@ IA3 = paper(
     2022,
     "2205.05638",
 )
+LADDER = paper(
+    "sung2022lst",
+    "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning",
+    "Sung, Yi-Lin and Cho, Jaemin and Bansal, Mohit",
+    "Advances in Neural Information Processing Systems",
+    2022,
+    "2206.06522",
+)
 PROMPT_TUNING = paper(
     "lester2021power",
     "The Power of Scale for Parameter-Efficient Prompt Tuning",
@@ -123,6 +131,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "mam": (MAM, PREFIX_TUNING),
     "s4": (S4, PFEIFFER, PREFIX_TUNING, LORA, BITFIT),
     "composed": (),
+    "ladder": (LADDER,),
 }
 # The same for types of peft's own that results of this package are saved as, or compared with.
 STOCK_PAPERS: dict[str, tuple[Paper, ...]] = {

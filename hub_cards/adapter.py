@@ -17,15 +17,17 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError, safe_open
 
 from ..placement import check
-from ..tuners.config import PlacedConfig
+from ..tuners.config import RegisteredConfig
 from .text import cell, ranges
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = re.compile(r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)")
+LADDER = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # In which dimension of which tensor a sub-layer's size stands.
 SIZES = {
     **{"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")},
+    "side.up.weight": (1, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
 }
 SITE_NAMES = {
@@ -44,6 +46,7 @@ SITE_NAMES = {
     "ffn_gate": "gate projection of the FFN",
     "ffn_output": "output projection of the FFN",
     "trained": "linear leaves and norms",
+    "blocks": "beside the blocks",
 }
 
 
@@ -104,7 +107,7 @@ class SavedAdapter:
     @property
     def is_ours(self) -> bool:
         """Whether loading it needs this package."""
-        return isinstance(self.config, PlacedConfig)
+        return isinstance(self.config, RegisteredConfig)
 
     @property
     def prefix(self) -> str:
@@ -123,6 +126,8 @@ class SavedAdapter:
         path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if self.is_ours and (found := OURS.fullmatch(path)) and (place := PLACE.fullmatch(found["place"])):
             return Tensor(key, shape, found["host"], place["sublayer"], place["site"], found["rest"])
+        if self.is_ours and (found := LADDER.fullmatch(path)):
+            return Tensor(key, shape, found["host"], "ladder", "blocks", f"side.{found['rest']}")
         parts = path.split(".")
         at = next((i for i, part in enumerate(parts) if not self.is_ours and part.startswith(self.prefix)), None)
         if at:
@@ -157,11 +162,15 @@ class SavedAdapter:
         return Row(
             sublayer=sublayer.replace("_", " ") if self.is_ours or sublayer == "saved whole" else sublayer.upper(),
             site=self._site(sublayer, site, tensors),
-            layers=layers(tensor.host for tensor in tensors),
+            layers=self._rungs() if sublayer == "ladder" else layers(tensor.host for tensor in tensors),
             size=", ".join(f"{name} = {ranges(values)}" for name, values in sizes.items()),
             gate=self._gate(sublayer, site) if any(t.rest.startswith("gate.") for t in tensors) else "",
             parameters=sum(prod(tensor.shape) for tensor in tensors),
         )
+
+    def _rungs(self) -> str:
+        kept = self.config.layers_to_keep
+        return "all" if kept is None else ranges(set(kept))
 
     def _site(self, sublayer: str, site: str, tensors: list[Tensor]) -> str:
         bare = site.removeprefix("cross_")

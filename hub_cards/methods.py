@@ -14,6 +14,7 @@ NAMES = {
     "bitfit": "BitFit",
     "s4": "S4",
     "composed": "Composed",
+    "ladder": "Ladder side-tuning",
     "lora": "LoRA",
     "ia3": "(IA)³",
     "adalora": "AdaLoRA",
@@ -36,6 +37,8 @@ METHODS = {
     "bitfit": "trains biases and leaves the weights as they are.",
     "s4": "puts {sublayers} into a frozen model, different ones into different layers{groups}.",
     "composed": "is put together for this adapter, of {sublayers}{gates}.",
+    "ladder": "runs a thin network beside a frozen model, which takes in the hidden states of its blocks and gives "
+    "the output in its place; in training, no gradient goes through the model.",
     "lora": "leaves the weights as they are and adds to some of them a product of two thin matrices of low rank.",
     "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
     "adalora": "is LoRA whose ranks are shared out while training, more to the matrices that matter more.",

@@ -67,3 +67,17 @@ def test_packing(capsys, tmp_path):
     assert "packed reads 0.407 of the tokens" in printed
     apart = re.search(r"differ by (\S+) in a log-probability and by\s+(\S+) of", printed)
     assert max(map(float, apart.groups())) < 1e-5
+
+
+@pytest.mark.slow
+def test_ladder_memory(capsys):
+    """Each row in a process of its own; the factors are those of the peaks beside them."""
+    sizes = ("--model", "tiny", "--length", "16", "--methods", "full fine-tuning", "ladder, r = 8")
+    module = run("ladder_memory", *sizes)
+    found = rows(capsys.readouterr().out)
+    assert list(found) == [module.FULL, "ladder, r = 8"]
+    trained = {name: float(cells[0]) for name, cells in found.items()}
+    assert 0 < trained["ladder, r = 8"] < 0.2 * trained[module.FULL]
+    assert found[module.FULL][2] == "1.00"
+    full, ladder = (int(cells[1]) for cells in found.values())
+    assert float(found["ladder, r = 8"][2]) == pytest.approx(full / ladder, rel=0.05)

@@ -21,7 +21,7 @@ from hf_peft_ext.hub_cards.adapter import SavedAdapter, layers
 from hf_peft_ext.hub_cards.edits import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
 from hf_peft_ext.hub_cards.told import quantization
-from hf_peft_ext.papers import IA3, LORA, MAM, S4, UNIPELT
+from hf_peft_ext.papers import IA3, LADDER, LORA, MAM, S4, UNIPELT
 
 from .backbones import BACKBONES
 from .card_pattern import CARD
@@ -111,7 +111,7 @@ for name in {names!r}:
 
 def test_snippets_run(tmp_path):
     """As they stand on the card, in a fresh process: the model that they load gives the saved one's logits."""
-    names = ["ia3", "unipelt", "mam", "bitfit"]
+    names = ["ia3", "unipelt", "mam", "bitfit", "ladder"]
     logits = {}
     for name in names:
         model = saved(tmp_path / name, name, base=f"acme/{name}")
@@ -119,7 +119,7 @@ def test_snippets_run(tmp_path):
         ADAPTERS[name]().unload().save_pretrained(base)
         tokenizer().save_pretrained(base)
         (tmp_path / f"{name}.py").write_text(code_of(write_card(tmp_path / name, model).read_text()))
-        kind = {"unipelt": "bert", "mam": "t5", "bitfit": "gpt2", "ia3": "llama"}[name]
+        kind = {"unipelt": "bert", "mam": "t5", "bitfit": "gpt2", "ia3": "llama", "ladder": "qwen2"}[name]
         inputs = BACKBONES[kind].inputs()
         torch.save(inputs, tmp_path / f"{name}.inputs")
         with torch.no_grad():
@@ -192,7 +192,8 @@ def test_a_model_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "paper"), [("unipelt", UNIPELT), ("mam", MAM), ("s4", S4), ("ia3", IA3), ("lora", LORA)]
+    ("name", "paper"),
+    [("unipelt", UNIPELT), ("mam", MAM), ("s4", S4), ("ladder", LADDER), ("ia3", IA3), ("lora", LORA)],
 )
 def test_papers(tmp_path, name, paper):
     card = card_of(tmp_path, name)

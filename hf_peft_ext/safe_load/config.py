@@ -15,7 +15,7 @@ from torch import nn
 from ..patterns import SECONDS, endings_of, matching
 from ..placement import check
 from ..schema import MAX_NAMES, NAME, known_fields, read_json, refuse
-from ..tuners.config import PlacedConfig
+from ..tuners.config import RegisteredConfig
 
 # peft's own types that the tests load. The others read further files, allocate what no file holds, or were not tried.
 STOCK = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS",
@@ -75,7 +75,7 @@ def read_config(path: Path, model: nn.Module) -> PeftConfig:
 
 
 def config_class(peft_type: object) -> type[PeftConfig]:
-    ours = {t.value: cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, PlacedConfig)}
+    ours = {t.value: cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, RegisteredConfig)}
     known = ours | {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]] for name in STOCK}
     if not isinstance(peft_type, str) or peft_type not in known:
         refuse("peft_type", peft_type, f"must be one of those that are checked: {', '.join(known)}")

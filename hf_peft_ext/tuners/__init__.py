@@ -11,6 +11,9 @@ from .config import ComposedConfig as ComposedConfig
 from .gates import fix_gates as fix_gates
 from .gates import gate_values as gate_values
 from .ia3 import IA3Model
+from .ladder import LadderConfig as LadderConfig
+from .ladder import LadderModel as LadderModel
+from .ladder import prune_ladder as prune_ladder
 from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from .mam import MAMConfig as MAMConfig
 from .s4 import S4Config as S4Config
@@ -19,4 +22,5 @@ from .unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, S4Config, ComposedConfig):
     register(config.method, config, ComposedModel)
+register(LadderConfig.method, LadderConfig, LadderModel)
 replace_tuner(PeftType.IA3, IA3Model)

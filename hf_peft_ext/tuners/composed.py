@@ -143,14 +143,8 @@ class ComposedModel(BaseTuner):
             warnings.warn(
                 "The saved prefixes are plain: the reparameterisation of this model was folded away.", stacklevel=2
             )
-        # tensors mapped from a file lie at odd addresses, where matrix products differ in the last bit
-        aligned = {key: value.clone() for key, value in state_dict.items()}
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned)
-        base = sorted(key for key in found if adapter_name not in key.split("."))
-        check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
-        real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
-        broken = [key for key, value in real.items() if not value.isfinite().all()]
-        check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
+        check_loaded(found, adapter_name)
         return found
 
     # Batches that mix adapters
@@ -221,24 +215,51 @@ class ComposedModel(BaseTuner):
             if not merge:
                 layer.unmerge()
             layer.remove()
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                parent, _, name = _get_submodules(self.model, path)
-                plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                self._replace_module(parent, name, plain, module)
-        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
-            del self.model.peft_config  # other tuners in the model keep theirs
+        unload_auxiliary(self, merge, safe_merge, adapter_names)
         return self.model
 
 
-def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Refuse names that lead out of a folder, where peft saves the adapter, or that another part of its keys has."""
+def unload_auxiliary(
+    tuner: BaseTuner, merge: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> None:
+    """Take off what peft has put around modules that are saved whole, and its config if no other tuner is left."""
+    for path, module in list(tuner.model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, name = _get_submodules(tuner.model, path)
+            plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            tuner._replace_module(parent, name, plain, module)
+    if not any(isinstance(module, BaseTunerLayer) for module in tuner.model.modules()):
+        del tuner.model.peft_config  # other tuners in the model keep theirs
+
+
+def check_adapter_name(name: str, model: nn.Module, parts: frozenset[str] = PARTS) -> None:
+    """Refuse names that lead out of a folder, where peft saves the adapter, or that another part of its keys has.
+
+    Args:
+        parts: names of the parts of the adapter.
+    """
     check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), "must match [A-Za-z0-9_-]{1,64}")
     paths = (path for path, _ in own_modules(model) if "modules_to_save" not in path)  # those end in adapters' names
-    parts = PARTS | {"base_model", "model", "sublayer_of"} | {part for path in paths for part in path.split(".")}
+    parts = parts | {"base_model", "model", "sublayer_of"} | {part for path in paths for part in path.split(".")}
     check(
         "adapter_name", name, name not in parts, "is the name of a part of the model or of a sub-layer; take another"
     )
+
+
+def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors of a file: mapped from it they lie at odd addresses, where matrix products differ in the
+    last bit.
+    """
+    return {key: value.clone() for key, value in state_dict.items()}
+
+
+def check_loaded(found: dict[str, Tensor], adapter_name: str) -> None:
+    """Refuse tensors that would overwrite a weight of the base model, or are not finite."""
+    base = sorted(key for key in found if adapter_name not in key.split("."))
+    check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
+    real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
+    broken = [key for key, value in real.items() if not value.isfinite().all()]
+    check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
 
 
 def warn_of_new_biases(model: nn.Module) -> None:

@@ -29,16 +29,11 @@ class NamedFields:
 
 
 @dataclass
-class PlacedConfig(NamedFields, PeftConfig):
-    """Base of the configs: a method is the list of placements that `to_placements` returns.
+class RegisteredConfig(NamedFields, PeftConfig):
+    """Base of the configs of this package's own PEFT types: what every one has, and how their files are read.
 
     Args:
-        target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a
-            list of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
-        exclude_modules: modules to leave alone, named in the same way.
-        layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for all.
         modules_to_save: modules trained and saved whole, such as a classification head.
-        sites: for models whose structure is not understood: site name -> modules, named as in `target_modules`.
         trainable_token_indices: rows of the embedding to train, as in `peft.LoraConfig`.
         bias: must be "none"; `BitFitConfig` trains biases.
         target_parameters: must be None; kept because tools of peft's ecosystem read it.
@@ -49,11 +44,7 @@ class PlacedConfig(NamedFields, PeftConfig):
 
     method: ClassVar[str]  # the PEFT type in lower case
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Leaves of the low-rank branch."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Site name -> modules."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding to train."}
     )
@@ -77,6 +68,34 @@ class PlacedConfig(NamedFields, PeftConfig):
         check("bias", self.bias, self.bias == "none", 'must be "none"; BitFitConfig trains biases')
         rule = "must be None: no sub-layer of this package acts on a bare parameter"
         check("target_parameters", self.target_parameters, not self.target_parameters, rule)
+
+    def to_placements(self) -> list[Placement]:
+        """The method, as placements; none where it is not made of sub-layers."""
+        return []
+
+
+@dataclass
+class PlacedConfig(RegisteredConfig):
+    """Base of the configs: a method is the list of placements that `to_placements` returns.
+
+    Args:
+        target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a
+            list of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
+        exclude_modules: modules to leave alone, named in the same way.
+        layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for all.
+        sites: for models whose structure is not understood: site name -> modules, named as in `target_modules`.
+
+    Raises:
+        ValueError: a field is unknown, or its value breaks a rule.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Leaves of the low-rank branch."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Site name -> modules."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         self.layers_to_transform = layer_list(self.layers_to_transform)
@@ -108,8 +127,8 @@ class PlacedConfig(NamedFields, PeftConfig):
             stored.save_pretrained(save_directory, **kwargs)
 
 
-def layer_list(layers: list[int] | int | None) -> list[int] | None:
-    """The value of `layers_to_transform` as a list.
+def layer_list(layers: list[int] | int | None, name: str = "layers_to_transform") -> list[int] | None:
+    """The value of a field that names layers, as a list.
 
     Raises:
         ValueError: it is neither a layer index nor a list of them.
@@ -118,7 +137,7 @@ def layer_list(layers: list[int] | int | None) -> list[int] | None:
         return None
     chosen = [layers] if isinstance(layers, int) else list(layers)
     valid = bool(chosen) and all(type(layer) is int and layer >= 0 for layer in chosen)
-    check("layers_to_transform", layers, valid, "must be a layer index or a list of them, 0 or more")
+    check(name, layers, valid, "must be a layer index or a list of them, 0 or more")
     return chosen
 
 
