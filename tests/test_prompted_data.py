@@ -190,6 +190,14 @@ def test_few_shot_prompts():
     assert with_demonstrations([other], shown[:1], k=1)[0]["prompt"] == "1 + 1 = 2\n\n3 + 3 ="
 
 
+def test_examples_with_one_prompt():
+    """Where the choices alone tell the examples apart, as in ComVE, all but the example itself are shown."""
+    examples = [{"prompt": "True:", "choices": [f"{i}", f"not {i}"], "answer": 0} for i in range(3)]
+    found = with_demonstrations(examples, examples, k=3)
+    shown = [sorted(one["prompt"].split("\n\n")) for one in found]
+    assert shown == [sorted(["True:", *(f"True: {j}" for j in range(3) if j != i)]) for i in range(3)]
+
+
 def test_few_shot_scores_are_those_of_the_joined_text():
     """score_choices of the long prompt, equal to the log-probability of the choice behind the text."""
     model, tok = build("llama")

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .choice_data import DataCollatorForChoices as DataCollatorForChoices
 from .bridge import BridgeTrainer as BridgeTrainer
+from .choice_data import DataCollatorForChoices as DataCollatorForChoices
 from .mixin import AdapterTrainerMixin as AdapterTrainerMixin
 from .tfew import TFewTrainer as TFewTrainer
 from .tfew_arguments import TFewTrainingArguments as TFewTrainingArguments

@@ -23,12 +23,12 @@ from statistics import mean
 from typing import Any
 
 import transformers
-import unipelt_low_resource as low
 from matplotlib.figure import Figure
 from peft import PeftConfig
 from scipy.stats import false_discovery_control, ttest_rel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 
+import unipelt_low_resource as low
 from hf_peft_ext import BitFitConfig, S4Config
 from hf_peft_ext.design_space import DesignSpace
 from hf_peft_ext.trainers.search import (

@@ -41,8 +41,8 @@ def with_demonstrations(
 
     Args:
         examples: mappings with `prompt` and `choices`, as `PromptTemplate.render` makes them.
-        demonstrations: mappings with `prompt`, `choices` and `answer`, to draw from. None with the same prompt as an
-            example is shown to it.
+        demonstrations: mappings with `prompt`, `choices` and `answer`, to draw from. None with the same prompt
+            and choices as an example is shown to it.
         k: how many are shown. 0 leaves the prompts as they are.
         seed: of the draws, which depend on it and on the place of the example alone.
         tokenizer: counts the tokens for `max_tokens`, and has the template for `chat`.
@@ -64,7 +64,7 @@ def with_demonstrations(
     check("tokenizer", tokenizer, tokenizer is not None or not needs, "is needed for `chat` and `max_tokens`")
     prompts, cut = [], []
     for i, example in enumerate(examples):
-        shown = draw(demonstrations, example["prompt"], k, f"{seed}" if shared else f"{seed} {i}")
+        shown = draw(demonstrations, example, k, f"{seed}" if shared else f"{seed} {i}")
 
         def prompt(dropped: int, shown: list[Prompted] = shown, example: Prompted = example) -> str:
             if chat:
@@ -81,11 +81,15 @@ def with_demonstrations(
     return [{**example, "prompt": text} for example, text in zip(examples, prompts, strict=True)]
 
 
-def draw(demonstrations: Sequence[Prompted], prompt: str, k: int, seed: str) -> list[Prompted]:
-    """k of them, in random order, the prompt itself not among them."""
-    order = random.Random(seed).sample(range(len(demonstrations)), len(demonstrations))
-    others = (demonstrations[i] for i in order if demonstrations[i]["prompt"] != prompt)
+def draw(demonstrations: Sequence[Prompted], example: Prompted, k: int, seed: str) -> list[Prompted]:
+    """k of them, in random order, the example itself not among them."""
+    order = random.Random(seed).sample(demonstrations, len(demonstrations))
+    others = (shown for shown in order if asked(shown) != asked(example))
     return [shown for shown, _ in zip(others, range(k), strict=False)]
+
+
+def asked(example: Prompted) -> tuple[str, list[str]]:
+    return example["prompt"], list(example["choices"])
 
 
 def answered(example: Prompted) -> str:

@@ -12,8 +12,8 @@ from .plug_in import plug_in as plug_in
 from .plugging import plug as plug
 from .projections import Projections as Projections
 from .result import PlugInResult as PlugInResult
+from .settings import PlugInSettings as PlugInSettings
 from .similarity import ModuleSimilarity as ModuleSimilarity
 from .similarity import module_similarity as module_similarity
-from .settings import PlugInSettings as PlugInSettings
 from .zeroth_order import MeZO as MeZO
 from .zeroth_order import layer_scales as layer_scales
