@@ -191,7 +191,7 @@ def test_few_shot_prompts():
 
 
 def test_examples_with_one_prompt():
-    """Where the choices alone tell the examples apart, as in ComVE, all but the example itself are shown."""
+    """Where choices alone tell the examples apart, as in ComVE, all but the example itself are shown."""
     examples = [{"prompt": "True:", "choices": [f"{i}", f"not {i}"], "answer": 0} for i in range(3)]
     found = with_demonstrations(examples, examples, k=3)
     shown = [sorted(one["prompt"].split("\n\n")) for one in found]

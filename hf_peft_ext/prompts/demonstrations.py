@@ -42,7 +42,7 @@ def with_demonstrations(
     Args:
         examples: mappings with `prompt` and `choices`, as `PromptTemplate.render` makes them.
         demonstrations: mappings with `prompt`, `choices` and `answer`, to draw from. None with the same prompt
-            and choices as an example is shown to it.
+            as an example, and one of its choices for an answer, is shown to it.
         k: how many are shown. 0 leaves the prompts as they are.
         seed: of the draws, which depend on it and on the place of the example alone.
         tokenizer: counts the tokens for `max_tokens`, and has the template for `chat`.
@@ -82,14 +82,14 @@ def with_demonstrations(
 
 
 def draw(demonstrations: Sequence[Prompted], example: Prompted, k: int, seed: str) -> list[Prompted]:
-    """k of them, in random order, the example itself not among them."""
-    order = random.Random(seed).sample(demonstrations, len(demonstrations))
-    others = (shown for shown in order if asked(shown) != asked(example))
+    """k of them, in random order, none that tells the example's answer."""
+    order = random.Random(seed).sample(range(len(demonstrations)), len(demonstrations))
+    others = (demonstrations[i] for i in order if not tells(demonstrations[i], example))
     return [shown for shown, _ in zip(others, range(k), strict=False)]
 
 
-def asked(example: Prompted) -> tuple[str, list[str]]:
-    return example["prompt"], list(example["choices"])
+def tells(shown: Prompted, example: Prompted) -> bool:
+    return shown["prompt"] == example["prompt"] and shown["choices"][shown["answer"]] in example["choices"]
 
 
 def answered(example: Prompted) -> str:
