@@ -39,7 +39,7 @@ def changes(model, out):
     return [f"model={{model_name_or_path: {model}}}", f"output_dir={out}", *few]
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_tfew(name, models, tmp_path):
     """The recipe of examples/ trains an IA3 adapter whose ranking has the accuracy that is reported."""
     out = tmp_path / "adapter"
@@ -143,6 +143,7 @@ def test_gguf(monkeypatch, models, tmp_path):
     assert asked == [("model.gguf", None), ("model.gguf", True)]
 
 
+@pytest.mark.slow
 def test_other_adapters(models, tmp_path):
     """Any adapter can be trained so; without `choices` CAUSAL_LM is supervised fine-tuning, as before."""
     peft = "peft={peft_type: UNIPELT, task_type: CAUSAL_LM, bottleneck_size: 8}"

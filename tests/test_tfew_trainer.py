@@ -284,7 +284,14 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
         assert torch.equal(trained(resumed.model)[name], value), name
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, init_lora_weights="gaussian", **LORA), unipelt()])
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        None,
+        pytest.param(LoraConfig(r=4, init_lora_weights="gaussian", **LORA), marks=pytest.mark.slow),
+        pytest.param(unipelt(), marks=pytest.mark.slow),
+    ],
+)
 def test_learns_with_any_method(peft_config, tmp_path):
     """Choices that had no chance are the answers after some steps."""
     rows = [{"prompt": f"{p}?", "choices": ["yes", "no"], "answer": i} for i, p in enumerate(("good", "weather"))]
