@@ -22,7 +22,10 @@ WIDE = {  # a 4-bit block is 64 wide, and only whole blocks are repacked
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128},
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-CASES = [(method, backbone) for backbone in ("bert", "llama") for method in METHODS] + [("unipelt", "t5")]
+CASES = [(method, backbone) for backbone in ("bert", "llama") for method in METHODS] + [
+    ("unipelt", "t5"),
+    ("s4", "t5"),
+]
 every_case = pytest.mark.parametrize(("method", "backbone"), CASES)
 few_cases = pytest.mark.parametrize(
     ("method", "backbone"), [(m, b) for b in ("bert", "llama", "t5") for m in ("unipelt", "mam", "bitfit")]
