@@ -168,6 +168,7 @@ def test_report_of_nothing(file):
     assert "names a search that has no run yet" in done.output
 
 
+@pytest.mark.slow
 def test_optuna_is_optional():
     """Without Optuna the package and its trainers import."""
     code = "import sys; sys.modules['optuna'] = None; import hf_peft_ext.cli, hf_peft_ext.trainers"

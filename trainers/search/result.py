@@ -83,7 +83,11 @@ class SearchResult:
     @classmethod
     def load(cls, storage: str, study_name: str) -> "SearchResult":
         """The search of that name in a database."""
-        return cls.read(Queue(storage, study_name))
+        queue = Queue(storage, study_name)
+        try:
+            return cls.read(queue)
+        finally:
+            queue.close()
 
     @classmethod
     def read(cls, queue: Queue) -> "SearchResult":

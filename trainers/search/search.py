@@ -112,7 +112,9 @@ class DesignSpaceSearch:
         model = next(iter(self.tasks.values())).model
         with adapted(model, space.config(), self.seed) as found:  # solves what a config leaves open
             self.queue.note(FOUND, plain(found.peft_config["default"]))
-        return self.result()
+        result = self.result()
+        self.queue.close()
+        return result
 
     def runs(self, space: Space) -> list[Run]:
         """The runs of a stage, model by model, so that the constraints fill up side by side."""

@@ -40,7 +40,7 @@ class RunArguments:
     num_train_epochs: int = 3
     learning_rate: float = 1e-3
     per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: int = 16
     warmup_ratio: float = 0.1
     lr_scheduler_type: str = "linear"
     weight_decay: float = 0.0

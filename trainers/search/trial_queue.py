@@ -198,6 +198,11 @@ class Queue:
                 self.storage.record_heartbeat(trial_id)  # the only one: it is stale soon, as any other's
         fail_stale_trials(self.study)
 
+    def close(self) -> None:
+        """Let go of the database; the next use connects again."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     # What belongs to the search as a whole
 
     def note(self, name: str, value: Any) -> None:
