@@ -13,7 +13,8 @@ from rich.console import Console
 from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
 from hf_peft_ext.structure import layer_paths
 from hf_peft_ext.transfer import module_similarity
-from hf_peft_ext.transfer.similarity import cka, deltas, procrustes
+from hf_peft_ext.transfer.contributions import deltas
+from hf_peft_ext.transfer.similarity import cka, procrustes
 
 from .backbones import BACKBONES, D, output
 
