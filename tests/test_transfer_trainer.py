@@ -27,7 +27,8 @@ def trainer(folder, kind="delta", steps=4, **kwargs):
     plugged, thin = models()
     args = TrainingArguments(
         str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-3,
-        report_to="none", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", max_grad_norm=0.0, **kwargs,
+        report_to="none",
+        use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", max_grad_norm=0.0, **kwargs,
     )  # fmt: skip
     return BridgeTrainer(plugged, args, thin, kind, train_dataset=ROWS)
 

@@ -32,6 +32,6 @@ def plain_state(model: PeftModel) -> dict[str, Tensor]:
     state = {name: value for name, value in model.state_dict().items() if SEEN not in name}
     for path, module in model.named_modules():
         if isinstance(module, Computed):
-            computed = [name.removeprefix(SEEN) for name, _ in module.named_children() if name.startswith(SEEN)]
+            computed = [name.removeprefix(SEEN) for name in vars(module)["_modules"] if name.startswith(SEEN)]
             state |= {f"{path}.{name}": getattr(module, name).detach() for name in computed}
     return state

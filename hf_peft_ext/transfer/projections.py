@@ -73,7 +73,8 @@ class Projections(nn.Module):
 
     Args:
         init: "orthogonal" (at random, read and write alike) or "slice" (the small one's channels are some of the
-            large one's, those of `index`, or else the first). `fit` sets them by least squares between hidden states.
+            large one's, those of `index`, or else the first). `least_squares` between hidden states of both gives a
+            weight that can be copied into `of[...]`.
         sides: which sides are projected so: "both", "read" or "write"; the other one is a slice.
         trainable: whether the projections are trained with the module.
         index: for slices, space -> the channels of the wider model that the narrower one has.
