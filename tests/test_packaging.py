@@ -14,13 +14,13 @@ from peft.utils.peft_types import PeftType
 import hf_peft_ext
 from hf_peft_ext import registry
 from hf_peft_ext.papers import PAPERS, STOCK_PAPERS
-from hf_peft_ext.tuners.config import PlacedConfig
+from hf_peft_ext.tuners.config import RegisteredConfig
 
 ROOT = Path(hf_peft_ext.__file__).parent
 CONFIGS = [
     value
     for name, value in vars(hf_peft_ext).items()
-    if name.endswith("Config") and isinstance(value, type) and issubclass(value, PlacedConfig)
+    if name.endswith("Config") and isinstance(value, type) and issubclass(value, RegisteredConfig)
 ]
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 
