@@ -46,7 +46,7 @@ def margin(score: Tensor, answer: int) -> float:
 
 def auc(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
     """Averaged over the answers that are right in some rows and wrong in others; 0.5 where there is none."""
-    from sklearn.metrics import roc_auc_score  # of an extra, as is scipy
+    from sklearn.metrics import roc_auc_score  # slow to import, as is scipy
 
     found = []
     for index in range(max(len(score) for score in scores)):
