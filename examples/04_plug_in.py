@@ -51,5 +51,5 @@ settings = PlugInSettings(init="slice", r=4, small_lr=4e-3, bridge_lr=1e-3)  # b
 tokenizer = AutoTokenizer.from_pretrained(MINILM)
 plugged, result = plug_in(small, large, tokenizer, train, test, OUTPUT, config, settings=settings)
 
-console.print(result)
+console.print(str(result))
 console.print(f"{OUTPUT / 'adapter'} is a plain LoRA of the large model." if result.gains else "Nothing to ship.")
