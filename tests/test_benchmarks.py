@@ -70,8 +70,9 @@ def test_packing(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_ladder_memory(capsys):
+def test_ladder_memory(capsys, monkeypatch):
     """Each row in a process of its own; the factors are those of the peaks beside them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)  # where those processes look for it
     sizes = ("--model", "tiny", "--length", "16", "--methods", "full fine-tuning", "ladder, r = 8")
     module = run("ladder_memory", *sizes)
     found = rows(capsys.readouterr().out)
