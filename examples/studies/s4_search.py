@@ -39,6 +39,7 @@ from hf_peft_ext.trainers.search import (
     share_trunk,
     write_report,
 )
+from runs import RESULTS
 
 FOUND, PAPER = "S4, found", "S4, paper"
 RATES = (2e-3, 5e-3, 1e-2)
@@ -63,9 +64,7 @@ class Study:
     bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
     model: str = field(default=low.MINILM, metadata={"help": "A name on the Hub or a folder; by default MiniLM-L6."})
     data: Path = field(default=low.Study().data, metadata={"help": "Folder of TASK.train.jsonl and TASK.dev.jsonl."})
-    output: Path = field(
-        default=Path(__file__).parent / "s4_results", metadata={"help": "Folder for what is written."}
-    )
+    output: Path = field(default=RESULTS / "s4", metadata={"help": "Folder for what is written."})
     search_only: bool = field(default=False, metadata={"help": "Leave the comparison out."})
 
 

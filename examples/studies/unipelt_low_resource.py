@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, LayerPrefixConfig, UniPELTConfig
-from runs import MINILM, Row, append, check_protocol, find_model, read, read_rows  # beside this file
+from runs import MINILM, RESULTS, Row, append, check_protocol, find_model, read, read_rows  # beside this file
 
 BATCH_SIZE, MAX_LENGTH, WARM_UP = 8, 128, 0.1
 TUNING_SEED = 0  # the seed whose runs choose the learning rate
@@ -134,7 +134,7 @@ class Study:
         default=Path(os.environ.get("HF_PEFT_EXT_DATA", "../shared/data")),
         metadata={"help": "Folder of TASK.train.jsonl and TASK.dev.jsonl; by default $HF_PEFT_EXT_DATA."},
     )
-    output: Path = field(default=Path(__file__).parent / "results", metadata={"help": "Folder for what is written."})
+    output: Path = field(default=RESULTS / "unipelt", metadata={"help": "Folder for what is written."})
     report: bool = field(default=False, metadata={"help": "Only make the table and the figure."})
 
 
