@@ -13,6 +13,7 @@ from .backbones import BACKBONES
 from .test_rank_classification import tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "studies" / "t_few.py"
+COMVE = [("(IA)3", "LM", 0), ("LoRA", "LM", 0), ("(IA)3", "LM", 1)]  # runs of a task without such a split
 WORDS = ["good", "bad", "film", "plot", "the", "a"]
 
 
@@ -47,6 +48,7 @@ def numbers(runs):
         return [{name: x for name, x in row.items() if not name.endswith("seconds")} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_resumes_and_repeats(monkeypatch, options, tmp_path):
     runs = tmp_path / "output" / "runs.csv"
     run(monkeypatch, options)
@@ -69,9 +71,9 @@ def test_splits(monkeypatch, options, tmp_path):
     study = run(monkeypatch, [*options, "--report"])
     split, data = study["few_shot_split"], tmp_path / "data"
     assert [row["idx"] for row in split(study["Run"]("sst2", "(IA)3", "LM", 0), data)] == [4, 3, 7, 8]
-    drawn = split(study["Run"]("comve", "(IA)3", "LM", 0), data)
-    assert len(drawn) == 32
-    assert drawn == split(study["Run"]("comve", "LoRA", "LM", 0), data) != split(study["Run"]("comve", "", "", 1), data)
+    first, other, second = (split(study["Run"]("comve", *run), data) for run in COMVE)
+    assert len(first) == 32
+    assert first == other != second
 
 
 def test_report(monkeypatch, options, tmp_path):
