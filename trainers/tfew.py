@@ -195,7 +195,9 @@ class TFewTrainer(AdapterTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if "answer" in inputs:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            # The same on all processes, of which Trainer leaves out what the last batch was filled up with.
+            return (self.accelerator.reduce(loss, "mean") if self._sums_processes else loss, *rest)
         batch = cast(dict[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, costs(choice_token_scores(model, batch, self._arguments.packed), batch), None
