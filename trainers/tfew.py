@@ -39,8 +39,8 @@ class TFewTrainer(AdapterTrainer):
                       has no such choice
         label_ids     (examples,): the answers
 
-    and is the accuracy if none is given. `predict` returns the same scores, also for rows without `answer`. The loss
-    of an evaluation is the mean over its batches, as everywhere in Trainer.
+    and is the accuracy if none is given. `predict` returns the same scores, also for rows of which none has an
+    `answer`. The loss of an evaluation is the mean over its batches, as everywhere in Trainer.
 
     Args:
         model: a causal or sequence-to-sequence language model, with an adapter, or with `peft_config`.
@@ -130,7 +130,7 @@ class TFewTrainer(AdapterTrainer):
         self._signature_columns = COLUMNS  # what `remove_unused_columns` leaves
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        rows = ChoiceRows(dataset, answered=description != "test")
+        rows = ChoiceRows(dataset, answered=None if description == "test" else True)
         return super()._get_dataloader(rows, description, *args, **kwargs)
 
     # The loss: a share of that of the whole step
@@ -228,5 +228,6 @@ class AtEpoch(TrainerCallback):
 
 
 def accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    """The share of the examples whose answer has the highest score."""
-    return {"accuracy": float((np.argmax(evaluated.predictions, -1) == evaluated.label_ids).mean())}
+    """The share of the examples whose answer has the highest score, whether batches are joined or not."""
+    found = zip(evaluated.predictions, evaluated.label_ids, strict=True)
+    return {"accuracy": float(np.hstack([np.argmax(scores, -1) == answers for scores, answers in found]).mean())}

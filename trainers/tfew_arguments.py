@@ -73,6 +73,10 @@ class TFewTrainingArguments(TrainingArguments):
         rule = f"does nothing beside `max_steps` (={self.max_steps}); add `max_steps=-1` to train by epochs"
         check("num_train_epochs", self.num_train_epochs, by_steps, rule)
         super().__post_init__()
+        rule = "must not hold 'inputs': those of T-Few are prompts and choices, which are not one tensor"
+        check("include_for_metrics", self.include_for_metrics, "inputs" not in self.include_for_metrics, rule)
+        rule = "must not be True: the choices of an example would be parted from its prompt"
+        check("dispatch_batches", True, not self.accelerator_config.dispatch_batches, rule)
 
     @property
     def weights(self) -> dict[str, float]:
