@@ -216,7 +216,7 @@ class TFewTrainer(AdapterTrainer):
 class AtEpoch(TrainerCallback):
     """Tells data that draw at random which epoch it is, whether training begins there or goes on from a checkpoint.
 
-    (accelerate's data loader tells them where there is one process, and not where there are several.)
+    (accelerate's data loader, which sees `ChoiceRows` in place of them, does so where there is one process alone.)
     """
 
     def __init__(self, data: Any):

@@ -32,7 +32,8 @@ class TFewTrainingArguments(TrainingArguments):
         packed: whether a prompt is read once for all its choices; None for wherever the model can. The numbers are the
             same.
         normalization: of the scores by which choices are ranked in evaluation, see `hf_peft_ext.score_choices`.
-        max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`.
+        max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`. The lengths hold in evaluation
+            too; `RankClassifier` and `score_choices` cut nothing.
 
     Raises:
         ValueError: a value breaks a rule.
