@@ -1,7 +1,7 @@
 """The recipe of T-Few as training arguments."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
@@ -77,7 +77,8 @@ class TFewTrainingArguments(TrainingArguments):
         rule = "must not hold 'inputs': those of T-Few are prompts and choices, which are not one tensor"
         check("include_for_metrics", self.include_for_metrics, "inputs" not in self.include_for_metrics, rule)
         rule = "must not be True: the choices of an example would be parted from its prompt"
-        check("dispatch_batches", True, not self.accelerator_config.dispatch_batches, rule)
+        loading: Any = self.accelerator_config  # an AcceleratorConfig by now, whatever it was given as
+        check("dispatch_batches", True, not loading.dispatch_batches, rule)
 
     @property
     def weights(self) -> dict[str, float]:
