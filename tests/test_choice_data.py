@@ -193,6 +193,14 @@ def test_lengths_reach_the_trainer(tmp_path):
             {"num_train_epochs": 9, "max_steps": 1000},
             r"`num_train_epochs` \(=9\) does nothing beside `max_steps` \(=1000",
         ),
+        (
+            {"include_for_metrics": ["inputs"]},
+            r"`include_for_metrics` \(=\['inputs'\]\) must not hold 'inputs': those",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            r"`dispatch_batches` \(=True\) must not be True: the cho",
+        ),
     ],
 )
 def test_wrong_arguments(options, message, tmp_path):

@@ -326,6 +326,10 @@ def test_labels_in_the_instruction():
         ({"labels": "ab"}, "`labels` .* must be a list of at least two texts."),
         ({"labels": ["a"]}, "`labels` .* must be a list of at least two texts."),
         ({"labels": ["a", "a"]}, "`labels` .* must hold a label once."),
+        (
+            {"labels": ["a", "b"], "fields": ["Paper title"]},
+            r"`fields` \(='Paper title'\) must be a name that Jinja can",
+        ),
         ({"labels": ["a", "b"], "fields": []}, "`fields` .* must be a list of at least one field."),
     ],
 )

@@ -80,13 +80,16 @@ def file(tmp_path):
 
 
 def test_choices_of_each_row(models, file, tmp_path):
-    """Choices in Jinja, answers by index, and prompts as turns of a chat."""
+    """Choices in Jinja or by what stands for them, answers by index, and prompts as turns of a chat."""
     keys = {"choices": ["{{ a }}", "{{ b }}"]}
     trainer = prepare(
         Recipe.read(RECIPE, [*changes(models["llama"], tmp_path / "out"), data(file, **keys), "metrics=[]"])
     )
     expected = {"prompt": "good?", "choices": ["yes", "no"], "answer": 1}
     assert trainer.train_dataset[0] == expected
+    numbered = data(file, choices={"0": "no", "1": "yes"}).replace('"0"', "0").replace('"1"', "1")
+    trainer = prepare(Recipe.read(RECIPE, [*changes(models["llama"], tmp_path / "out"), numbered, "metrics=[]"]))
+    assert trainer.train_dataset[0] == {"prompt": "good?", "choices": ["no", "yes"], "answer": 1}
     DECODER.chat_template = CHAT
     try:
         DECODER.save_pretrained(tmp_path)
@@ -113,6 +116,10 @@ def test_choices_of_each_row(models, file, tmp_path):
         ),
         ({"choices": ["yes"]}, r"`data`: row 0 of rows: `answer` of template 'data' must be one of the choices"),
         ({"choices": {"x": "yes", "y": "no"}}, r"`data`: row 0 of rows: `label` \(=1\) must be one of x, y\."),
+        (
+            {"choices": ["yes", "no"], "use_chat_template": True},
+            r"`data`: row 0 of rows: `tokenizer` \(TokenizersBackend\) has no chat template",
+        ),
         (
             {"choices": ["yes", "no"], "max_length": 4},
             r"`data.max_length` is not a key of `data` for TFEW and CAUSAL_LM",

@@ -228,8 +228,9 @@ def test_batches_apart(tmp_path):
     """Scores that are not joined, and metrics that are computed batch by batch, have the same numbers."""
     parts = {"per_device_eval_batch_size": 2, "eval_dataset": KNOWN}
     joined = made(tmp_path, **parts).predict(KNOWN)
-    apart = made(tmp_path, eval_do_concat_batches=False, compute_metrics=lambda _: {}, **parts).predict(KNOWN)
+    apart = made(tmp_path, eval_do_concat_batches=False, **parts).predict(KNOWN)
     assert [len(one) for one in apart.predictions] == [2, 1]
+    assert apart.metrics["test_accuracy"] == joined.metrics["test_accuracy"]
     np.testing.assert_array_equal(apart.predictions[1][:, 0], joined.predictions[2:, 0])
     counts = []
 
@@ -239,6 +240,19 @@ def test_batches_apart(tmp_path):
 
     metrics = made(tmp_path, batch_eval_metrics=True, compute_metrics=batchwise, **parts).evaluate()
     assert metrics["eval_right"] == pytest.approx(joined.metrics["test_accuracy"])
+
+
+def test_rows_of_which_some_have_answers(tmp_path):
+    """Metrics are of all rows, or of none."""
+    unanswered = {name: KNOWN[1][name] for name in ("prompt", "choices")}
+    trainer = made(tmp_path, per_device_eval_batch_size=1)
+    expected = trainer.predict(KNOWN).predictions
+    with pytest.raises(ValueError, match=r"`row` \(=1\) lacks `answer`\."):
+        trainer.predict([KNOWN[0], unanswered])
+    found = trainer.predict([unanswered, KNOWN[0]])
+    np.testing.assert_array_equal(found.predictions[0], expected[1])
+    assert found.label_ids is None
+    assert "test_accuracy" not in found.metrics
 
 
 def test_several_sets(tmp_path):

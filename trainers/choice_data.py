@@ -25,22 +25,26 @@ class ChoiceRows(Dataset[dict[str, Any]]):
     Args:
         rows: anything with a length whose rows are read by their numbers: a list, a `datasets.Dataset`, a
             `torch.utils.data.Dataset`. Columns beside `prompt`, `choices` and `answer` are left out.
-        answered: whether every row must have an answer.
+        answered: whether every row must have an answer; None if all must where the first has one, and those of others
+            are left out where it has none.
     """
 
-    def __init__(self, rows: Any, answered: bool = True):
+    def __init__(self, rows: Any, answered: bool | None = True):
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping | str):
             kind = type(rows).__name__
             raise TypeError(
                 f"The data set (={kind}) must be map-style: with a length, its rows read by their numbers."
             )
+        if answered is None:
+            answered = len(rows) > 0 and "answer" in checked(rows[0], 0, answered=False)
         self.rows, self.answered = rows, answered
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return checked(self.rows[number], number, self.answered)
+        row = checked(self.rows[number], number, self.answered)
+        return row if self.answered else {name: row[name] for name in COLUMNS[:2]}
 
 
 def checked(row: Any, number: int, answered: bool = True) -> dict[str, Any]:

@@ -39,8 +39,8 @@ class TFewTrainer(AdapterTrainer):
                       has no such choice
         label_ids     (examples,): the answers
 
-    and is the accuracy if none is given. `predict` returns the same scores, also for rows without `answer`. The loss
-    of an evaluation is the mean over its batches, as everywhere in Trainer.
+    and is the accuracy if none is given. `predict` returns the same scores, also for rows of which none has an
+    `answer`. The loss of an evaluation is the mean over its batches, as everywhere in Trainer.
 
     Args:
         model: a causal or sequence-to-sequence language model, with an adapter, or with `peft_config`.
@@ -130,7 +130,7 @@ class TFewTrainer(AdapterTrainer):
         self._signature_columns = COLUMNS  # what `remove_unused_columns` leaves
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        rows = ChoiceRows(dataset, answered=description != "test")
+        rows = ChoiceRows(dataset, answered=None if description == "test" else True)
         return super()._get_dataloader(rows, description, *args, **kwargs)
 
     # The loss: a share of that of the whole step
@@ -195,7 +195,9 @@ class TFewTrainer(AdapterTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if "answer" in inputs:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            # The same on all processes, of which Trainer leaves out what the last batch was filled up with.
+            return (self.accelerator.reduce(loss, "mean") if self._sums_processes else loss, *rest)
         batch = cast(dict[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, costs(choice_token_scores(model, batch, self._arguments.packed), batch), None
@@ -214,7 +216,7 @@ class TFewTrainer(AdapterTrainer):
 class AtEpoch(TrainerCallback):
     """Tells data that draw at random which epoch it is, whether training begins there or goes on from a checkpoint.
 
-    (accelerate's data loader tells them where there is one process, and not where there are several.)
+    (accelerate's data loader, which sees `ChoiceRows` in place of them, does so where there is one process alone.)
     """
 
     def __init__(self, data: Any):
@@ -226,5 +228,6 @@ class AtEpoch(TrainerCallback):
 
 
 def accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    """The share of the examples whose answer has the highest score."""
-    return {"accuracy": float((np.argmax(evaluated.predictions, -1) == evaluated.label_ids).mean())}
+    """The share of the examples whose answer has the highest score, whether batches are joined or not."""
+    found = zip(evaluated.predictions, evaluated.label_ids, strict=True)
+    return {"accuracy": float(np.hstack([np.argmax(scores, -1) == answers for scores, answers in found]).mean())}

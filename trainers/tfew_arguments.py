@@ -1,7 +1,7 @@
 """The recipe of T-Few as training arguments."""
 
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
@@ -32,7 +32,8 @@ class TFewTrainingArguments(TrainingArguments):
         packed: whether a prompt is read once for all its choices; None for wherever the model can. The numbers are the
             same.
         normalization: of the scores by which choices are ranked in evaluation, see `hf_peft_ext.score_choices`.
-        max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`.
+        max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`. The lengths hold in evaluation
+            too; `RankClassifier` and `score_choices` cut nothing.
 
     Raises:
         ValueError: a value breaks a rule.
@@ -73,6 +74,11 @@ class TFewTrainingArguments(TrainingArguments):
         rule = f"does nothing beside `max_steps` (={self.max_steps}); add `max_steps=-1` to train by epochs"
         check("num_train_epochs", self.num_train_epochs, by_steps, rule)
         super().__post_init__()
+        rule = "must not hold 'inputs': those of T-Few are prompts and choices, which are not one tensor"
+        check("include_for_metrics", self.include_for_metrics, "inputs" not in self.include_for_metrics, rule)
+        rule = "must not be True: the choices of an example would be parted from its prompt"
+        loading: Any = self.accelerator_config  # an AcceleratorConfig by now, whatever it was given as
+        check("dispatch_batches", True, not loading.dispatch_batches, rule)
 
     @property
     def weights(self) -> dict[str, float]:

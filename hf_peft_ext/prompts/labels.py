@@ -36,11 +36,16 @@ def label_list_template(
         answer, metric: see `PromptTemplate`.
 
     Raises:
-        ValueError: there are fewer than two labels, or one is there twice; or there is no field.
+        ValueError: there are fewer than two labels, or one is there twice; or there is no field, or one that
+            is no name in Jinja (letters, digits and underscores).
     """
     check("labels", labels, not isinstance(labels, str) and len(labels) > 1, "must be a list of at least two texts")
     check("labels", labels, len(set(labels)) == len(labels), "must hold a label once")
     check("fields", fields, not isinstance(fields, str) and len(fields) > 0, "must be a list of at least one field")
+    for field in fields:
+        check(
+            "fields", field, field.isidentifier(), "must be a name that Jinja can read; rename the column of the rows"
+        )
     captions = (
         fields if isinstance(fields, Mapping) else {field: field.replace("_", " ").capitalize() for field in fields}
     )

@@ -136,7 +136,7 @@ class Ranking(Rows):
     """
 
     prompt: str = ""
-    choices: list[str] | dict[str, str] | str = ""
+    choices: list[str] | dict[str | int, str] | str = ""
     answer_column: str = "label"
     use_chat_template: bool = False
 
@@ -158,9 +158,9 @@ class Ranking(Rows):
         def rendered(row: dict[str, Any], number: int) -> dict[str, Any]:
             try:
                 example = template.render({**row, self.answer_column: self._answer(row)})
+                return {**example, "prompt": chat(tokenizer, example["prompt"])} if self.use_chat_template else example
             except ValueError as error:
                 raise RecipeError(f"`data`: row {number} of {self.title}: {error}") from error
-            return {**example, "prompt": chat(tokenizer, example["prompt"])} if self.use_chat_template else example
 
         return rows.map(rendered, with_indices=True, remove_columns=rows.column_names)
 
@@ -169,5 +169,6 @@ class Ranking(Rows):
         answer = row[self.answer_column]
         if not isinstance(self.choices, dict):
             return answer
-        check(self.answer_column, answer, str(answer) in self.choices, f"must be one of {', '.join(self.choices)}")
-        return list(self.choices).index(str(answer))
+        keys = [str(key) for key in self.choices]
+        check(self.answer_column, answer, str(answer) in keys, f"must be one of {', '.join(keys)}")
+        return keys.index(str(answer))
