@@ -10,13 +10,13 @@ import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..design_space import DesignSpace
+from ..metrics import CLASSIFICATION, classification_metrics
 from ..placement import check, check_count
 from ..trainers.search import DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
 from . import runs
 from .data import Classification
 from .draft import Draft, RecipeError, did_you_mean, split_override
 from .keys import ModelArguments, fields_of, fits
-from .metrics import CLASSIFICATION, classification_metrics
 from .recipe import checked
 from .tasks import TASKS, Task
 
