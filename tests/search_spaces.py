@@ -74,8 +74,8 @@ def tiny_tasks(metric=accuracy):
 
 def search(file, tasks=None, space=None, **kwargs):
     storage = file if "://" in str(file) else f"sqlite:///{file}"
-    options = {"n_models": N_MODELS, "heartbeat": 1, "progress": False, **kwargs}
-    return DesignSpaceSearch(tasks or tiny_tasks(), space or TwoStages(), ARGS, storage=storage, **options)
+    options = {"storage": storage, "n_models": N_MODELS, "heartbeat": 1, "progress": False, **kwargs}
+    return DesignSpaceSearch(tasks or tiny_tasks(), space or TwoStages(), ARGS, **options)
 
 
 def work(file, log, seconds):

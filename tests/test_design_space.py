@@ -73,7 +73,7 @@ def stages(draw):
     return layers, space
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(stages(), st.integers(0, 2**31))
 def test_samples_keep_to_their_constraints(stage, seed):
     layers, space = stage

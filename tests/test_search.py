@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
-from hf_peft_ext.trainers.search import SearchTask, share_trunk
+from hf_peft_ext.trainers.search import LowestShare, SearchTask, share_trunk
 from hf_peft_ext.trainers.search.result import scores_of
 from hf_peft_ext.trainers.search.training import RunArguments, adapted, evaluate, train
 
@@ -70,13 +70,54 @@ def test_goes_on_where_it_stood(finished):
     """A finished search, started again, trains nothing and says the same; other settings are refused."""
     result, file = finished
     tasks = tiny_tasks()
+    again = search(file, tasks)
     for task in tasks.values():
         task.train = []  # would fail
-    again = search(file, tasks).search()
+    again = again.search()
     assert again.records == result.records
     assert again.decisions == result.decisions
     with pytest.raises(ValueError, match=r"`n_models` \(=7\) is 2 in the study 's4'; choose another `study_name`\."):
         search(file, n_models=7)
+
+
+def test_other_data_and_spaces_are_refused(finished):
+    """What the study holds would be counted as theirs."""
+    _, file = finished
+    tasks = tiny_tasks()
+    tasks["two"].train[0]["labels"] = 1
+    with pytest.raises(ValueError, match=r"^`rows` \(=.*'two'.*\) is .* in the study 's4'; choose another"):
+        search(file, tasks)
+
+    class Wider(TwoStages):
+        def sample(self, constraint, n, seed=0):
+            return [lora("last", "large", i) for i in range(n)]
+
+    with pytest.raises(ValueError, match=r"^`study_name` \(='s4'\) has other models of 'S1', 'first' than this space"):
+        search(file, space=Wider()).search()
+
+
+def test_lowest_share():
+    """The lowest quarter of a stage at an epoch, by hand; other stages and epochs do not count."""
+
+    def trial(stage, values, state=optuna.trial.TrialState.COMPLETE):
+        attrs = {"run": {"stage": stage}}
+        options = {"user_attrs": attrs, "intermediate_values": values}
+        return optuna.create_trial(state=state, value=0.0 if state.is_finished() else None, **options)
+
+    study, pruner = optuna.create_study(direction="maximize"), LowestShare(0.25, n_startup_runs=4)
+    for score in (0.1, 0.2, 0.3):
+        study.add_trial(trial("S1", {1: 0.9, 2: score}))
+    for score in (0.5, 0.6):
+        study.add_trial(trial("S0", {2: score}))
+
+    def stops(stage, score):  # a high first task is no excuse
+        return pruner.prune(study, trial(stage, {1: 0.99, 2: score}, optuna.trial.TrialState.RUNNING))
+
+    assert not stops("S1", 0.0)  # the first ones are never stopped
+    study.add_trial(trial("S1", {2: 0.4}))
+    assert stops("S1", 0.17)
+    assert not stops("S1", 0.18)  # a quarter of 0.1, 0.2, 0.3, 0.4 lies below 0.175
+    assert not stops("S0", 0.0)
 
 
 def test_base_model_stays(tmp_path):
@@ -224,6 +265,12 @@ def test_errors(tmp_path):
         RunArguments(learning_rate=0)
     with pytest.raises(ValueError, match=r"`warmup_ratio` \(=1\.5\) must lie in \[0, 1\)\."):
         RunArguments(warmup_ratio=1.5)
+    with pytest.raises(ValueError, match=r"`lr_scheduler_type` \(='linaer'\) must be one of linear, cosine"):
+        RunArguments(lr_scheduler_type="linaer")
+    with pytest.raises(ValueError, match=r"`storage` \(='search.db'\) must be a database's URL"):
+        search("search.db", storage="search.db")
+    with pytest.raises(ValueError, match=r"`storage` \(='sqlite:///.*'\) must lie in a folder that exists"):
+        search(tmp_path / "none" / "search.db")
     with pytest.raises(ValueError, match=r"`n_models` \(=0\) must be a positive whole number\."):
         search(tmp_path / "search.db", n_models=0)
     with pytest.raises(ValueError, match=r"`storage` \(='sqlite://'\) must name a file"):

@@ -165,7 +165,8 @@ def test_errors_name_the_line(file):
 def test_report_of_nothing(file):
     done = run("report", "--config", "search.yaml")
     assert done.exit_code == 2
-    assert "names a search that has no run yet" in done.output
+    assert "`storage` (='sqlite:///search.db') must name a file that exists." in done.output
+    assert not (file.parent / "search.db").exists()
 
 
 @pytest.mark.slow

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState, create_trial
 
 from hf_peft_ext.trainers.search import SearchResult
 from hf_peft_ext.trainers.search.trial_queue import Queue
 
-from .search_spaces import N_MODELS, search, start_worker
+from .search_spaces import N_MODELS, TwoStages, search, start_worker
 
 RUNS = 2 * 2 * N_MODELS  # stages x constraints x models
 
@@ -64,6 +66,35 @@ def test_killed_worker(alone, tmp_path):
     assert log.read_text(encoding="utf-8").count("\n") == 2 * RUNS + 1
     assert found(f"sqlite:///{file}") == alone
     assert lost.run.key in {r.run.key for r in SearchResult.load(f"sqlite:///{file}", "s4").records}
+
+
+def test_between_two_writes(alone, tmp_path):
+    """A worker killed after a lost run was failed, before it waited again, loses none."""
+    file = tmp_path / "search.db"
+    queue = search(file).queue
+    runs = search(file).runs(TwoStages())
+    queue.study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"run": asdict(runs[0])}))
+    assert [record.state for record in queue.records()] == ["lost"]
+    search(file).search()
+    assert found(f"sqlite:///{file}") == alone
+
+
+def test_worker_that_slept(tmp_path):
+    """A worker whose run was taken for lost meanwhile goes on with the next one, and its late score is not written."""
+    queue = search(tmp_path / "search.db").queue
+    runs, slept = search(tmp_path / "search.db").runs(TwoStages())[:2], []
+
+    def do(trial, run):
+        if not slept:
+            slept.append(run.key)
+            queue.study.tell(trial.number, state=TrialState.FAIL)  # as others do
+        trial.set_user_attr("scores", {"two": 0.5})
+        return 0.5
+
+    queue.work(runs, do, lambda records: None)
+    records = queue.records()
+    assert [record.state for record in records] == ["done", "done"]
+    assert sorted(record.number for record in records) == [1, 2]
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from optuna.pruners import PercentilePruner
+import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..design_space import DesignSpace
 from ..metrics import CLASSIFICATION, classification_metrics
 from ..placement import check, check_count
-from ..trainers.search import DesignSpaceSearch, RunArguments, SearchTask, share_trunk
+from ..trainers.search import DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
 from . import runs
 from .data import Classification
 from .draft import Draft, RecipeError, did_you_mean, split_override
@@ -20,6 +20,7 @@ from .keys import ModelArguments, fields_of, fits
 from .recipe import checked
 from .tasks import TASKS, Task
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECTIONS = ("model", "tasks", "space", "training", "search")
 
 
@@ -32,7 +33,7 @@ class QueueArguments:
         study_name: the search's name in it.
         n_models: models sampled under each constraint.
         seed: of the samples and of the drawn rows.
-        early_stopping: stop models that, after some epoch, are in the lowest quarter of those before them.
+        early_stopping: stop models that, after some epoch, are in the lowest quarter of those of their stage.
         heartbeat: seconds between signs of life of a run.
         output_dir: where the report and the winner's config go.
     """
@@ -108,7 +109,8 @@ class SearchRecipe:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=self.model.revision)
         parts = {name: task.load(self.search.seed) for name, task in self.tasks.items()}
         models = {name: runs.load_model(self, source, labels, tokenizer) for name, (*_, labels) in parts.items()}
-        share_trunk(models)
+        for model in share_trunk(models).values():
+            model.to(DEVICE)
         tasks = {}
         for name, (train, evaluated, labels) in parts.items():
             rows, scored = (self.tasks[name].encode(part, tokenizer, labels) for part in (train, evaluated))
@@ -121,7 +123,7 @@ class SearchRecipe:
                 tasks, space, self.training,
                 storage=settings.storage, study_name=settings.study_name, n_models=settings.n_models,
                 seed=settings.seed, heartbeat=settings.heartbeat, progress=progress,
-                pruner=PercentilePruner(25.0, n_startup_trials=8) if settings.early_stopping else None,
+                pruner=LowestShare() if settings.early_stopping else None,
             )  # fmt: skip
         except ValueError as error:
             raise RecipeError(str(error)) from error

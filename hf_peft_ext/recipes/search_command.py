@@ -16,7 +16,7 @@ HELP = """Search a design space for an architecture, S0 to S4, as a file says.
 [cyan]model[/]     model_name_or_path, local_path, revision, dtype, attn_implementation
 [cyan]tasks[/]     a name for each, with the keys of a recipe's `data` for SEQ_CLS,
           and metric: accuracy, f1 or matthews_correlation
-[cyan]space[/]     the arguments of DesignSpace: budget, groups, strategies, ...
+[cyan]space[/]     budget, num_groups, strategies, stack
 [cyan]training[/]  num_train_epochs, learning_rate, per_device_train_batch_size,
           per_device_eval_batch_size, warmup_ratio, lr_scheduler_type,
           weight_decay, max_grad_norm, bf16
@@ -58,7 +58,7 @@ def search(
         wanted = SearchRecipe.read(config, changes or ())
         worker = wanted.load()
         result = worker.search()
-    except RecipeError as error:
+    except (RecipeError, RuntimeError, ValueError) as error:  # of runs they are recorded
         errors.print(f"[bold red]Error[/] {escape(str(error))}")
         raise typer.Exit(2) from None
     for decision in result.decisions:
@@ -81,9 +81,7 @@ def report(config: Config, changes: Changes = None) -> None:
         wanted = SearchRecipe.read(config, changes or ())
         settings = wanted.search
         result = SearchResult.load(settings.storage, settings.study_name)
-        if not result.records:
-            raise RecipeError(f"`search.study_name` (={settings.study_name!r}) names a search that has no run yet.")
-    except RecipeError as error:
+    except (RecipeError, ValueError) as error:
         errors.print(f"[bold red]Error[/] {escape(str(error))}")
         raise typer.Exit(2) from None
     write(result, Path(settings.output_dir))

@@ -4,6 +4,7 @@ from .report import write_report as write_report
 from .result import Decision as Decision
 from .result import SearchResult as SearchResult
 from .search import DesignSpaceSearch as DesignSpaceSearch
+from .stopping import LowestShare as LowestShare
 from .training import RunArguments as RunArguments
 from .training import SearchTask as SearchTask
 from .training import share_trunk as share_trunk

@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 
 from ...design_space import Comparison
+from ...placement import check
 from .trial_queue import Queue, Record
 
 DECISION, FOUND = "decision ", "found"  # under which a stage's decision, and the last space's config, are noted
@@ -82,10 +83,16 @@ class SearchResult:
 
     @classmethod
     def load(cls, storage: str, study_name: str) -> "SearchResult":
-        """The search of that name in a database."""
-        queue = Queue(storage, study_name)
+        """The search of that name in a database.
+
+        Raises:
+            ValueError: there is no such search, or it has no run yet.
+        """
+        queue = Queue(storage, study_name, create=False)
         try:
-            return cls.read(queue)
+            found = cls.read(queue)
+            check("study_name", study_name, bool(found.records), "names a search that has no run yet")
+            return found
         finally:
             queue.close()
 

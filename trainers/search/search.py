@@ -53,7 +53,7 @@ class DesignSpaceSearch:
         space: the first stage.
         args: how each run trains.
         storage: a database's URL; by default a SQLite file. "postgresql+psycopg://user@host/name" for many machines.
-        study_name: the search's name in it. Searches of other settings need another.
+        study_name: the search's name in it. Searches of other settings, data or spaces need another.
         n_models: models sampled under each constraint.
         seed: of the samples. Model i under every constraint trains with `seed` + i.
         pruner: one of Optuna's, to stop hopeless runs early: it sees, after each epoch of each task, the mean score
@@ -86,13 +86,14 @@ class DesignSpaceSearch:
         self.tasks, self.space, self.args = dict(tasks), space, args or RunArguments()
         self.n_models, self.seed, self.stops_early, self.progress = n_models, seed, pruner is not None, progress
         self.queue = Queue(storage, study_name, pruner, heartbeat)
-        self._check_protocol()
+        self._check_protocol(type(pruner).__name__ if pruner else None)
 
-    def _check_protocol(self) -> None:
-        """Keeps runs of two settings out of one study."""
+    def _check_protocol(self, stopping: str | None) -> None:
+        """Keeps runs of two settings out of one study; those of two spaces are told apart by the queue."""
         model: Any = next(iter(self.tasks.values())).model
         name = getattr(model, "name_or_path", "") or type(model).__name__
         protocol = {"model": Path(name).name, "layers": len(layer_paths(model)), "tasks": list(self.tasks)}
+        protocol |= {"rows": {name: task.digest() for name, task in self.tasks.items()}, "early_stopping": stopping}
         protocol |= {"n_models": self.n_models, "seed": self.seed, **asdict(self.args)}
         there = self.queue.noted("protocol")
         if there is None:
@@ -106,7 +107,6 @@ class DesignSpaceSearch:
         space = self.space
         with self._progress() as bars, only_new_garbage():
             while not space.finished:
-                self.queue.fill(self.runs(space))
                 self._work(space, bars)
                 space = space.narrow(self._decide(space).winner)
         model = next(iter(self.tasks.values())).model
@@ -136,6 +136,7 @@ class DesignSpaceSearch:
 
     def _work(self, space: Space, bars: Progress) -> None:
         """Bars for the stage and for the search as a whole, whose length is a guess until the groups are chosen."""
+        runs = self.runs(space)
         before = len([record for record in self.queue.records() if record.run.stage != space.stage])
         if not bars.tasks:
             bars.add_task("search", total=None, failed="")
@@ -145,11 +146,11 @@ class DesignSpaceSearch:
         def look(records: list[Record]) -> None:
             finished = sum(record.state in FINISHED for record in records)
             failed = sum(record.state == "failed" for record in records)
-            bars.update(whole, total=before + len(records) + ahead, completed=before + finished)
+            bars.update(whole, total=before + len(runs) + ahead, completed=before + finished)
             told = f"{failed} failed" if failed else ""
-            bars.update(stage, total=len(records), completed=finished, failed=told)
+            bars.update(stage, total=len(runs), completed=finished, failed=told)
 
-        self.queue.work(space.stage, self._do, look)
+        self.queue.work(runs, self._do, look)
 
     def _do(self, trial: Trial, run: Run) -> float:
         """One run: all tasks in turn, each from the same head and with the same seed."""
@@ -192,7 +193,8 @@ class DesignSpaceSearch:
     def _decide(self, space: Space) -> Decision:
         """Compare the constraints; every worker comes to the same, from the same records."""
         records = self.queue.records(space.stage)
-        scores = scores_of(records, list(self.tasks))
+        found = scores_of(records, list(self.tasks))
+        scores = {name: found[name] for name in space.constraints() if name in found}  # of equals, the first
         if not scores:
             error = next((record.error for record in records if record.error), "no model was sampled")
             raise RuntimeError(f"No run of stage {space.stage!r} was finished; the first error: {error}")

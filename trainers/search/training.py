@@ -1,15 +1,18 @@
 """One run of a search: an adapter is put into a base model that stays, trained on one task, scored, and taken out."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import EvalPrediction, default_data_collator, get_scheduler
+from transformers import EvalPrediction, SchedulerType, default_data_collator, get_scheduler
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ...placement import check, check_count, check_positive, is_number
@@ -55,6 +58,9 @@ class RunArguments:
         for name in ("warmup_ratio", "weight_decay"):
             value = getattr(self, name)
             check(name, value, is_number(value) and 0 <= value < 1, "must lie in [0, 1)")
+        known = [str(name.value) for name in SchedulerType]
+        name = self.lr_scheduler_type
+        check("lr_scheduler_type", name, name in known, f"must be one of {', '.join(known)}")
 
 
 class SearchTask:
@@ -86,6 +92,11 @@ class SearchTask:
         self.model, self.compute_metrics, self.collate = model, compute_metrics, data_collator
         self.train, self.evaluation = list(train), list(evaluation)
         self._made: dict[tuple[str, int], list[Batch]] = {}
+
+    def digest(self) -> str:
+        """The same for the same rows, in another process, too."""
+        rows = [{name: np.asarray(x).tolist() for name, x in row.items()} for row in (*self.train, *self.evaluation)]
+        return hashlib.sha256(json.dumps([len(self.train), rows]).encode()).hexdigest()[:12]
 
     def batches(self, part: str, size: int) -> list[Batch]:
         """The batches of "train" or "evaluation", on the model's device."""
