@@ -106,7 +106,7 @@ def of_rows(given: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
 
 
 def real_tokens(given: Mapping[str, Any]) -> Tensor:  # shape: (batch, length), booleans
-    """Which tokens are no padding: under a mask of queries by keys, those that another sees or that have a position."""
+    """Which tokens are no padding; under a mask of queries by keys, those that another sees or with a position."""
     ids = given["input_ids"] if "input_ids" in given else given["inputs_embeds"][..., 0]
     if "attention_mask" not in given:
         return torch.ones_like(ids, dtype=torch.bool)
