@@ -9,24 +9,27 @@ class Paper:
 
     Args:
         title: its title.
-        arxiv: its arXiv identifier.
+        arxiv: its arXiv identifier, or nothing.
         bibtex: its entry.
+        page: where it is, if not there.
     """
 
     title: str
     arxiv: str
     bibtex: str
+    page: str = ""
 
     @property
     def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.arxiv}"
+        return self.page or f"https://arxiv.org/abs/{self.arxiv}"
 
 
-def paper(key: str, title: str, authors: str, venue: str, year: int, arxiv: str) -> Paper:
+def paper(key: str, title: str, authors: str, venue: str, year: int, arxiv: str = "", page: str = "") -> Paper:
     """A paper whose BibTeX entry is made of its fields."""
-    entry = {"title": title, "author": authors, "booktitle": venue, "year": str(year), "eprint": arxiv}
-    lines = "\n".join(f"  {name} = {{{value}}}," for name, value in entry.items())
-    return Paper(title, arxiv, f"@inproceedings{{{key},\n{lines}\n  archivePrefix = {{arXiv}}\n}}")
+    entry = {"title": title, "author": authors, "booktitle": venue, "year": str(year)}
+    entry |= {"eprint": arxiv, "archivePrefix": "arXiv"} if arxiv else {"url": page}
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items())
+    return Paper(title, arxiv, f"@inproceedings{{{key},\n{lines}\n}}", page)
 
 
 HOULSBY = paper(
@@ -112,6 +115,23 @@ LADDER = paper(
     "Advances in Neural Information Processing Systems",
     2022,
     "2206.06522",
+)
+PLUG_IN = paper(
+    "jin2023parameter",
+    "Parameter-efficient Tuning for Large Language Model without Calculating Its Gradients",
+    "Jin, Feihu and Zhang, Jiajun and Zong, Chengqing",
+    "Conference on Empirical Methods in Natural Language Processing",
+    2023,
+    page="https://aclanthology.org/2023.emnlp-main.22",
+)
+MEZO = paper(
+    "malladi2023fine",
+    "Fine-Tuning Language Models with Just Forward Passes",
+    "Malladi, Sadhika and Gao, Tianyu and Nichani, Eshaan and Damian, Alex and Lee, Jason D. and Chen, Danqi and "
+    "Arora, Sanjeev",
+    "Advances in Neural Information Processing Systems",
+    2023,
+    "2305.17333",
 )
 PROMPT_TUNING = paper(
     "lester2021power",

@@ -65,3 +65,10 @@ def test_the_benchmark_prints_both_readings(capsys):
     assert sizes["width"] == ["64", "8", "4096", "46.1", "44.0", "688", "0.07"]
     assert "T5-3B: the paper's 185M is 2800M / 15.14." in printed
     assert 'The reading "parameters" comes near: off by a factor of 1.05' in printed
+
+
+def test_key_heads_must_divide_heads():
+    """A small Qwen2 config that does not name them has 32."""
+    config = AutoConfig.for_model("qwen2", hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"`num_key_value_heads` \(=32\) must divide `num_attention_heads` \(=4\)"):
+        thin_config(config, 2)

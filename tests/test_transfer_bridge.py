@@ -10,11 +10,10 @@ from hf_peft_ext.pruning import thin_copy
 from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, plug
 
 from .backbones import BACKBONES, output
-from .test_transfer_fold import LARGE, plugged_model, refuses, small_model
+from .test_transfer_fold import FAST, LARGE, plugged_model, refuses, slow, small_model
 
 KINDS = ["lora", "bottleneck", "houlsby", "prefix"]
 LAST = {"gpt2": "transformer.h.4", "llama": "model.layers.4", "bert": "encoder.layer.2", "t5": "decoder.block.3"}
-FAST = {("gpt2", "prefix"), ("llama", "lora"), ("bert", "bottleneck"), ("t5", "lora")}
 every_pair = pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -52,6 +51,7 @@ def test_delta_bridge_is_the_plugged_model(family, kind):
     assert not any(m._forward_hooks for name, m in plugged.named_modules() if name.endswith("lm_head"))
 
 
+@pytest.mark.slow
 @every_pair
 def test_delta_bridge_around_the_base_is_the_base_without_the_module(family, kind):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
@@ -69,7 +69,7 @@ def test_delta_bridge_around_the_base_is_the_base_without_the_module(family, kin
     assert (changed - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("around", ["plugged", "base"])
+@pytest.mark.parametrize("around", ["plugged", slow("base")])
 @every_pair
 def test_with_nothing_cut_the_gradient_is_the_plugged_models(family, kind, around):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
@@ -81,7 +81,7 @@ def test_with_nothing_cut_the_gradient_is_the_plugged_models(family, kind, aroun
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow(kind) if kind != "lora" else kind for kind in KINDS])
 def test_thin_gradient_points_the_plugged_models_way(kind):
     """A step along it lowers the plugged model's own loss; with half of the width, in Llama."""
     plugged, inputs = plugged_model("llama", kind), BACKBONES["llama"].inputs()

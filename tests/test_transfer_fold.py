@@ -37,6 +37,10 @@ def lora_config(**kwargs):
     return LoraConfig(fan_in_fan_out=kwargs["target_modules"][0] == "c_attn", **kwargs)  # as GPT-2's leaves are
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 KINDS = {
     "lora": lambda family: lora_config(r=4, lora_alpha=8, target_modules=LORA[family]),
     "bottleneck": lambda family: BottleneckConfig(style="pfeiffer"),
@@ -57,9 +61,9 @@ def plugged_model(family, kind, **kwargs):
     return plug(small_model(family, kind), BACKBONES[family].build(**LARGE[family]), **kwargs).eval()
 
 
-SLOW = [(family, kind) for family in LARGE for kind in ("houlsby", "unipelt")]
+FAST = {("gpt2", "prefix"), ("llama", "lora"), ("bert", "bottleneck"), ("t5", "lora")}  # every family, most kinds
 every_pair = [
-    pytest.param(family, kind, marks=pytest.mark.slow if (family, kind) in SLOW else [])
+    pytest.param(family, kind, marks=[] if (family, kind) in FAST else pytest.mark.slow)
     for family in LARGE
     for kind in KINDS
 ]
@@ -126,7 +130,7 @@ def test_fused_and_separate_projections_meet():
     assert large.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj"}
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix", "bottleneck"])
+@pytest.mark.parametrize("kind", ["lora", slow("prefix"), slow("bottleneck")])
 def test_a_model_plugged_into_itself_is_the_same(kind):
     """Slices between equal widths are the identity."""
     small = small_model("llama", kind)
@@ -229,7 +233,7 @@ def test_errors():
     llama = BACKBONES["llama"]
     refuses("`order` .='mixed'. must be one of interleaved, tiled", ValueError, lambda: layer_map([1], [2], "mixed"))
     refuses("`small` .=.1, 2.. must be as many stacks", ValueError, lambda: layer_map([1, 2], [2]))
-    refuses("`init` .='zero'. must be one of orthogonal, slice", ValueError, lambda: Projections(init="zero"))
+    refuses("`init` .='zero'. must be one of orthogonal, slice, least", ValueError, lambda: Projections(init="zero"))
     refuses("`sides` .='none'. must be one of both, read, write", ValueError, lambda: Projections(sides="none"))
     refuses("`index` .=2. must hold 4 channels out of 7", ValueError, lambda: Slice(4, 7, torch.arange(2)))
     small = small_model("llama", "lora")

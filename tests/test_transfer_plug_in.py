@@ -54,13 +54,17 @@ def run(tokenizer, folder, family="llama", **settings):
     return plug_in(small, large, tokenizer, rankings(20), rankings(12), folder, config, None, chosen, progress=False)
 
 
+def slow_run(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
         ("llama", {}),
-        ("llama", {"bridge": "paper", "importance": "fisher", "refine": "module"}),
-        pytest.param("llama", {"bridge": "none", "refine": "scales"}, marks=pytest.mark.slow),
-        pytest.param("t5", {"around": "base", "importance": "magnitude"}, marks=pytest.mark.slow),
+        slow_run("llama", {"bridge": "paper", "importance": "fisher", "refine": "module", "ladder": True}),
+        slow_run("llama", {"bridge": "none", "refine": "scales", "init": "least_squares"}),
+        slow_run("t5", {"around": "base", "importance": "magnitude"}),
     ],
 )
 def test_one_call(tokenizer, tmp_path, family, settings):
@@ -83,6 +87,7 @@ def test_one_call(tokenizer, tmp_path, family, settings):
             assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_classification_with_bottlenecks(tokenizer, tmp_path):
     config = BottleneckConfig(task_type="SEQ_CLS", r=4)
     large = classifier(**LARGE["bert"])

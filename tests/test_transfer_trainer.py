@@ -10,7 +10,7 @@ from hf_peft_ext.trainers import BridgeTrainer
 from hf_peft_ext.transfer import fold, plug
 
 from .backbones import BACKBONES, output
-from .test_transfer_fold import LARGE, refuses, small_model
+from .test_transfer_fold import LARGE, refuses, slow, small_model
 
 IDS = torch.randint(3, 60, (8, 6), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
@@ -37,7 +37,7 @@ def folded(model):
     return {name: value for name, value in fold(model).state_dict().items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("kind", ["delta", "paper"])
+@pytest.mark.parametrize("kind", ["delta", slow("paper")])
 def test_saves_the_plain_adapter_and_resumes(kind, tmp_path):
     one = trainer(tmp_path / "one", kind)
     one.train()

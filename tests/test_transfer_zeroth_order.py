@@ -13,7 +13,7 @@ from hf_peft_ext.transfer.zeroth_order import trained
 
 from .backbones import BACKBONES, output
 from .methods import randomise
-from .test_transfer_fold import KINDS, plugged_model, refuses
+from .test_transfer_fold import KINDS, plugged_model, refuses, slow
 
 
 def small(kind="lora", family="llama"):
@@ -27,7 +27,7 @@ def noise(parameters, seed):
     return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
 
-@pytest.mark.parametrize("kind", ["lora", "bottleneck", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", slow("bottleneck"), slow("prefix")])
 def test_slope_is_the_directional_derivative(kind):
     model, inputs = small(kind, "gpt2").double(), BACKBONES["gpt2"].inputs()  # Llama's norms are of float32
     parameters = trained(model)
@@ -80,7 +80,7 @@ def test_steps_lower_the_loss_without_a_graph():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["lora", "houlsby", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", slow("houlsby"), slow("prefix")])
 def test_layer_scales(kind):
     """Two layers, two numbers; at one they change nothing, folded they are gone."""
     model, inputs = small(kind), BACKBONES["llama"].inputs()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..papers import PLUG_IN
 from ..placement import check
 from ..pruning import ThinModel
 from ..transfer import bridge, delta_bridge
@@ -28,11 +29,15 @@ class BridgeTrainer(Trainer):
         args: as `Trainer` takes them; a delta bridge wants gentle steps, such as a rate of 2e-4.
         thin: the thin copy of the large model, cut before it was plugged.
         kind: "delta" (held to the large model) or "paper" (trained with the module).
+        ladder, cache: of the paper's bridge, see `transfer.bridge`.
         kwargs: as `Trainer` takes them.
 
     Raises:
-        ValueError: `kind` is unknown, or the thin copy is not of this large model.
+        ValueError: `kind` is unknown or has no ladder, or the thin copy is not of this large model.
     """
+
+    _name = "plug-in transfer"
+    _paper = PLUG_IN
 
     def __init__(
         self,
@@ -40,12 +45,15 @@ class BridgeTrainer(Trainer):
         args: TrainingArguments,
         thin: ThinModel,
         kind: Literal["delta", "paper"] = "delta",
+        ladder: bool = False,
+        cache: str | Path | None = None,
         **kwargs: Any,
     ):
         check("kind", kind, kind in ("delta", "paper"), "must be delta or paper")
+        check("ladder", ladder, kind == "paper" or not ladder, "is for the paper's bridge: a delta bridge needs none")
         self.plugged, self.kind = plugged, kind
         self._held = delta_bridge(plugged, thin) if kind == "delta" else None
-        model = self._held.__enter__() if self._held else bridge(plugged, thin)
+        model = self._held.__enter__() if self._held else bridge(plugged, thin, ladder=ladder, cache=cache)
         super().__init__(model, args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

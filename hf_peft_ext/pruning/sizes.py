@@ -98,14 +98,21 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def sizes_of(config: PreTrainedConfig) -> Sizes:
-    """The sizes that a config gives."""
+    """The sizes that a config gives.
+
+    Raises:
+        ValueError: how to cut this architecture is not known, or its key heads do not divide its heads.
+    """
     family = family_of(config)
     width, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = config.num_key_value_heads if family.grouped else heads
+    rule = f"must divide `num_attention_heads` (={heads}); a config that does not name it has its class's default"
+    check("num_key_value_heads", kv_heads, heads % kv_heads == 0, rule)
     head_dim = getattr(config, "head_dim", None) if family.own_head_dim else None
     return Sizes(
         width=width,
         heads=heads,
-        kv_heads=config.num_key_value_heads if family.grouped else heads,
+        kv_heads=kv_heads,
         head_dim=head_dim or width // heads,
         ffn=getattr(config, family.ffn) or 4 * width,  # GPT-2 says None
     )

@@ -1,17 +1,24 @@
 """The bridge: a thin copy of the large model that the plugged module is trained in, so that the large one never is."""
 
+import inspect
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..placement import check
 from ..pruning import ThinModel
+from ..structure import stacks
+from ..tuners.side_network import Rung
+from .activations import Activations
 from .parts import parts_of
 from .plugging import steps
 from .projections import RESIDUAL, Init, Projections, Space
 from .seen import see_through
 
+TEMPERATURE = 0.1  # of a ladder's gates, as in ladder side-tuning
 # An axis of `pruning`, less its layer -> the spaces of projections that lie along it.
 SPACES_ALONG = {
     RESIDUAL: (RESIDUAL,),
@@ -27,12 +34,19 @@ def bridge(
     init: Init = "slice",
     trainable: bool | None = None,
     train_bridge: bool = True,
+    ladder: bool = False,
+    cache: str | Path | None = None,
 ) -> PeftModel:
     """The thin copy with the plugged module, each tensor seen through W_down; training it trains the plugged one.
 
     The bridge of the paper: module and bridge are trained together, by any trainer, and then the bridge is dropped.
-    The module's tensors are those of the plugged model themselves, and so is W_plug. The large model is not run, and
-    no gradient reaches it.
+    The module's tensors are those of the plugged model themselves, and so is W_plug. No gradient reaches the large
+    model, and without a ladder it is not run.
+
+    With a ladder, block i of the thin copy reads g_i x_i + (1 - g_i) W_i b_i, where b_i is what block i of the large
+    model without its module reads (its embeddings, for the first) at the channels that the copy has, W_i begins as the
+    identity and g_i at 0.5. So a copy that nothing was cut from gives the large model's logits, which ladder
+    side-tuning, where b_i is what the large block gives, does not.
 
     Args:
         plugged: what `plug` returned, or any large model with a LoRA or an adapter of this package.
@@ -41,14 +55,18 @@ def bridge(
             (at random).
         trainable: whether W_down is trained; None for wherever it is no slice.
         train_bridge: whether the thin copy is trained with the module.
+        ladder: whether what the large model makes of the tokens is let in.
+        cache: folder that keeps the large model's part of a ladder, so that rows which were met before need no
+            forward of it; None to run it each time.
 
     Raises:
-        ValueError: the thin copy is not of this large model.
+        ValueError: the thin copy is not of this large model, or it is an encoder-decoder and has a ladder.
     """
     large = plugged.get_base_model()
     same = type(large) is type(thin.model)
     check("thin", type(thin.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
     down = Projections(init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(thin))
+    activations = Activations(plugged, thin.kept[RESIDUAL], cache) if ladder else None
     config = deepcopy(plugged.active_peft_config)
     config.base_model_name_or_path, config.inference_mode = None, False
     model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
@@ -62,7 +80,27 @@ def bridge(
         for name, parameter in model.named_parameters():
             if id(parameter) not in own and ".seen_" not in name:
                 parameter.requires_grad = True
+    if activations is not None:
+        put_ladder(model.get_base_model(), activations)
     return model
+
+
+def put_ladder(thin: nn.Module, activations: Activations) -> None:
+    """A rung in front of each block, which before each forward is shown its part of the large model."""
+    (_, blocks), names = next(stacks(thin)), list(inspect.signature(thin.forward).parameters)
+    first = next(thin.parameters())
+    rungs = [Rung(block, len(activations.kept), len(activations.kept), TEMPERATURE) for block in blocks]
+    for i, rung in enumerate(rungs):
+        nn.init.eye_(rung.down.weight)
+        nn.init.zeros_(rung.down.bias)
+        blocks[i] = rung.to(first.device, first.dtype)
+
+    def climb(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = activations({**dict(zip(names, args, strict=False)), **kwargs})
+        for rung, read in zip(rungs, states, strict=True):
+            rung.show(read)
+
+    thin.register_forward_pre_hook(climb, with_kwargs=True)
 
 
 def kept_channels(thin: ThinModel) -> dict[Space, Tensor]:

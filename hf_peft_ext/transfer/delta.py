@@ -34,6 +34,7 @@ from ..pruning import ThinModel
 from ..sites import Site
 from ..structure import covers, innermost, is_norm, leaf_size, own_modules
 from ..tuners.attach import hidden_states
+from .activations import as_it_was
 from .bridge import bridge, kept_channels
 from .parts import SEEN, Part, parts_of
 from .projections import RESIDUAL
@@ -263,14 +264,3 @@ def own_leaves(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in own_modules(model):
         if path and (leaf_size(module) or is_norm(module)):
             yield path, innermost(module)
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back which parameters are trained, which peft changes when it disables an adapter."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

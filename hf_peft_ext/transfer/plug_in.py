@@ -38,6 +38,7 @@ def plug_in(
 
         small/                    the small model's adapter
         importance.safetensors    what chose the bridge's channels
+        activations/              of the large model, for a bridge with a ladder; can be deleted when it is plugged
         plugged/                  the module on the large model, folded
         refined/                  the same after MeZO
         result.json               `PlugInResult`

@@ -1,6 +1,6 @@
 """Puts the adapter of a small model on a large one, each tensor seen through W_plug."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from ..sites import find_sites
 from ..structure import innermost, own_modules, stacks
 from ..tuners.config import PlacedConfig
 from ..tuners.endings import either, module_names
+from .alignment import align
 from .parts import HEAD, READS, WRITES, Axis, Part, parts_of
 from .projections import RESIDUAL, Order, Projections, Space, layer_map
 from .seen import Block, Step, see_through
@@ -24,6 +25,7 @@ def plug(
     large: nn.Module,
     projections: Projections | None = None,
     order: Order = "interleaved",
+    batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
     """The large model with the small one's adapter: the same kind, with tensors that are seen through W_plug.
 
@@ -38,14 +40,17 @@ def plug(
         large: a model with its own parameters frozen from here on.
         projections: W_plug; None for random orthogonal ones that are trained.
         order: which layer comes from which where depths differ, see `projections.layer_map`.
+        batches: inputs of both models without padding, for projections that begin by least squares.
 
     Raises:
         TypeError: the adapter is of a kind that cannot be plugged in, or `large` has one already.
-        ValueError: the adapter, or the large model's structure, does not allow it.
+        ValueError: the adapter, or the large model's structure, does not allow it, or `batches` are missing.
     """
     if isinstance(large, PeftModel):
         raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
     projections = Projections() if projections is None else projections
+    rule = "are needed by projections that begin by least squares, and by no others"
+    check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
     given = parts_of(small)
     layers = layer_map(depths(small.get_base_model()), depths(large), order)
     base = small.get_base_model()
@@ -59,6 +64,8 @@ def plug(
         see_through(part, given[index], steps(part, given[index], projections))
     left = [given[i].host for i in set(range(len(given))) - taken if given[i].layer in {HEAD, *layers}]
     check("large", type(large).__name__, not left, f"has no place for what sits at {', '.join(sorted(left)[:3])}")
+    if batches is not None:
+        align(projections, small, plugged, layers, batches)
     plugged.plug = projections
     return plugged
 

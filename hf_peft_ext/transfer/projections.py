@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..placement import check, check_count
 
 Side = Literal["read", "write"]
-Init = Literal["orthogonal", "slice"]
+Init = Literal["orthogonal", "slice", "least_squares"]
 Order = Literal["interleaved", "tiled"]
 Space = tuple[str, int | None]  # "residual", or what lies inside a layer ("query", "ffn"), and the layer
 
@@ -73,8 +73,8 @@ class Projections(nn.Module):
 
     Args:
         init: "orthogonal" (at random, read and write alike) or "slice" (the small one's channels are some of the
-            large one's, those of `index`, or else the first). `least_squares` between hidden states of both gives a
-            weight that can be copied into `of[...]`.
+            large one's, those of `index`, or else the first) or "least_squares" (between states of both models on the
+            batches that `plug` is given; in a first trial a good fit of states did not make a useful module).
         sides: which sides are projected so: "both", "read" or "write"; the other one is a slice.
         trainable: whether the projections are trained with the module.
         index: for slices, space -> the channels of the wider model that the narrower one has.

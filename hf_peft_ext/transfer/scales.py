@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .delta import as_it_was
+from .activations import as_it_was
 from .parts import Part, parts_of
 from .result import Measured, log_likelihood
 from .task import Row, Task

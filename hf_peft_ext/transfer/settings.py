@@ -19,6 +19,7 @@ class PlugInSettings:
         r, reading: how thin the copy is, see `pruning.thin_copy`; 16 by parameters is the paper's table.
         importance: what chooses its channels: "magnitude", "activation" (forward passes) or "fisher" (gradients of
             the large model, which the others do without).
+        ladder: whether the paper's bridge is fed with what the large model makes of the tokens, kept on disk.
         order, init, sides, train_projections: W_plug, see `plug` and `Projections`.
         refine: what MeZO refines by forward passes of the large model: "scales" (one for each layer), "module", or
             "none".
@@ -38,6 +39,7 @@ class PlugInSettings:
     r: float = 16
     reading: Literal["width", "parameters"] = "parameters"
     importance: Literal["magnitude", "activation", "fisher"] = "activation"
+    ladder: bool = False
     order: Order = "interleaved"
     init: Init = "orthogonal"
     sides: Literal["both", "read", "write"] = "both"

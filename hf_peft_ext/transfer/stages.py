@@ -60,12 +60,14 @@ class Stages:
         scores = self.importance(large)
         thin = None if s.bridge == "none" else thin_copy(large, s.r, s.reading, scores)
         torch.manual_seed(s.seed)
-        model = plug(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order).eval()
+        batches = self.batches(large) if s.init == "least_squares" else None
+        model = plug(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order, batches).eval()
         steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
         if thin is not None:
             with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
                 if s.bridge == "paper":
-                    fit(bridge(model, thin), self.task, self.rows, *steps, advance)
+                    cache = self.folder / "activations" if s.ladder else None
+                    fit(bridge(model, thin, ladder=s.ladder, cache=cache), self.task, self.rows, *steps, advance)
                 else:
                     with delta_bridge(model, thin, s.around) as held:
                         fit(held, self.task, self.rows, *steps, advance)

@@ -1,0 +1,460 @@
+"""Plug-in transfer on small pairs: does a module of the small model help the large one, and what does each way cost?
+
+    pip install -e ".[studies]"
+    HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --tasks sst2 trec --seeds 0 1 2
+    HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --pair smollm2 --tasks sst2 comve copa
+
+Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and every second layer of it at half
+the width, healed on the data folder's text, which is done once for an `--output`. Language models rank the answers of
+the first prompt template of a task. MiniLM has a classification head, for which every condition, the untouched model
+included, starts with a logistic regression on what the frozen model makes of the training rows; modules are trained
+without touching it, so that a gain is the module's own.
+
+Conditions:
+
+    untouched   the large model (with its head)
+    small       the small model with a module
+    unbridged   that module, plugged into the large model as it is
+    paper       the same after training in the paper's bridge; it also gives
+    bridge      the bridge itself
+    delta       after training in the delta bridge
+    refined     the same, one scale for each layer refined by MeZO
+    mezo        a fresh module on the large model, by forward passes alone
+    peft        a fresh module on the large model, by its gradients
+    full        full fine-tuning
+
+Each run becomes a row of `runs.csv` in `--output` when it is done; started again, the study goes on with those that
+are missing. Test rows are the task's dev split, which nothing is chosen by; `scale` is the factor of the module that
+is best on dev rows drawn from train (0 is the untouched model), and `safe` the accuracy at it. `seconds` is process
+time on the way to a condition, stages before it included; scoring and the small model's healing are not.
+"""
+
+import copy
+import itertools
+import json
+import os
+import random
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
+from hf_peft_ext.prompts import load_templates
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, importance, layer_scales, plug, thin_copy
+from hf_peft_ext.transfer.bridge import kept_channels
+from hf_peft_ext.transfer.fit import fit, refine
+from hf_peft_ext.transfer.plugging import depths
+from hf_peft_ext.transfer.projections import layer_map
+from hf_peft_ext.transfer.result import Measured
+from hf_peft_ext.transfer.scales import at_scale, choose_scale
+from hf_peft_ext.transfer.task import Row, Task, task_for
+from hf_peft_ext.tuners.side_network import cut_depth
+from runs import MINILM, SMOLLM2, append, check_protocol, find_model, language_model, read, read_rows
+
+console = Console()
+
+
+class Module(NamedTuple):
+    """What is trained, and how fast by gradients."""
+
+    config: PeftConfig
+    lr: float
+
+
+MODULES = {
+    "lora": Module(LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3),
+    "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3),
+    "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2),
+}
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined")
+BRIDGED = ("paper", "bridge", "delta", "refined")
+CONDITIONS = ("untouched", "small", *PLUGGED, "mezo", "peft", "full")
+BEFORE = {"unbridged": "small", "paper": "small", "delta": "small", "refined": "delta"}  # whose adapter it starts from
+TO_HEAL = ("wikitext2.valid.txt", "tinyshakespeare.txt")
+TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
+
+
+@dataclass
+class Protocol:
+    """What all runs of an output share."""
+
+    pair: str = field(default="minilm", metadata={"choices": ["minilm", "smollm2"]})
+    model: str = field(default="", metadata={"help": "The large model, if it is another one of the pair's kind."})
+    k: int = field(default=200, metadata={"help": "Training rows."})
+    dev_rows: int = field(default=100, metadata={"help": "Other rows of train, to choose the scale by."})
+    test_rows: int = field(default=400, metadata={"help": "Most test rows."})
+    steps: int = field(default=200, metadata={"help": "Of the small model, PEFT and full fine-tuning."})
+    bridge_steps: int = field(default=100, metadata={"help": "Of either bridge."})
+    mezo_steps: int = field(default=200, metadata={"help": "Of MeZO."})
+    heal_steps: int = field(default=600, metadata={"help": "Of SmolLM2's small one, on text."})
+    batch_size: int = field(default=8, metadata={"help": "Rows in a step."})
+    bridge_lr: float = field(default=2e-4, metadata={"help": "Rate in either bridge."})
+    mezo_lr: float = field(default=1e-3, metadata={"help": "Rate of MeZO."})
+    full_lr: float = field(default=5e-5, metadata={"help": "Rate of full fine-tuning."})
+
+
+@dataclass
+class Study:
+    """Which runs, and where things are."""
+
+    tasks: list[str] = field(default_factory=lambda: ["sst2", "trec"], metadata={"help": "Names of data files."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A draw of rows and an order each."})
+    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS), metadata={"choices": list(CONDITIONS)})
+    modules: list[str] = field(default_factory=lambda: ["lora"], metadata={"choices": list(MODULES)})
+    init: list[str] = field(
+        default_factory=lambda: ["slice"],
+        metadata={"choices": ["orthogonal", "slice", "least_squares"], "help": "How W_plug begins."},
+    )
+    r: list[int] = field(default_factory=lambda: [16], metadata={"help": "How much thinner the bridge is."})
+    reading: list[str] = field(default_factory=lambda: ["parameters"], metadata={"choices": ["parameters", "width"]})
+    ladder: list[str] = field(
+        default_factory=lambda: ["off"], metadata={"choices": ["off", "on"], "help": "Of the paper's bridge."}
+    )
+    data: Path = field(
+        default=Path(os.environ.get("HF_PEFT_EXT_DATA", "../shared/data")),
+        metadata={"help": "Folder of TASK.train.jsonl and TASK.dev.jsonl; by default $HF_PEFT_EXT_DATA."},
+    )
+    output: Path = field(
+        default=Path(__file__).parent / "plug_in_results", metadata={"help": "Folder for what is written."}
+    )
+    report: bool = field(default=False, metadata={"help": "Only make the table and the figure."})
+
+
+class Run(NamedTuple):
+    """A row of `runs.csv`, less its results; what a condition does not depend on is empty."""
+
+    task: str
+    seed: int
+    condition: str
+    module: str
+    init: str
+    bridge: str  # "16 parameters", with " ladder" behind it
+
+
+def main(study: Study, protocol: Protocol) -> None:
+    study.output.mkdir(parents=True, exist_ok=True)
+    file = study.output / "runs.csv"
+    if not study.report:
+        check_protocol(study.output / "protocol.json", asdict(protocol))
+        done = {Run(*(row[name] for name in Run._fields)) for row in read_rows(file)}
+        todo = [run for run in runs(study) if run._replace(seed=str(run.seed)) not in done]  # pyright: ignore
+        for (task, seed), group in itertools.groupby(todo, key=lambda run: (run.task, run.seed)):
+            cell = Cell.of(study, protocol, task, seed)
+            for run in group:
+                row = run._asdict() | cell.results(run)
+                append(file, row)
+                console.print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+    rows = read_rows(file)
+    (study.output / "table.md").write_text(table(rows), encoding="utf-8")
+    draw(rows, study.output / "figure.png")
+    console.print(f"Written: {file}, table.md and figure.png")
+
+
+def runs(study: Study) -> list[Run]:
+    """All runs that a study asks for, cell by cell, each once."""
+    found: dict[Run, None] = {}
+    for task, seed in itertools.product(study.tasks, study.seeds):
+        for choice in itertools.product(study.modules, study.init, study.r, study.reading, study.ladder):
+            for condition in study.conditions:
+                found[Run(task, seed, condition, *variant(condition, *choice))] = None
+    return list(found)
+
+
+def variant(condition: str, module: str, init: str, r: int, reading: str, ladder: str) -> tuple[str, str, str]:
+    """What of the choices a condition depends on."""
+    has_ladder = condition in ("paper", "bridge") and ladder == "on"
+    return (
+        "" if condition in ("untouched", "full") else module,
+        init if condition in PLUGGED else "",
+        f"{r} {reading}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
+    )
+
+
+# A task and a seed
+
+
+@dataclass
+class Cell:
+    """The rows of a task and a seed, the two models with their heads, and what was made of them."""
+
+    large: Any
+    small: Any
+    index: dict[Any, torch.Tensor]  # which channels of the large model the small one has
+    task: Task
+    train: list[Row]
+    dev: list[Row]
+    test: list[Row]
+    folder: Path
+    protocol: Protocol
+    seed: int
+
+    @classmethod
+    def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
+        drawn = random.Random(seed).sample(read(study.data, task, "train"), protocol.k + protocol.dev_rows)
+        test = read(study.data, task, "dev")
+        test = random.Random(0).sample(test, min(protocol.test_rows, len(test)))
+        labels = 1 + max(row["label"] for row in read(study.data, task, "train"))
+        large, tokenizer = load(protocol, labels)
+        rows = [as_row(protocol.pair, task, row, tokenizer) for row in [*drawn, *test]]
+        train, dev, test = rows[: protocol.k], rows[protocol.k : len(drawn)], rows[len(drawn) :]
+        small, index = small_of(large, tokenizer, study, protocol)
+        judge = task_for(tokenizer, rows)
+        if protocol.pair == "minilm":
+            for model in (large, small):
+                fit_head(model, judge, train)
+        folder = study.output / "modules" / f"{task}-{seed}"
+        return cls(large, small, index, judge, train, dev, test, folder, protocol, seed)
+
+    def results(self, run: Run) -> Row:
+        """Accuracy, AUC and margin on test rows, the scale chosen on dev rows, and process time."""
+        if run.condition == "untouched":
+            return self.measured(self.large, 0.0)
+        if run.condition == "full":
+            return self.full()
+        if run.condition == "bridge":
+            path, _ = self.adapter(run._replace(condition="paper"))
+            return json.loads((path / "bridge.json").read_text(encoding="utf-8"))
+        path, seconds = self.adapter(run)
+        model = self.load(run.condition, path)
+        row = self.measured(model, seconds)
+        if run.condition in PLUGGED:
+            scale, _ = choose_scale(model, self.task, self.dev, (0.25, 0.5, 1.0))
+            with at_scale(model, scale):
+                row |= {"scale": scale, "safe": self.measured(model, 0.0)["accuracy"]}
+        return row
+
+    def measured(self, model: Any, seconds: float) -> Row:
+        found = Measured.of(self.task.scores(model, self.test), self.task.answers(self.test))
+        numbers = {name: round(getattr(found, name), 4) for name in ("accuracy", "auc", "margin")}
+        return {**numbers, "scale": "", "safe": "", "seconds": round(seconds, 1)}
+
+    def load(self, condition: str, path: Path) -> PeftModel:
+        base = copy.deepcopy(self.small if condition == "small" else self.large)
+        return PeftModel.from_pretrained(base, path).eval()
+
+    def adapter(self, run: Run) -> tuple[Path, float]:
+        """Where a condition's adapter is, made if it is not there, and the process time that it took."""
+        what = run._replace(module=run.module or "", bridge=run.bridge.replace(" ", "_"))
+        path = self.folder / "-".join(filter(None, what[2:]))
+        if not path.exists():
+            model, spent = None, 0.0
+            before = BEFORE.get(run.condition)
+            if before == "small":
+                path_before, spent = self.adapter(run._replace(condition="small", init="", bridge=""))
+                model = self.load("small", path_before)
+            elif before:
+                path_before, spent = self.adapter(run._replace(condition=before))
+                model = self.load(before, path_before)
+            start = time.process_time()
+            torch.manual_seed(self.seed)
+            trained, extra = self.trained(run, model)
+            spent += time.process_time() - start
+            partial = path.with_name(f"partial-{path.name}")
+            fold(trained).save_pretrained(str(partial))
+            if extra is not None:
+                scores = json.dumps(self.measured(extra, spent))
+                (partial / "bridge.json").write_text(scores, encoding="utf-8")
+            (partial / "seconds").write_text(str(spent), encoding="utf-8")
+            partial.rename(path)
+        return path, float((path / "seconds").read_text(encoding="utf-8"))
+
+    def trained(self, run: Run, before: PeftModel | None) -> tuple[PeftModel, PeftModel | None]:
+        """The model of a condition, trained; and its bridge, if that is to be measured."""
+        p, module = self.protocol, MODULES[run.module]
+        if before is None:
+            model: Any = get_peft_model(
+                copy.deepcopy(self.small if run.condition == "small" else self.large), copy.deepcopy(module.config)
+            )
+            if run.condition == "mezo":
+                refine(model, self.task, self.train, p.mezo_steps, p.mezo_lr, p.batch_size, seed=self.seed)
+            else:
+                fit(model, self.task, self.train, p.steps, module.lr, p.batch_size, self.seed, dropout=True)
+            return model, None
+        if run.condition == "refined":
+            layer_scales(before)
+            refine(before, self.task, self.train, p.mezo_steps, p.mezo_lr, p.batch_size, seed=self.seed)
+            return before, None
+        large, thin, ladder = copy.deepcopy(self.large), None, []
+        if run.condition in BRIDGED:
+            r, reading, *ladder = run.bridge.split()
+            batches = (self.task.batch(large, [row]) for row in self.train)
+            thin = thin_copy(large, int(r), reading, importance(large, batches, "activation"))  # pyright: ignore
+        projections: Any = Projections(run.init, index=self.index)  # pyright: ignore[reportArgumentType]
+        batches = (self.task.batch(large, [row]) for row in self.train) if run.init == "least_squares" else None
+        model = plug(before, large, projections, batches=batches).eval()
+        steps = p.bridge_steps, p.bridge_lr, p.batch_size, self.seed
+        if thin is None:
+            return model, None
+        if run.condition == "delta":
+            with delta_bridge(model, thin) as held:
+                fit(held, self.task, self.train, *steps)
+            return model, None
+        built = bridge(model, thin, ladder=bool(ladder), cache=self.folder / "activations")
+        fit(built, self.task, self.train, *steps)
+        return model, built
+
+    def full(self) -> Row:
+        start, p = time.process_time(), self.protocol
+        torch.manual_seed(self.seed)
+        model = copy.deepcopy(self.large).requires_grad_(True)
+        fit(model, self.task, self.train, p.steps, p.full_lr, p.batch_size, self.seed, dropout=True)
+        return self.measured(model, time.process_time() - start)
+
+
+# Models and rows
+
+
+def load(protocol: Protocol, labels: int) -> tuple[Any, Any]:
+    """The large model and its tokenizer."""
+    if protocol.pair == "smollm2":
+        model, tokenizer = language_model(protocol.model or SMOLLM2)
+        return copy.deepcopy(model).eval(), tokenizer
+    source = find_model(protocol.model or MINILM)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
+    return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def as_row(pair: str, task: str, row: Row, tokenizer: Any) -> Row:
+    """A row of data as the model's task takes it."""
+    if pair == "smollm2":
+        return load_templates(task)[0].render(row)
+    texts = [row[name] for name in TEXTS if name in row]
+    return {"text": f" {tokenizer.sep_token} ".join(texts), "label": row["label"]}
+
+
+def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tuple[Any, dict[Any, torch.Tensor]]:
+    """The small model, and which channels of the large one each of its spaces has, by layers of the large one."""
+    (depth,) = depths(large)
+    cut = cut_depth(copy.deepcopy(large), list(range(0, depth, 2)))
+    thin = thin_copy(cut, 1 if protocol.pair == "minilm" else 2)
+    layers = layer_map(depths(thin.model), [depth])
+    kept = kept_channels(thin)
+    index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
+    index |= {(name, i): kept[name, j] for i, j in enumerate(layers) for name, layer in kept if layer == j}
+    return (thin.model if protocol.pair == "minilm" else healed(thin.model, tokenizer, study, protocol)), index
+
+
+class Reading:
+    """A language model's loss on tokens of text; a task as far as `fit` asks."""
+
+    def loss(self, model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
+        ids = torch.stack(rows)
+        return model(input_ids=ids, labels=ids).loss
+
+
+def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol, length: int = 128) -> Any:
+    """The small model after some training on text, done once."""
+    path = study.output / "small"
+    if not path.exists():
+        start = time.process_time()
+        texts = [(study.data / name).read_text(encoding="utf-8") for name in TO_HEAL]
+        rows = [part for text in texts for part in torch.tensor(tokenizer(text).input_ids).split(length)[:-1]]
+        fit(small, Reading(), rows, protocol.heal_steps, 1e-3, 8)  # pyright: ignore[reportArgumentType]
+        small.save_pretrained(path.with_name("partial-small"))
+        path.with_name("partial-small").rename(path)
+        console.print(f"healed in {time.process_time() - start:.0f} s of process time")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def fit_head(model: Any, task: Task, rows: list[Row]) -> None:
+    """Make the classification head a logistic regression on what it reads of the frozen model."""
+    read_by_head: list[torch.Tensor] = []
+    handle = model.classifier.register_forward_pre_hook(lambda _, args: read_by_head.append(args[0]))
+    task.scores(model, rows)
+    handle.remove()
+    x = torch.cat(read_by_head)
+    centre, scale = x.mean(0), x.std(0).clamp_min(1e-6)
+    found = LogisticRegression(C=0.1, max_iter=1000).fit(((x - centre) / scale).numpy(), task.answers(rows))
+    weight = torch.from_numpy(found.coef_).float() / scale
+    bias = torch.from_numpy(found.intercept_).float() - weight @ centre
+    if len(bias) == 1:  # of two answers, the log-odds of the second
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    model.classifier.weight.zero_()
+    model.classifier.bias.fill_(float(bias.min()) - 5)  # answers that no row has
+    model.classifier.weight[found.classes_] = weight
+    model.classifier.bias[found.classes_] = bias
+
+
+# Report
+
+
+def label(row: Row) -> str:
+    return ", ".join(filter(None, (row["condition"], row["module"], row["init"], row["bridge"])))
+
+
+def by_condition(rows: list[Row]) -> dict[str, list[Row]]:
+    """Label -> its rows, in the order of `CONDITIONS`."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: CONDITIONS.index(row["condition"])):
+        found.setdefault(label(row), []).append(row)
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """Accuracy in % (mean ± standard deviation over seeds), AUC and margin, by task; the mean gain over the untouched
+    model and its standard error over tasks and seeds, at scale 1 and at the scale chosen on dev rows; seconds.
+    """
+    tasks = sorted({row["task"] for row in rows})
+    base = {(row["task"], row["seed"]): float(row["accuracy"]) for row in rows if row["condition"] == "untouched"}
+    lines = [
+        f"| condition | {' | '.join(f'{task}: accuracy / AUC / margin' for task in tasks)} | gain | safe gain | s |",
+        "|---" + "|--:" * (len(tasks) + 3) + "|",
+    ]
+    for name, found in by_condition(rows).items():
+        cells = [name]
+        for task in tasks:
+            here = [row for row in found if row["task"] == task]
+            accuracy, auc, margin = ([float(row[x]) for row in here] for x in ("accuracy", "auc", "margin"))
+            cells.append(f"{spread(accuracy, 100)} / {mean(auc):.3f} / {mean(margin):+.2f}" if here else "")
+        for column in ("accuracy", "safe"):
+            pairs = [(row[column], base.get((row["task"], row["seed"]))) for row in found]
+            gains = [100 * (float(x) - b) for x, b in pairs if x != "" and b is not None]
+            error = f" ± {stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+            cells.append(f"{mean(gains):+.1f}{error}" if gains else "")
+        cells.append(f"{mean(float(row['seconds']) for row in found):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], factor: float) -> str:
+    values = [factor * value for value in values]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """A panel a task; a dot for each seed, a bar for the mean, a line for the untouched model."""
+    tasks, found = sorted({row["task"] for row in rows}), by_condition(rows)
+    figure = Figure(figsize=(3 * len(tasks) + 2, 0.28 * len(found) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for place, (name, group) in enumerate(found.items()):
+            values = [100 * float(row["accuracy"]) for row in group if row["task"] == task]
+            if values:
+                axes.scatter(values, [place] * len(values), s=14, color="C0", alpha=0.5, linewidths=0)
+                axes.scatter(mean(values), place, s=120, marker="|", color="C0")
+                if name == "untouched":
+                    axes.axvline(mean(values), color="0.7", linewidth=0.8, zorder=0)
+        axes.set_title(f"{task}, accuracy", fontsize=10)
+    panels[0].set_yticks(range(len(found)), list(found), fontsize=8)
+    panels[0].invert_yaxis()
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries to each other
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    main(*HfArgumentParser((Study, Protocol), description=__doc__).parse_args_into_dataclasses())  # pyright: ignore
