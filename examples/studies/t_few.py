@@ -312,13 +312,21 @@ def paired(one: dict[int, float], other: dict[int, float]) -> list[tuple[float, 
 
 
 def costs(rows: list[Row]) -> list[str]:
-    """Measured seconds, and FLOPs by the rule of the paper: 2 N a token read and 6 N a token trained on, decoders."""
+    """Measured seconds, and FLOPs by the rule of the paper: 2 N a token read and 6 N a token trained on, for decoders.
+
+    Means over the tasks that all conditions have.
+    """
+    done: dict[Condition, set[str]] = defaultdict(set)
+    for row in rows:
+        done[row["method"], row["losses"]].add(row["task"])
+    shared = set.intersection(*done.values()) if done else set()
     lines = [
+        f"Means over {', '.join(task for task in TASKS if task in shared) or 'no task'}.\n",
         "| method | losses | s to train | s an example | FLOPs to train | FLOPs an example | kept | accuracy |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for method, losses in CONDITIONS:
-        found = [row for row in rows if (row["method"], row["losses"]) == (method, losses)]
+        found = [row for row in rows if (row["method"], row["losses"]) == (method, losses) and row["task"] in shared]
         if found:
             seconds, each, trained, read, n, kept, accuracy = (
                 mean(float(row[name]) for row in found)
