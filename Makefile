@@ -21,8 +21,9 @@ train: .venv/.train  ## an adapter from a recipe: make train RECIPE=examples/rec
 test: .venv/.test  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: .venv/.test  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+SLOW ?= tests
+test-slow: .venv/.test  ## the slow tests: make test-slow SLOW="tests/test_search.py"
+	$(BIN)/python -m pytest -m slow $(SLOW)
 
 check: .venv/.dev  ## style, types, imports
 	$(BIN)/ruff check
