@@ -6,6 +6,7 @@ Every mutation is malformed by construction. The slow test runs 10,000 of them a
 
 import json
 import os
+import re
 import resource
 import struct
 import time
@@ -387,8 +388,7 @@ def test_malformed_adapters_are_refused(count, sound, tmp_path, capsys):
         if mutate in IN_FOLDER:
             mutate(data.draw, tmp_path)
         elif mutate is None:
-            name = data.draw(st.text(max_size=70).filter(lambda name: not name.isidentifier() or len(name) > 64))
-            name = name.replace("-", "/") + "." * (not name or name.isdigit())
+            name = data.draw(st.text(max_size=70).filter(lambda name: not re.fullmatch("[A-Za-z0-9_-]{1,64}", name)))
         start = time.process_time()
         try:
             load_adapter(base, tmp_path, name)
