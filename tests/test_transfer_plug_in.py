@@ -21,11 +21,15 @@ WORDS = "<pad> <s> </s> good bad film was the a so very yes no".split()
 QUICK = {"small_steps": 4, "bridge_steps": 3, "refine_steps": 2, "batch_size": 4, "r": 4}
 
 
-@pytest.fixture
-def tokenizer():
+def word_tokenizer():
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()
 
 
 def rankings(n):
@@ -154,7 +158,7 @@ def test_batches_hold_the_right_answer(tokenizer, family):
 def test_errors(tokenizer, tmp_path):
     refuses("`bridge`.*must hold delta, paper, none", ValueError, lambda: PlugInSettings(bridge="other"))
     refuses("`bridge_lr` .=0. must be a positive number", ValueError, lambda: PlugInSettings(bridge_lr=0))
-    refuses("must have `prompt`, `choices` and `answer`, or", ValueError, lambda: task_for(tokenizer, [{"a": 1}]))
+    refuses("must have `prompt` and `choices`, or `text`, all", ValueError, lambda: task_for(tokenizer, [{"a": 1}]))
     refuses("`rows` .=0. must hold at least one row", ValueError, lambda: task_for(tokenizer, []))
     small, large = BACKBONES["llama"].build(), BACKBONES["llama"].build()
     call = lambda: plug_in(small, large, tokenizer, rankings(8), rankings(4), tmp_path, progress=False)  # noqa: E731
