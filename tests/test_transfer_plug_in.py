@@ -3,6 +3,7 @@ gain is not shipped; the tasks against transformers' own losses.
 """
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -127,6 +128,31 @@ def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
         assert one == parts
     other = "`folder` .*holds a run with other settings: r"
     refuses(other, ValueError, lambda: run(tokenizer, tmp_path / "parts", refine="module", r=9))
+
+
+def test_scale_is_the_one_with_most_right_answers(monkeypatch):
+    """Though the answers are likelier at another; of as many, the likeliest, and of the same, the smallest."""
+    from hf_peft_ext.transfer import scales
+
+    def choose(*rows):
+        """A row for each scale, from 0 on: of two examples, the log-odds of the right answer."""
+        by_scale = dict(zip((0.0, 0.5, 1.0), rows, strict=True))
+        monkeypatch.setattr(scales, "at_scale", lambda model, scale: nullcontext(current.append(scale)))
+        monkeypatch.setattr(scales, "has_prefix", lambda model: False)
+        current: list[float] = []
+
+        class Odds:
+            def scores(self, model, rows):
+                return [torch.tensor([odds, 0.0]).log_softmax(0) for odds in by_scale[current[-1]]]
+
+            def answers(self, rows):
+                return [0] * len(rows)
+
+        return scales.choose_scale(None, Odds(), [{}, {}], [0.5, 1.0])
+
+    assert choose((1, -1), (1, 1), (2, -9)) == (0.5, {0.0: 0.5, 0.5: 1.0, 1.0: 0.5})
+    assert choose((3, -1), (1, 0.1), (0.2, 0.1))[0] == 0.5
+    assert choose((1, -1), (1, -1), (1, -1))[0] == 0.0
 
 
 def stop(*args, **kwargs):

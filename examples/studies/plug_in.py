@@ -39,6 +39,7 @@ import random
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -79,7 +80,9 @@ class Module(NamedTuple):
 
 
 MODULES = {
-    "lora": Module(LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3, 1e-3, 1e-3),
+    "lora": Module(
+        LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3, 1e-3, 1e-3
+    ),
     "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
     "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
@@ -209,7 +212,6 @@ class Cell:
     folder: Path
     protocol: Protocol
     seed: int
-    scores: Importance | None = None
 
     @classmethod
     def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
@@ -221,7 +223,9 @@ class Cell:
         labels = 1 + max(row["label"] for row in read(study.data, task, "train"))
         large, tokenizer = load(protocol, labels)
         rows = [as_row(protocol.pair, task, row, tokenizer) for row in [*drawn, *test]]
-        bounds = itertools.accumulate((protocol.k, protocol.dev_rows, count - protocol.k - protocol.dev_rows), initial=0)
+        bounds = itertools.accumulate(
+            (protocol.k, protocol.dev_rows, count - protocol.k - protocol.dev_rows), initial=0
+        )
         train, dev, unlabelled = (rows[a:b] for a, b in itertools.pairwise(bounds))
         test = rows[count:]
         small, index = small_of(large, tokenizer, study, protocol)
@@ -274,6 +278,8 @@ class Cell:
             elif before:
                 path_before, spent = self.adapter(run._replace(condition=before))
                 model = self.load(before, path_before)
+            if run.bridge and run.condition != "refined":
+                spent += self.importance[1]
             start = time.process_time()
             torch.manual_seed(self.seed)
             trained, extra = self.trained(run, model)
@@ -330,9 +336,15 @@ class Cell:
     def thin(self, run: Run) -> ThinModel:
         """The bridge of a run, its channels chosen by what the large model makes of the training rows."""
         r, reading, *_ = run.bridge.split()
-        if self.scores is None:
-            self.scores = importance(self.large, (self.task.batch(self.large, [row]) for row in self.train), "activation")
-        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.scores)  # pyright: ignore
+        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance[0])  # pyright: ignore
+
+    @cached_property
+    def importance(self) -> tuple[Importance, float]:
+        """Of the large model's channels, and the process time that it took."""
+        start, size = time.process_time(), self.protocol.batch_size
+        parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
+        batches = (self.task.batch(self.large, part) for part in parts)
+        return importance(self.large, batches, "activation"), time.process_time() - start
 
     def full(self) -> Row:
         start, p = time.process_time(), self.protocol
