@@ -430,7 +430,7 @@ def fit_head(model: Any, task: Task, rows: list[Row]) -> None:
     handle = model.classifier.register_forward_pre_hook(lambda _, args: read_by_head.append(args[0]))
     task.scores(model, rows)
     handle.remove()
-    x = torch.cat(read_by_head)
+    x = torch.cat(read_by_head).float()
     centre, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     found = LogisticRegression(C=0.01, max_iter=1000).fit(((x - centre) / scale).numpy(), task.answers(rows))
     weight = torch.from_numpy(found.coef_).float() / scale
