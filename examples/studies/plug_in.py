@@ -39,7 +39,6 @@ import random
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -130,6 +129,10 @@ class Study:
     )
     r: list[int] = field(default_factory=lambda: [16], metadata={"help": "How much thinner the bridge is."})
     reading: list[str] = field(default_factory=lambda: ["parameters"], metadata={"choices": ["parameters", "width"]})
+    importance: list[str] = field(
+        default_factory=lambda: ["activation"],
+        metadata={"choices": ["activation", "fisher", "magnitude"], "help": "What chooses the bridge's channels."},
+    )
     ladder: list[str] = field(
         default_factory=lambda: ["off"], metadata={"choices": ["off", "on"], "help": "Of the paper's bridge."}
     )
@@ -151,7 +154,7 @@ class Run(NamedTuple):
     condition: str
     module: str
     init: str
-    bridge: str  # "16 parameters", with " ladder" behind it
+    bridge: str  # "16 parameters activation", with " ladder" behind it
 
 
 def main(study: Study, protocol: Protocol) -> None:
@@ -177,19 +180,22 @@ def runs(study: Study) -> list[Run]:
     """All runs that a study asks for, cell by cell, each once."""
     found: dict[Run, None] = {}
     for task, seed in itertools.product(study.tasks, study.seeds):
-        for choice in itertools.product(study.modules, study.init, study.r, study.reading, study.ladder):
+        choices = study.modules, study.init, study.r, study.reading, study.importance, study.ladder
+        for choice in itertools.product(*choices):
             for condition in study.conditions:
                 found[Run(task, seed, condition, *variant(condition, *choice))] = None
     return list(found)
 
 
-def variant(condition: str, module: str, init: str, r: int, reading: str, ladder: str) -> tuple[str, str, str]:
+def variant(
+    condition: str, module: str, init: str, r: int, reading: str, kind: str, ladder: str
+) -> tuple[str, str, str]:
     """What of the choices a condition depends on."""
     has_ladder = condition in ("paper", "bridge") and ladder == "on"
     return (
         "" if condition in ("untouched", "full") else module,
         init if condition in PLUGGED else "",
-        f"{r} {reading}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
+        f"{r} {reading} {kind}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
     )
 
 
@@ -212,6 +218,7 @@ class Cell:
     folder: Path
     protocol: Protocol
     seed: int
+    importances: dict[str, tuple[Importance, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
@@ -279,7 +286,7 @@ class Cell:
                 path_before, spent = self.adapter(run._replace(condition=before))
                 model = self.load(before, path_before)
             if run.bridge and run.condition != "refined":
-                spent += self.importance[1]
+                spent += self.importance(run.bridge.split()[2])[1]
             start = time.process_time()
             torch.manual_seed(self.seed)
             trained, extra = self.trained(run, model)
@@ -334,17 +341,18 @@ class Cell:
         return plug(module, large, projections, batches=batches)
 
     def thin(self, run: Run) -> ThinModel:
-        """The bridge of a run, its channels chosen by what the large model makes of the training rows."""
-        r, reading, *_ = run.bridge.split()
-        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance[0])  # pyright: ignore
+        """The bridge of a run."""
+        r, reading, kind, *_ = run.bridge.split()
+        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
 
-    @cached_property
-    def importance(self) -> tuple[Importance, float]:
-        """Of the large model's channels, and the process time that it took."""
-        start, size = time.process_time(), self.protocol.batch_size
-        parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
-        batches = (self.task.batch(self.large, part) for part in parts)
-        return importance(self.large, batches, "activation"), time.process_time() - start
+    def importance(self, kind: str) -> tuple[Importance, float]:
+        """Of the large model's channels on the training rows, and the process time that it took."""
+        if kind not in self.importances:
+            start, size = time.process_time(), self.protocol.batch_size
+            parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
+            found = importance(copy.deepcopy(self.large), (self.task.batch(self.large, part) for part in parts), kind)  # pyright: ignore
+            self.importances[kind] = found, time.process_time() - start
+        return self.importances[kind]
 
     def full(self) -> Row:
         start, p = time.process_time(), self.protocol
