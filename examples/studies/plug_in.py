@@ -4,11 +4,11 @@
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --tasks sst2 trec --seeds 0 1 2
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --pair smollm2 --tasks sst2 comve copa
 
-Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and every second layer of it at half
-the width, healed on the data folder's text, which is done once for an `--output`. Language models rank the answers of
-the first prompt template of a task. MiniLM has a classification head, for which every condition, the untouched model
-included, starts with a logistic regression on what the frozen model makes of the training rows; modules are trained
-without touching it, so that a gain is the module's own.
+Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and 24 of its 30 layers at three
+quarters of the width, healed on the data folder's text, which is done once for an `--output`. Language models rank
+the answers of the first prompt template of a task. MiniLM has a classification head, for which every condition, that
+of the untouched model too, starts with a logistic regression on what the frozen model makes of the training rows; a
+module is trained without touching it, so that a gain is its own.
 
 Conditions:
 
@@ -62,9 +62,9 @@ from hf_peft_ext.transfer.plugging import depths
 from hf_peft_ext.transfer.projections import layer_map
 from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.scales import at_scale, choose_scale
-from hf_peft_ext.transfer.task import Row, Task, task_for
+from hf_peft_ext.transfer.task import Task, task_for
 from hf_peft_ext.tuners.side_network import cut_depth
-from runs import MINILM, SMOLLM2, append, check_protocol, exact_head, find_model, language_model, read, read_rows
+from runs import MINILM, SMOLLM2, Row, append, check_protocol, exact_head, find_model, language_model, read, read_rows
 
 console = Console()
 
@@ -89,7 +89,7 @@ PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
 BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled"), "small") | {"refined": "delta"}  # starts from
-TO_HEAL = ("wikitext2.valid.txt", "tinyshakespeare.txt")
+TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
 
@@ -106,8 +106,8 @@ class Protocol:
     steps: int = field(default=200, metadata={"help": "Of the small model, PEFT and full fine-tuning."})
     bridge_steps: int = field(default=100, metadata={"help": "Of either bridge."})
     mezo_steps: int = field(default=200, metadata={"help": "Of MeZO."})
-    heal_steps: int = field(default=600, metadata={"help": "Of SmolLM2's small one, on text."})
-    heal_lr: float = field(default=1e-3, metadata={"help": "Its rate."})
+    heal_steps: int = field(default=300, metadata={"help": "Of SmolLM2's small one, on text."})
+    heal_lr: float = field(default=5e-4, metadata={"help": "Its rate."})
     batch_size: int = field(default=8, metadata={"help": "Rows in a step."})
     scales_lr: float = field(default=1e-1, metadata={"help": "Rate of MeZO for the scales of layers."})
     full_lr: float = field(default=5e-5, metadata={"help": "Rate of full fine-tuning."})
@@ -389,8 +389,13 @@ def as_row(pair: str, task: str, row: Row, tokenizer: Any) -> Row:
 def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tuple[Any, dict[Any, torch.Tensor]]:
     """The small model, and which channels of the large one each of its spaces has, by layers of the large one."""
     (depth,) = depths(large)
-    cut = cut_depth(copy.deepcopy(large), list(range(0, depth, 2)))
-    thin = thin_copy(cut, 1 if protocol.pair == "minilm" else 2)
+    if protocol.pair == "minilm":
+        thin = thin_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
+    else:
+        text = reading(tokenizer, study)
+        batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
+        cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
+        thin = thin_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
     layers = layer_map(depths(thin.model), [depth])
     kept = kept_channels(thin)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
@@ -407,6 +412,12 @@ def lowered(task: Any, protocol: Protocol) -> Any:
     return task
 
 
+def reading(tokenizer: Any, study: Study, length: int = 128) -> torch.Tensor:  # shape: (rows, length)
+    """The text that the small model is healed on, as tokens."""
+    ids = torch.tensor(tokenizer((study.data / TO_HEAL).read_text(encoding="utf-8")).input_ids)
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 class Reading:
     """A language model's loss on tokens of text; a task as far as `fit` asks."""
 
@@ -415,14 +426,12 @@ class Reading:
         return model(input_ids=ids, labels=ids).loss
 
 
-def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol, length: int = 128) -> Any:
+def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol) -> Any:
     """The small model after some training on text, done once."""
     path = study.output / "small"
     if not path.exists():
-        start = time.process_time()
-        texts = [(study.data / name).read_text(encoding="utf-8") for name in TO_HEAL]
-        rows = [part for text in texts for part in torch.tensor(tokenizer(text).input_ids).split(length)[:-1]]
-        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr, 8)  # pyright: ignore[reportArgumentType]
+        start, rows = time.process_time(), list(reading(tokenizer, study))
+        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr)  # pyright: ignore
         small.save_pretrained(path.with_name("partial-small"))
         path.with_name("partial-small").rename(path)
         console.print(f"healed in {time.process_time() - start:.0f} s of process time")
