@@ -20,6 +20,7 @@ Conditions:
     delta       after training in the delta bridge
     refined     the same, one scale for each layer refined by MeZO
     distilled   as delta, with rows without answers besides, which the small model answers in probabilities
+    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width
     fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
@@ -85,10 +86,12 @@ MODULES = {
     "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
     "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
-PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled")
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled"), "small") | {"refined": "delta"}  # starts from
+BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded"), "small") | {
+    "refined": "delta"
+}  # starts from
 TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
@@ -306,7 +309,7 @@ class Cell:
         if run.condition in ("small", "peft", "mezo", "fresh"):
             base = copy.deepcopy(self.small if run.condition == "small" else self.large)
             model: Any = get_peft_model(base, copy.deepcopy(module.config))
-        elif run.condition in ("unbridged", "paper", "delta", "distilled"):
+        elif BEFORE[run.condition] == "small":
             assert before is not None
             model = self.plugged(run, before)
         else:
@@ -320,7 +323,8 @@ class Cell:
         elif run.condition == "refined":
             layer_scales(model)
             refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
-        elif run.condition in ("fresh", "delta"):
+        elif run.condition in ("delta", "folded", "fresh"):
+            model = fold(model) if run.condition == "folded" else model
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, self.train, *steps)
         elif run.condition == "distilled":
