@@ -15,9 +15,11 @@ import copy
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,8 @@ from .channels import RESIDUAL, Channels, Dim, Kept, find_channels, index_of
 from .importance import Importance
 from .importance import importance as importance_of
 from .sizes import Reading, Sizes, sizes_of, thin_config
+
+KEPT = "kept.safetensors"
 
 
 @dataclass
@@ -53,6 +57,26 @@ class ThinModel:
     def rows_of(self, path: str) -> Tensor | None:
         """Which channels of the output of the large model's module `path` are kept; None for all."""
         return index_of(self.channels.weights[path].rows, self.kept)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the copy as any model is written, and beside it what it kept."""
+        self.model.save_pretrained(folder)
+        save_file({axis: units.clone() for axis, units in self.kept.items()}, Path(folder, KEPT))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, large: PreTrainedModel) -> "ThinModel":
+        """What `save_pretrained` has written.
+
+        Args:
+            large: the large model, or one of its shapes without weights (on the meta device).
+
+        Raises:
+            ValueError: the copy is of a model of other shapes.
+        """
+        kept, channels = load_file(Path(folder, KEPT)), find_channels(large)
+        fits = kept.keys() == channels.sizes.keys() and all(kept[a][-1] < d for a, d in channels.sizes.items())
+        check("large", type(large).__name__, fits, f"must have the shapes of the model that {folder} was cut from")
+        return cls(type(large).from_pretrained(folder), kept, channels)
 
 
 def thin_copy(

@@ -88,8 +88,7 @@ class Activations:
 
     def run(self, inputs: Mapping[str, Any]) -> list[Tensor]:  # of each stack: (layers, batch, length, d)
         """The large model's own forward, without its module and without gradients."""
-        rule = "must have weights to run: the ladder's cache lacks rows that are asked for, or there is none"
-        check("plugged", type(self.base).__name__, self.base.device.type != "meta", rule)
+        check_weights("plugged", self.base, "the ladder's cache lacks rows that are asked for, or there is none")
         read: list[list[Tensor]] = [[] for _ in self.stacks]
 
         def noting(found: list[Tensor]) -> Any:
@@ -184,6 +183,12 @@ def fingerprint(config: Any, thin: ThinModel) -> bytes:
     for parameter in thin.model.parameters():
         found.update(repr(float(parameter.detach().double().sum())).encode())
     return found.digest()
+
+
+def check_weights(name: str, model: nn.Module, why: str) -> None:
+    """Refuse a model without weights, one on the meta device."""
+    there = not any(parameter.is_meta for parameter in model.parameters())
+    check(name, type(model).__name__, there, f"must have weights, and is on the meta device: {why}")
 
 
 @contextmanager

@@ -41,7 +41,15 @@ def bridge(
 
     The bridge of the paper: module and bridge are trained together, by any trainer, and then the bridge is dropped.
     The module's tensors are those of the plugged model themselves, and so is W_plug. No gradient reaches the large
-    model, and without a ladder it is not run.
+    model, and without a ladder it is not run, nor with one whose rows are all kept. Then it need not be there: cut and
+    save the thin copy where the large model fits, and plug into one that has shapes alone.
+
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(large))
+        plugged = plug(small, shapes)
+        model = bridge(plugged, ThinModel.from_pretrained(folder, shapes))
+        ...  # train it
+        fold(plugged).save_pretrained(adapter)  # for `PeftModel.from_pretrained` with the real model
 
     With a ladder, block i of the thin copy reads g_i x_i + (1 - g_i) W_i b_i, where b_i is what block i of the large
     model without its module reads (its embeddings, for the first) at the channels that the copy has, W_i begins as the
@@ -71,9 +79,9 @@ def bridge(
     config = deepcopy(plugged.active_peft_config)
     config.base_model_name_or_path, config.inference_mode = None, False
     model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
-    given = {(part.host, part.tensor): part for part in parts_of(plugged)}
+    given = {part.key: part for part in parts_of(plugged)}
     for part in parts_of(model):
-        source = given[part.host, part.tensor]
+        source = given[part.key]
         see_through(part, source, steps(part, source, down), follows=True)
     thin.model.train(plugged.training)
     if train_bridge:

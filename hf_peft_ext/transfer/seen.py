@@ -84,7 +84,9 @@ def see_through(part: Part, source: Part, steps: list[Step], follows: bool = Fal
         ValueError: that has not the shape which belongs there.
     """
     owner, name, shape = part.owner, part.name, part.value.shape
-    seen = Seen(shape, source, steps, follows).to(part.value.device)
+    # in a model without weights a tensor is where it comes from
+    device = source.value.device if part.value.is_meta else part.value.device
+    seen = Seen(shape, source, steps, follows).to(device)
     found = seen().shape
     rule = f"becomes {tuple(found)}, where {tuple(shape)} belongs"
     check(part.tensor, tuple(source.value.shape), found == shape, rule)
