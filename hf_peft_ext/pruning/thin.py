@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..placement import check
 from ..quantized import plain_weight
@@ -176,6 +177,8 @@ def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept
             if weights.query and rescale != 1.0:
                 along = dims.index(weights.rows)
                 part.narrow(along, 0, len(index_of(weights.rows[:1], kept))).mul_(rescale)  # type: ignore[arg-type]
+            if name == "weight" and isinstance(module, Conv1D) and not isinstance(source, Conv1D):
+                part = part.T.contiguous()  # GPT-2's are turned round when they are packed
             parameter.data = part.to(dtype or part.dtype)
         for name, _ in module.named_buffers(recurse=False):
             module.register_buffer(name, copy_of(sources[path], name), name not in module._non_persistent_buffers_set)

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..placement import check
 from ..pruning import ThinModel
-from ..structure import stacks
+from ..structure import innermost, stacks
 from ..tuners.side_network import Rung
 from .activations import Activations
 from .parts import parts_of
@@ -78,8 +79,11 @@ def bridge(
     activations = Activations(plugged, thin, cache) if ladder else None
     config = deepcopy(plugged.active_peft_config)
     config.base_model_name_or_path, config.inference_mode = None, False
-    model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
     given = {part.key: part for part in parts_of(plugged)}
+    if hasattr(config, "fan_in_fan_out"):  # packed leaves of a large GPT-2 are turned round, the copy's are not
+        leaves = (innermost(thin.model.get_submodule(part.host)) for part in given.values() if part.tensor == "A")
+        config.fan_in_fan_out = any(isinstance(leaf, Conv1D) for leaf in leaves)
+    model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
     for part in parts_of(model):
         source = given[part.key]
         see_through(part, source, steps(part, source, down), follows=True)
