@@ -77,7 +77,8 @@ class ThinModel:
         kept, channels = load_file(Path(folder, KEPT)), find_channels(large)
         fits = kept.keys() == channels.sizes.keys() and all(kept[a][-1] < d for a, d in channels.sizes.items())
         check("large", type(large).__name__, fits, f"must have the shapes of the model that {folder} was cut from")
-        return cls(type(large).from_pretrained(folder), kept, channels)
+        attention = large.config._attn_implementation
+        return cls(type(large).from_pretrained(folder, attn_implementation=attention), kept, channels)
 
 
 def thin_copy(

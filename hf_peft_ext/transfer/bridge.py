@@ -77,13 +77,13 @@ def bridge(
     check("thin", type(thin.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
     down = Projections(init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(thin))
     activations = Activations(plugged, thin, cache) if ladder else None
-    config = deepcopy(plugged.active_peft_config)
+    config: Any = deepcopy(plugged.active_peft_config)
     config.base_model_name_or_path, config.inference_mode = None, False
     given = {part.key: part for part in parts_of(plugged)}
     if hasattr(config, "fan_in_fan_out"):  # packed leaves of a large GPT-2 are turned round, the copy's are not
         leaves = (innermost(thin.model.get_submodule(part.host)) for part in given.values() if part.tensor == "A")
         config.fan_in_fan_out = any(isinstance(leaf, Conv1D) for leaf in leaves)
-    model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
+    model: Any = get_peft_model(thin.model, config)
     for part in parts_of(model):
         source = given[part.key]
         see_through(part, source, steps(part, source, down), follows=True)

@@ -62,7 +62,8 @@ def project(x: Tensor, step: Step) -> Tensor:
     else:
         y = x.new_zeros(*x.shape[:-1], step.size)
         for block in step.blocks:
-            y = y.index_copy(-1, block.rows_to, through(block, x))  # pyright: ignore[reportArgumentType]
+            rows: Any = block.rows_to
+            y = y.index_copy(-1, rows.to(y.device), through(block, x))
     return y.movedim(-1, dim)
 
 
