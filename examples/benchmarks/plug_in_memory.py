@@ -30,12 +30,12 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, HfArgumentParser
 
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig
-from hf_peft_ext.transfer import MeZO, ThinModel, bridge, delta_bridge, importance, plug, thin_copy
+from hf_peft_ext.transfer import MeZO, Projections, ThinModel, bridge, delta_bridge, importance, plug, thin_copy
 from hf_peft_ext.transfer.zeroth_order import trained
 
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12}
@@ -170,13 +170,14 @@ def cut(case: Case) -> int:
     return 0
 
 
-def bridged(held: bool = True, **kwargs: Any) -> Row:
+def bridged(held: bool = True, projections: Callable[[], Projections] = Projections, **kwargs: Any) -> Row:
     """The paper's bridge: the thin copy is trained with the module."""
 
     def row(case: Case) -> int:
         large = case.large() if held else case.shapes()
         cache = case.folder / "rows" if kwargs.get("ladder") and not held else None
-        return case.step(bridge(plug(case.small(), large), case.thin(large), cache=cache, **kwargs).train())
+        plugged = plug(case.small(), large, projections())
+        return case.step(bridge(plugged, case.thin(large), cache=cache, **kwargs).train())
 
     return row
 
@@ -215,6 +216,8 @@ METHODS: dict[str, Row] = {
     "cutting": cut,
     "bridge, large held": bridged(),
     "bridge, large not held": bridged(held=False),
+    "bridge, large not held, W_plug frozen": bridged(held=False, projections=lambda: Projections(trainable=False)),
+    "bridge, large not held, W_plug a slice": bridged(held=False, projections=lambda: Projections("slice")),
     "bridge with ladder, first epoch": bridged(ladder=True),
     "bridge with ladder, later, large not held": bridged(held=False, ladder=True),
     "delta bridge": held_by(Case.large),
@@ -274,7 +277,9 @@ def measure(method: str, args: Arguments, folder: Path) -> Measured:
 
 def fresh(console: Console, name: str, run: Callable[..., Any], *given: Any) -> Any:
     """Run something in a process of its own, forked from one that has imported and done nothing else."""
-    with console.status(name), ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_peft_ext.transfer", "transformers.models.auto.modeling_auto"])
+    with console.status(name), ProcessPoolExecutor(1, context) as process:
         return process.submit(run, *given).result()
 
 
@@ -287,7 +292,9 @@ def main() -> None:
         for method in args.methods:
             found[method] = fresh(console, method, measure, method, args, Path(folder))
             console.print(f"{method}: {found[method].peak / 2**20:.0f} MiB")
-    table = Table("", "trained, million", "peak, MiB", "full / this", *(f"{name} / this" for name in PEFT))
+    table = Table(
+        Column(no_wrap=True), "trained, million", "peak, MiB", "full / this", *(f"{name} / this" for name in PEFT)
+    )
     for method, this in found.items():
         factors = [f"{found[other].peak / this.peak:.2f}" if other in found else "" for other in (FULL, *PEFT)]
         table.add_row(method, f"{this.trained / 1e6:.2f}", f"{this.peak / 2**20:.0f}", *factors)
