@@ -73,14 +73,10 @@ class Activations:
             check(name, type(given.get(name)).__name__, given.get(name) is None, rule)
         names = (*INPUTS, *(DECODER + name for name in INPUTS))
         found = {name: given[name] for name in names if given.get(name) is not None}
-        shifted = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
-        if (
-            shifted
-            and given.get("labels") is not None
-            and not {"decoder_input_ids", "decoder_inputs_embeds"} & {*found}
-        ):
-            found["decoder_input_ids"] = shifted(given["labels"])
-        if {"input_ids", "decoder_input_ids"} <= {*found}:
+        shifted, labels = getattr(self.base, "prepare_decoder_input_ids_from_labels", None), given.get("labels")
+        if shifted and labels is not None and not found.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            found["decoder_input_ids"] = shifted(labels)
+        if {"input_ids", "decoder_input_ids"} <= found.keys():
             rows, answers = len(found["input_ids"]), len(found["decoder_input_ids"])
             rule = f"must be the number of rows of `input_ids` ({rows}); choices are scored with `packed=False`"
             check("len(decoder_input_ids)", answers, answers == rows, rule)
