@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, LayerPrefixConfig, UniPELTConfig
@@ -175,20 +176,57 @@ PLAIN_PEFT = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/large"), sys.argv[1]).eval()
-ids = torch.arange(3, 11).unsqueeze(0)
-torch.testing.assert_close(model(ids).logits, torch.load(sys.argv[1] + "/logits.pt"), atol=1e-6, rtol=1e-6)
+for folder in sys.argv[2:]:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), folder).eval()
+    ids = torch.arange(3, 11).unsqueeze(0)
+    torch.testing.assert_close(model(ids).logits, torch.load(folder + "/logits.pt"), atol=1e-6, rtol=1e-6)
 assert "hf_peft_ext" not in sys.modules
 """
 
 
-def test_folded_lora_in_a_process_with_peft_alone(tmp_path):
-    model = fold(plugged_model("llama", "lora"))
-    model.save_pretrained(tmp_path)
+def test_folded_loras_in_a_process_with_peft_alone(tmp_path):
+    """One with the same rank and alpha everywhere, one with some layers' own."""
+    folders = tmp_path / "plain", tmp_path / "patterns"
+    for folder, small in zip(folders, (small_model("llama", "lora"), small_with_patterns()), strict=True):
+        model = fold(plug(small, BACKBONES["llama"].build(**LARGE["llama"]))).eval()
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            torch.save(model(torch.arange(3, 11).unsqueeze(0)).logits, folder / "logits.pt")
     BACKBONES["llama"].build(**LARGE["llama"]).save_pretrained(tmp_path / "large")
+    names = [str(tmp_path / "large"), *map(str, folders)]
+    subprocess.run([sys.executable, "-c", PLAIN_PEFT, *names], check=True, timeout=300)
+
+
+def small_with_patterns(**kwargs):
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "v_proj": 6},
+                "alpha_pattern": {"layers.1.self_attn.q_proj": 32, "layers.0.self_attn.v_proj": 3}}  # fmt: skip
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **patterns, **kwargs)
+    small = get_peft_model(BACKBONES["llama"].build(), config).eval()
+    randomise(small)
+    return small
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_of_some_layers(tmp_path, rslora):
+    """Each layer of the large model has those of its layer in the small one, also when it is folded and loaded."""
+    small, inputs = small_with_patterns(use_rslora=rslora), BACKBONES["llama"].inputs()
+    model = plug(small, BACKBONES["llama"].build(**LARGE["llama"])).eval()
     with torch.no_grad():
-        torch.save(model(torch.arange(3, 11).unsqueeze(0)).logits, tmp_path / "logits.pt")
-    subprocess.run([sys.executable, "-c", PLAIN_PEFT, str(tmp_path)], check=True, timeout=300)
+        before = output(model, inputs)
+        torch.testing.assert_close(output(fold(model), inputs), before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(BACKBONES["llama"].build(**LARGE["llama"]), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(output(again, inputs), before, atol=1e-5, rtol=1e-5)
+    given, *others = (
+        {path: (m.r["default"], m.scaling["default"]) for path, m in of.named_modules() if isinstance(m, LoraLayer)}
+        for of in (small, model, again)
+    )
+    key = "base_model.model.model.layers.{}.self_attn.{}"
+    layers = enumerate([0, 0, 0, 1, 1])
+    wanted = {key.format(i, leaf): given[key.format(j, leaf)] for i, j in layers for leaf in ("q_proj", "v_proj")}
+    assert others == [wanted, wanted]
+    assert len(set(given.values())) == 4
 
 
 # Projections

@@ -3,15 +3,18 @@ gain is not shipped; the tasks against transformers' own losses.
 """
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from rich.progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_peft_ext import BottleneckConfig
-from hf_peft_ext.transfer import PlugInSettings, plug_in
+from hf_peft_ext.transfer import PlugInSettings, importance, plug_in
+from hf_peft_ext.transfer.stages import Stages
 from hf_peft_ext.transfer.task import Classification, Ranking, task_for
 
 from .backbones import BACKBONES, SPECIAL
@@ -21,11 +24,15 @@ WORDS = "<pad> <s> </s> good bad film was the a so very yes no".split()
 QUICK = {"small_steps": 4, "bridge_steps": 3, "refine_steps": 2, "batch_size": 4, "r": 4}
 
 
-@pytest.fixture
-def tokenizer():
+def word_tokenizer():
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()
 
 
 def rankings(n):
@@ -123,6 +130,31 @@ def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     refuses(other, ValueError, lambda: run(tokenizer, tmp_path / "parts", refine="module", r=9))
 
 
+def test_scale_is_the_one_with_most_right_answers(monkeypatch):
+    """Though the answers are likelier at another; of as many, the likeliest, and of the same, the smallest."""
+    from hf_peft_ext.transfer import scales
+
+    def choose(*rows):
+        """A row for each scale, from 0 on: of two examples, the log-odds of the right answer."""
+        by_scale = dict(zip((0.0, 0.5, 1.0), rows, strict=True))
+        monkeypatch.setattr(scales, "at_scale", lambda model, scale: nullcontext(current.append(scale)))
+        monkeypatch.setattr(scales, "has_prefix", lambda model: False)
+        current: list[float] = []
+
+        class Odds:
+            def scores(self, model, rows):
+                return [torch.tensor([odds, 0.0]).log_softmax(0) for odds in by_scale[current[-1]]]
+
+            def answers(self, rows):
+                return [0] * len(rows)
+
+        return scales.choose_scale(None, Odds(), [{}, {}], [0.5, 1.0])
+
+    assert choose((1, -1), (1, 1), (2, -9)) == (0.5, {0.0: 0.5, 0.5: 1.0, 1.0: 0.5})
+    assert choose((3, -1), (1, 0.1), (0.2, 0.1))[0] == 0.5
+    assert choose((1, -1), (1, -1), (1, -1))[0] == 0.0
+
+
 def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
@@ -151,10 +183,31 @@ def test_batches_hold_the_right_answer(tokenizer, family):
     assert model(**batch).loss.isfinite()
 
 
+@pytest.mark.filterwarnings("ignore:.*loss_type=None")
+@pytest.mark.parametrize("kind", ["activation", "fisher"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
+def test_importance_of_batches_is_that_of_single_rows(tokenizer, tmp_path, family, kind):
+    """Prompts and answers of unlike lengths: no example and no padding mixes into another's; against row by row."""
+    model = (classifier() if family == "bert" else BACKBONES[family].build()).double().eval()
+    texts = ["so", "the film was very very good", "a bad film", "good", "the film was so bad"]
+    rows = [{"prompt": text, "choices": ["yes", "very bad film"], "answer": i % 2} for i, text in enumerate(texts)]
+    if family == "bert":
+        rows = [{"text": row["prompt"], "label": row["answer"]} for row in rows]
+    stages = Stages(tmp_path, PlugInSettings(), task_for(tokenizer, rows), rows, Progress())
+    alone, together = (importance(model, stages.batches(model, size), kind) for size in (1, 3))
+    assert alone.examples == together.examples == 5
+    for table in ("rows", "columns"):
+        expected, found = getattr(alone, table), getattr(together, table)
+        assert found.keys() == expected.keys()
+        for path in found:
+            assert expected[path].sum() > 0
+            torch.testing.assert_close(found[path], expected[path], atol=1e-9, rtol=1e-4, msg=f"{table} of {path}")
+
+
 def test_errors(tokenizer, tmp_path):
     refuses("`bridge`.*must hold delta, paper, none", ValueError, lambda: PlugInSettings(bridge="other"))
     refuses("`bridge_lr` .=0. must be a positive number", ValueError, lambda: PlugInSettings(bridge_lr=0))
-    refuses("must have `prompt`, `choices` and `answer`, or", ValueError, lambda: task_for(tokenizer, [{"a": 1}]))
+    refuses("must have `prompt` and `choices`, or `text`, all", ValueError, lambda: task_for(tokenizer, [{"a": 1}]))
     refuses("`rows` .=0. must hold at least one row", ValueError, lambda: task_for(tokenizer, []))
     small, large = BACKBONES["llama"].build(), BACKBONES["llama"].build()
     call = lambda: plug_in(small, large, tokenizer, rankings(8), rankings(4), tmp_path, progress=False)  # noqa: E731

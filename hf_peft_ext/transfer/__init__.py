@@ -6,6 +6,7 @@ from ..pruning import importance as importance
 from ..pruning import thin_copy as thin_copy
 from ..pruning import thin_sizes as thin_sizes
 from .bridge import bridge as bridge
+from .decisions import decide as decide
 from .delta import delta_bridge as delta_bridge
 from .fold import fold as fold
 from .plug_in import plug_in as plug_in

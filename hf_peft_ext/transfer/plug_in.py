@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,12 +32,14 @@ def plug_in(
     dev: Sequence[Row] | None = None,
     settings: PlugInSettings | None = None,
     progress: bool = True,
+    unlabelled: Sequence[Row] | None = None,
 ) -> tuple[PeftModel, PlugInResult]:
     """Tune a small model, plug the result into a large one without training that, and measure what it gains.
 
     Each stage leaves its artefact in `folder`; called again, it goes on with the stage that is missing:
 
         small/                    the small model's adapter
+        decisions.json            what the small model answers to `unlabelled`
         importance.safetensors    what chose the bridge's channels
         activations/              of the large model, for a bridge with a ladder; can be deleted when it is plugged
         plugged/                  the module on the large model, folded
@@ -55,25 +58,36 @@ def plug_in(
         dev: rows that the scale is chosen by; None for a fifth of `train`, held out.
         settings: the rest.
         progress: whether bars are shown.
+        unlabelled: rows as those of `train`, but without answers: the tuned small model gives each answer a
+            probability (see `decide`), and bridge and refinement train towards these as well as on the answers of
+            `train`, all rows alike. An answer that such a row does have is not looked at.
 
     Returns:
         The large model with the module at the chosen scale (disabled where there is no gain), and the result.
 
     Raises:
         TypeError: `small` has no adapter and there is no `peft_config`.
-        ValueError: `folder` holds a run with other settings, or the models do not fit.
+        ValueError: a row lacks what it must have, no stage would train on `unlabelled`, `folder` holds a run with
+            other settings or other such rows, or the models do not fit.
     """
     settings = settings or PlugInSettings()
-    task, folder = task_for(tokenizer, [*train, *test]), Path(folder)
+    unlabelled, folder = list(unlabelled or ()), Path(folder)
+    task = task_for(tokenizer, [*train, *(dev or ()), *test, *unlabelled])
+    task.answers([*train, *(dev or ()), *test])  # raises where there is none
+    idle = settings.bridge == settings.refine == "none"
+    rule = "would train nothing: the settings have neither a bridge nor a refinement"
+    check("unlabelled", len(unlabelled), not (unlabelled and idle), rule)
     if dev is None:
         rows = random.Random(settings.seed).sample(train, len(train))
         dev, train = rows[: len(rows) // 5], rows[len(rows) // 5 :]
     check("dev", len(dev), len(dev) > 0, "must hold at least one row")
-    remember(folder, settings)
+    remember(folder, {**asdict(settings), "unlabelled": len(unlabelled)})
     columns = TextColumn("{task.description:<12}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, disable=not progress) as bars:
         stages = Stages(folder, settings, task, train, bars)
         tuned = stages.small(small, peft_config)
+        if unlabelled:
+            stages.decided = stages.decisions(tuned, unlabelled)
         model = stages.plugged(tuned, large)
         if settings.refine != "none":
             model = stages.refined(model)
@@ -81,10 +95,10 @@ def plug_in(
     return model, result
 
 
-def remember(folder: Path, settings: PlugInSettings) -> None:
+def remember(folder: Path, given: dict[str, Any]) -> None:
     """Write the settings down, or compare them with those of the run that is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, given = folder / SETTINGS, asdict(settings)
+    path = folder / SETTINGS
     if path.exists():
         present = json.loads(path.read_text(encoding="utf-8"))
         other = sorted(name for name in given if given[name] != present.get(name))

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..placement import check
@@ -59,7 +60,7 @@ def plug(
     given = parts_of(small)
     layers = layer_map(depths(small.get_base_model()), depths(large), order)
     base = small.get_base_model()
-    plugged = get_peft_model(large, config_for(large, small.active_peft_config, given, layers))  # pyright: ignore
+    plugged = get_peft_model(large, config_for(large, small, given, layers))  # pyright: ignore
     taken: set[int] = set()
     for part in parts_of(plugged):
         layer = part.layer if part.layer == HEAD else layers[part.layer]
@@ -86,8 +87,9 @@ def depths(model: nn.Module) -> list[int]:
     return found
 
 
-def config_for(large: nn.Module, config: PeftConfig, given: Sequence[Part], layers: list[int]) -> PeftConfig:
+def config_for(large: nn.Module, small: PeftModel, given: Sequence[Part], layers: list[int]) -> PeftConfig:
     """The config of the same adapter on the large model."""
+    config = small.active_peft_config
     has = {part.layer for part in given}
     chosen = [i for i, layer in enumerate(layers) if layer in has]
     general: dict[str, Any] = {"base_model_name_or_path": None, "revision": None}  # peft names the new one
@@ -102,13 +104,14 @@ def config_for(large: nn.Module, config: PeftConfig, given: Sequence[Part], laye
     hosts = lora_hosts(large, given, layers)
     others = [path for path, _ in own_modules(large) if path not in hosts]
     found.target_modules = either(module_names([list(hosts)], others))
-    ranks = {host: len(a) for host, a in hosts.items()}
+    ranks = {host: len(a.value) for host, a in hosts.items()}
     found.rank_pattern = {host: r for host, r in ranks.items() if r != config.r}
-    found.alpha_pattern = {}
+    layer_of, name = small.get_base_model().get_submodule, small.active_adapter
+    alphas = {host: cast(LoraLayer, layer_of(a.host)).lora_alpha[name] for host, a in hosts.items()}
+    found.alpha_pattern = {host: alpha for host, alpha in alphas.items() if alpha != config.lora_alpha}
     found.exclude_modules = found.layers_to_transform = found.layers_pattern = None
     found.fan_in_fan_out = any(isinstance(innermost(large.get_submodule(host)), Conv1D) for host in hosts)
     found.init_lora_weights, found.inference_mode = True, False
-    check("alpha_pattern", config.alpha_pattern, not config.alpha_pattern, "must be empty: one `lora_alpha` for all")
     for name, value in general.items():
         setattr(found, name, value)
     return found
@@ -120,7 +123,7 @@ def code_width(given: Sequence[Part]) -> int | None:
     return widths.pop() if widths else None
 
 
-def lora_hosts(large: nn.Module, given: Sequence[Part], layers: list[int]) -> dict[str, Tensor]:
+def lora_hosts(large: nn.Module, given: Sequence[Part], layers: list[int]) -> dict[str, Part]:
     """The leaves of the large model that stand where the small one has LoRA, each with the A that it gets."""
     sites: dict[str, set[str]] = {}
     layer_at: dict[str, int] = {}
@@ -128,11 +131,11 @@ def lora_hosts(large: nn.Module, given: Sequence[Part], layers: list[int]) -> di
         if site.act == "input" and site.layer is not None and site.name.removeprefix("cross_") in {*READS, *WRITES}:
             sites.setdefault(site.host, set()).add(site.name)
             layer_at[site.host] = site.layer
-    found: dict[str, Tensor] = {}
+    found: dict[str, Part] = {}
     for host, names in sites.items():
         for part in given:
             if part.tensor == "A" and part.layer == layers[layer_at[host]] and names <= part.sites:
-                found[host] = part.value
+                found[host] = part
     check("large", type(large).__name__, bool(found), "has no leaf where the small model has LoRA")
     return found
 

@@ -74,7 +74,7 @@ class PlugInResult:
         base: the large model without the module.
         plugged: with it, at `scale`.
         scale: the factor of the module, chosen on other rows; 0 is always among the choices.
-        tried: scale -> mean log-likelihood of the right answers, on the rows that it was chosen by.
+        tried: scale -> share of right answers, on the rows that it was chosen by.
         low, high: the 95 % interval of the gain, by bootstrap over rows (BCa, pairs kept together).
     """
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from .activations import as_it_was
 from .parts import Part, parts_of
@@ -53,18 +52,19 @@ def writing(model: PeftModel) -> list[Part]:
 def choose_scale(
     model: PeftModel, task: Task, rows: Sequence[Row], scales: Sequence[float]
 ) -> tuple[float, dict[float, float]]:
-    """The scale at which the right answers are likeliest, and the mean log-likelihood at each.
+    """The scale at which most answers are right, and the share of right answers at each.
 
-    One at which fewer answers are right than without the module is never chosen; of equals, the smaller.
+    Of equals, the one at which the right answers are likeliest, then the smaller. (Likelihood does not come first: a
+    module trained on few rows is too sure of itself, and would be scaled down while it still gains.)
     """
     answers = task.answers(rows)
-    scores: dict[float, list[Tensor]] = {}
+    accuracy, likelihood = {}, {}
     for scale in sorted({0.0, 1.0} if has_prefix(model) else {0.0, *map(float, scales)}):
         with at_scale(model, scale):
-            scores[scale] = task.scores(model, rows)
-    tried = {scale: log_likelihood(found, answers) for scale, found in scores.items()}
-    right = {scale: sum(Measured.of(found, answers).correct) for scale, found in scores.items()}
-    return max((scale for scale in tried if right[scale] >= right[0.0]), key=lambda scale: tried[scale]), tried
+            scores = task.scores(model, rows)
+        accuracy[scale] = Measured.of(scores, answers).accuracy
+        likelihood[scale] = log_likelihood(scores, answers)
+    return max(accuracy, key=lambda scale: (accuracy[scale], likelihood[scale], -scale)), accuracy
 
 
 def has_prefix(model: PeftModel) -> bool:

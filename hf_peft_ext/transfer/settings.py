@@ -23,6 +23,7 @@ class PlugInSettings:
         order, init, sides, train_projections: W_plug, see `plug` and `Projections`.
         refine: what MeZO refines by forward passes of the large model: "scales" (one for each layer), "module", or
             "none".
+        temperature: of the small model's decisions on rows without answers, see `decide`.
         scales: factors of the module to choose from; 0 is always among them.
         small_steps, small_lr: the small model's own training, where it has no adapter yet.
         bridge_steps, bridge_lr: gentle steps: what is trained in a thin copy has to hold in the large model.
@@ -45,6 +46,7 @@ class PlugInSettings:
     sides: Literal["both", "read", "write"] = "both"
     train_projections: bool = True
     refine: Literal["none", "scales", "module"] = "none"
+    temperature: float = 1.0
     scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 1.0])
     small_steps: int = 300
     small_lr: float = 1e-3
@@ -61,6 +63,6 @@ class PlugInSettings:
         check_names("refine", [self.refine], ("none", "scales", "module"))
         for name in ("small_steps", "bridge_steps", "refine_steps", "batch_size"):
             check_count(name, getattr(self, name))
-        for name in ("small_lr", "bridge_lr", "refine_lr", "eps"):
+        for name in ("small_lr", "bridge_lr", "refine_lr", "eps", "temperature"):
             check_positive(name, getattr(self, name))
         self.scales = sorted({0.0, *map(float, self.scales)})

@@ -1,9 +1,10 @@
 """The stages of a plug-in transfer, each of which leaves an artefact and is not done again where that is there."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..placement import check
 from ..pruning import Importance, importance, thin_copy
 from .bridge import bridge
+from .decisions import decide
 from .delta import delta_bridge
 from .fit import Advance, fit, refine
 from .fold import fold
@@ -30,13 +33,27 @@ from .zeroth_order import layer_scales
 
 @dataclass
 class Stages:
-    """The stages of one run, each of which is done once."""
+    """The stages of one run, each of which is done once.
+
+    Args:
+        folder: for the artefacts.
+        settings: of the run.
+        task: the rows'.
+        rows: with answers.
+        bars: where progress is shown.
+        decided: rows whose answers are the small model's; they are trained on with the others from the bridge on.
+    """
 
     folder: Path
     settings: PlugInSettings
     task: Task
     rows: Sequence[Row]
     bars: Progress
+    decided: list[Row] = field(default_factory=list)
+
+    @property
+    def training_rows(self) -> list[Row]:
+        return [*self.rows, *self.decided]
 
     def small(self, model: nn.Module, config: PeftConfig | None) -> PeftModel:
         if isinstance(model, PeftModel):
@@ -53,6 +70,20 @@ class Stages:
         finish(path, tuned.save_pretrained)
         return tuned
 
+    def decisions(self, tuned: PeftModel, unlabelled: Sequence[Row]) -> list[Row]:
+        """These rows with the small model's probabilities as targets."""
+        path, s = self.folder / "decisions.json", self.settings
+        asked = json.loads(json.dumps([{name: row[name] for name in self.task.asks} for row in unlabelled]))
+        if not path.exists():
+            with self.bar("decisions", 1) as advance:
+                text = json.dumps(decide(self.task, tuned, asked, s.temperature), indent=1, ensure_ascii=False)
+                advance()
+            finish(path, lambda where: where.write_text(text + "\n", encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = [{name: row[name] for name in self.task.asks} for row in found] == asked
+        check("unlabelled", len(asked), same, f"must hold the rows that {path} has decisions on")
+        return found
+
     def plugged(self, tuned: PeftModel, large: PreTrainedModel) -> PeftModel:
         path, s = self.folder / "plugged", self.settings
         if path.exists():
@@ -60,17 +91,17 @@ class Stages:
         scores = self.importance(large)
         thin = None if s.bridge == "none" else thin_copy(large, s.r, s.reading, scores)
         torch.manual_seed(s.seed)
-        batches = self.batches(large) if s.init == "least_squares" else None
+        batches = self.batches(large, 1) if s.init == "least_squares" else None
         model = plug(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order, batches).eval()
-        steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
+        rows, steps = self.training_rows, (s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False)
         if thin is not None:
             with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
                 if s.bridge == "paper":
                     cache = self.folder / "activations" if s.ladder else None
-                    fit(bridge(model, thin, ladder=s.ladder, cache=cache), self.task, self.rows, *steps, advance)
+                    fit(bridge(model, thin, ladder=s.ladder, cache=cache), self.task, rows, *steps, advance)
                 else:
                     with delta_bridge(model, thin, s.around) as held:
-                        fit(held, self.task, self.rows, *steps, advance)
+                        fit(held, self.task, rows, *steps, advance)
         finish(path, fold(model).save_pretrained)
         return model
 
@@ -80,7 +111,7 @@ class Stages:
             return None
         if not path.exists():
             with self.bar("importance", 1) as advance:
-                found = importance(large, self.batches(large), s.importance)
+                found = importance(large, self.batches(large, s.batch_size), s.importance)
                 advance()
             tables = {"rows": found.rows, "columns": found.columns}
             state = {f"{name}:{key}": value for name, table in tables.items() for key, value in table.items()}
@@ -91,9 +122,10 @@ class Stages:
             getattr(found, kind)[key] = value
         return found
 
-    def batches(self, large: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-        """The training rows with their answers, row by row."""
-        return (self.task.batch(large, [row]) for row in self.rows)
+    def batches(self, large: PreTrainedModel, size: int) -> Iterator[dict[str, Tensor]]:
+        """The training rows with their answers, `size` at a time, like lengths together so that little is padded."""
+        rows = sorted(self.rows, key=lambda row: len(row[self.task.asks[0]]))
+        return (self.task.batch(large, rows[i : i + size]) for i in range(0, len(rows), size))
 
     def refined(self, model: PeftModel) -> PeftModel:
         path, s = self.folder / "refined", self.settings
@@ -103,7 +135,8 @@ class Stages:
         if s.refine == "scales":
             layer_scales(model)
         with self.bar("MeZO", s.refine_steps) as advance:
-            refine(model, self.task, self.rows, s.refine_steps, s.refine_lr, s.batch_size, s.eps, s.seed, advance)
+            rows = self.training_rows
+            refine(model, self.task, rows, s.refine_steps, s.refine_lr, s.batch_size, s.eps, s.seed, advance)
         finish(path, fold(model).save_pretrained)
         return model
 

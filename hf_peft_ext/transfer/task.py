@@ -3,16 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..choices import collate, encode_choices
-from ..losses import IGNORED, choice_loss, lm_loss
+from ..losses import IGNORED, choice_scores
 from ..packing import bare, choice_token_scores
 from ..placement import check
 from ..rank_classification import evaluating, score_choices
@@ -21,51 +20,88 @@ Row = Mapping[str, Any]
 
 
 class Task(ABC):
-    """A loss over the answers of rows, and the score of each answer; the highest is the model's."""
+    """A loss over the answers of rows, and the score of each answer; the highest is the model's.
+
+    A row asks something, and has the index of the right answer, or as `target` the probability q_k that each answer
+    shall have, or both: it is then trained towards the target and judged by the answer.
+    """
+
+    asks: ClassVar[tuple[str, ...]]  # the fields of a row that a model sees
+    answer: ClassVar[str]  # the field with the index of the right answer
 
     @abstractmethod
-    def loss(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:  # shape: ()
-        """With gradients."""
+    def log_probabilities(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:  # shape of each: (answers,)
+        """log p_k of each answer of each row, with gradients."""
 
     @abstractmethod
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:  # shape of each: (answers,)
-        """Log-probabilities, without gradients."""
+        """The same in evaluation mode, without gradients, on the CPU."""
 
     @abstractmethod
     def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         """The rows with their right answers as `labels`, as the model takes them."""
 
-    @abstractmethod
+    def loss(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:  # shape: ()
+        """L = -sum_k q_k log p_k, the mean over the rows with at least two answers; with gradients.
+
+        Raises:
+            ValueError: a row has neither a target nor an answer, or one that does not fit.
+        """
+        log_p = self.log_probabilities(model, rows)
+        q = torch.cat([self.target(row, len(of_row)) for row, of_row in zip(rows, log_p, strict=True)])
+        together = torch.cat(log_p)
+        return -(q.to(together) * together).sum() / max(1, sum(len(of_row) > 1 for of_row in log_p))
+
+    def target(self, row: Row, answers: int) -> Tensor:  # shape: (answers,)
+        """q_k of one row: 1 for the right answer, where it has no target."""
+        given = row.get("target")
+        if given is not None:
+            q = torch.as_tensor(given, dtype=torch.float32, device="cpu")
+            fits = q.shape == (answers,) and bool((q >= 0).all()) and abs(float(q.sum()) - 1) < 1e-3
+            check("target", given, fits, f"must be a probability for each of {answers} answers, 1 in sum")
+            return q
+        (right,) = self.answers([row])
+        check(self.answer, right, 0 <= right < answers, f"must be the index of one of {answers} answers")
+        return torch.arange(answers).eq(right).float()
+
     def answers(self, rows: Sequence[Row]) -> list[int]:
-        """The index of the right answer of each row."""
+        """The index of the right answer of each row.
+
+        Raises:
+            ValueError: a row has none.
+        """
+        for row in rows:
+            check("rows", sorted(row), row.get(self.answer) is not None, f"must have `{self.answer}`")
+        return [row[self.answer] for row in rows]
 
 
 @dataclass
 class Ranking(Task):
     """Rows of `prompt`, `choices` and `answer` (an index): a language model is asked which choice it finds likeliest.
 
-    The loss is T-Few's choice loss (`losses.choice_loss`), over the choices alone: the likelihood of the answer over
-    the whole vocabulary teaches the format of answers first.
+    log p is the log-softmax of the choices' mean log-probabilities, so that the loss is T-Few's choice loss
+    (`losses.choice_loss`), over the choices alone: the likelihood of the answer over the whole vocabulary teaches the
+    format of answers first.
 
     Args:
         tokenizer: the model's.
-        lm_weight: how much of `losses.lm_loss` is added.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    lm_weight: float = 0.0
+    asks = ("prompt", "choices")
+    answer = "answer"
 
-    def loss(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
+    tokenizer: PreTrainedTokenizerBase
+
+    def log_probabilities(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         base = bare(model)
         seq2seq = base.config.is_encoder_decoder
         examples = [encode_choices(self.tokenizer, row["prompt"], row["choices"], seq2seq) for row in rows]
         device = base.get_input_embeddings().weight.device
         batch = {key: value.to(device) for key, value in collate(examples).items()}
-        correct = torch.tensor([i == row["answer"] for row in rows for i in range(len(row["choices"]))], device=device)
         # an encoder-decoder would copy its states for each choice in the thin copy of a delta bridge only
         tokens = choice_token_scores(model, batch, packed=False if seq2seq else None)
-        loss = choice_loss(tokens, correct, batch["example"])
-        return loss + self.lm_weight * lm_loss(tokens, correct) if self.lm_weight else loss
+        scores = choice_scores(tokens).split([len(example.choices) for example in examples])
+        return [score.log_softmax(0) for score in scores]
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         choices = [row["choices"] for row in rows]
@@ -75,7 +111,8 @@ class Ranking(Task):
     def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         base = bare(model)
         seq2seq = base.config.is_encoder_decoder
-        texts = ((row["prompt"], row["choices"][row["answer"]]) for row in rows)
+        pairs = zip(rows, self.answers(rows), strict=True)
+        texts = ((row["prompt"], row["choices"][right]) for row, right in pairs)
         examples = [encode_choices(self.tokenizer, prompt, [right], seq2seq) for prompt, right in texts]
         ids, labels = [example.prompt for example in examples], [example.choices[0] for example in examples]
         if not seq2seq:
@@ -84,9 +121,6 @@ class Ranking(Task):
         seen = [[1] * len(row) for row in ids]
         found = {"input_ids": padded(ids, 0), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORED)}
         return {name: value.to(base.get_input_embeddings().weight.device) for name, value in found.items()}
-
-    def answers(self, rows: Sequence[Row]) -> list[int]:
-        return [row["answer"] for row in rows]
 
 
 def padded(rows: Sequence[list[int]], value: int) -> Tensor:  # shape: (rows, length)
@@ -102,21 +136,20 @@ class Classification(Task):
         batch_size: rows in a forward when they are scored.
     """
 
+    asks = ("text",)
+    answer = "label"
+
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 32
 
-    def loss(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
-        logits = self.logits(model, rows)
-        return F.cross_entropy(logits, torch.tensor(self.answers(rows), device=logits.device))
+    def log_probabilities(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+        return list(model(**self.inputs(model, rows)).logits.float().log_softmax(-1))
 
     @torch.no_grad()
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         with evaluating(model):
             parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            return [score for part in parts for score in self.logits(model, part).float().cpu().log_softmax(-1)]
-
-    def logits(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:  # shape: (rows, labels)
-        return model(**self.inputs(model, rows)).logits
+            return [score.cpu() for part in parts for score in self.log_probabilities(model, part)]
 
     def inputs(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         texts = [row["text"] for row in rows]
@@ -127,19 +160,14 @@ class Classification(Task):
         inputs = self.inputs(model, rows)
         return {**inputs, "labels": torch.tensor(self.answers(rows), device=inputs["input_ids"].device)}
 
-    def answers(self, rows: Sequence[Row]) -> list[int]:
-        return [row["label"] for row in rows]
-
 
 def task_for(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Task:
-    """The task that rows belong to.
+    """The task that rows belong to, with answers or without.
 
     Raises:
         ValueError: there are none, or they are of neither kind.
     """
     check("rows", len(rows), len(rows) > 0, "must hold at least one row")
-    if all({"prompt", "choices", "answer"} <= row.keys() for row in rows):
-        return Ranking(tokenizer)
-    both = all({"text", "label"} <= row.keys() for row in rows)
-    check("rows", sorted(rows[0]), both, "must have `prompt`, `choices` and `answer`, or `text` and `label`")
-    return Classification(tokenizer)
+    kinds = [kind for kind in (Ranking, Classification) if all({*kind.asks} <= row.keys() for row in rows)]
+    check("rows", sorted(rows[0]), bool(kinds), "must have `prompt` and `choices`, or `text`, all of them alike")
+    return kinds[0](tokenizer)
