@@ -70,15 +70,18 @@ def test_packing(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_ladder_memory(capsys, monkeypatch):
+def test_plug_in_memory(capsys, monkeypatch):
     """Each row in a process of its own; the factors are those of the peaks beside them."""
     monkeypatch.syspath_prepend(BENCHMARKS)  # where those processes look for it
-    sizes = ("--model", "tiny", "--length", "16", "--methods", "full fine-tuning", "ladder, r = 8")
-    module = run("ladder_memory", *sizes)
+    later = "bridge with ladder, later, large not held"
+    names = ["full fine-tuning", "ladder, r = 8", "cutting", "bridge, large held", later, "MeZO"]
+    module = run("plug_in_memory", "--model", "tiny", "--length", "16", "--methods", *names)
     found = rows(capsys.readouterr().out)
-    assert list(found) == [module.FULL, "ladder, r = 8"]
+    assert list(found) == names
     trained = {name: float(cells[0]) for name, cells in found.items()}
     assert 0 < trained["ladder, r = 8"] < 0.2 * trained[module.FULL]
+    assert trained["cutting"] == 0 < trained["MeZO"] < trained["bridge, large held"]
+    assert trained[later] >= trained["bridge, large held"]  # the rungs, too few to show
     assert found[module.FULL][2] == "1.00"
-    full, ladder = (int(cells[1]) for cells in found.values())
+    full, ladder = (int(found[name][1]) for name in names[:2])
     assert float(found["ladder, r = 8"][2]) == pytest.approx(full / ladder, rel=0.05)

@@ -7,11 +7,13 @@ import torch
 from transformers import TrainingArguments
 
 from hf_peft_ext.choices import Example, collate
+from hf_peft_ext.losses import IGNORED
 from hf_peft_ext.packing import choice_token_scores
 from hf_peft_ext.pruning import thin_copy
 from hf_peft_ext.trainers import BridgeTrainer
 from hf_peft_ext.transfer import bridge
 from hf_peft_ext.transfer.activations import Activations
+from hf_peft_ext.tuners.side_network import Rung
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import plugged_model, refuses, slow
@@ -25,9 +27,20 @@ def forwards(plugged):
     return found
 
 
-@pytest.fixture(params=["llama", slow("bert"), slow("gpt2")])
+@pytest.fixture(params=["llama", "t5", slow("bert"), slow("gpt2")])
 def family(request):
     return request.param
+
+
+def hidden_of(base, inputs):
+    """What each block reads, by stack: all that transformers gives but the last, which is behind the norm."""
+    found = base(**inputs, output_hidden_states=True)
+    names = ["hidden_states"] if "hidden_states" in found else ["encoder_hidden_states", "decoder_hidden_states"]
+    return [found[name][:-1] for name in names]
+
+
+def rungs_of(model):
+    return [module for module in model.modules() if isinstance(module, Rung)]
 
 
 def test_with_nothing_cut_it_is_the_large_model(family):
@@ -42,23 +55,31 @@ def test_rungs_mix_in_what_the_large_blocks_read(family):
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
     thin = thin_copy(plugged.get_base_model(), 2)
     model = bridge(plugged, thin, ladder=True)
-    with torch.no_grad():
-        states = Activations(plugged, thin.kept["residual"])(inputs)
-        with plugged.disable_adapter():
-            hidden = plugged.get_base_model()(**inputs, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(states[1], hidden[1][..., thin.kept["residual"]])
-    rungs = [module for module in model.modules() if type(module).__name__ == "Rung"]
-    met = []
-    rungs[1].register_forward_pre_hook(lambda _, args: met.append(args[0]))
-    rungs[1].block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
+    with torch.no_grad(), plugged.disable_adapter():
+        hidden = [states for stack in hidden_of(plugged.get_base_model(), inputs) for states in stack]
+    rungs, met = rungs_of(model), []
+    for rung in rungs:
+        rung.register_forward_pre_hook(lambda _, args: met.append(args[0]))
+        rung.block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
     output(model, inputs).square().mean().backward()
-    torch.testing.assert_close(met[1], (met[0] + states[1]) / 2)
+    for own, mixed, large in zip(met[::2], met[1::2], hidden, strict=True):
+        torch.testing.assert_close(mixed, (own + large[..., thin.kept["residual"]]) / 2)
     assert all(p.grad is not None for rung in rungs for p in (rung.alpha, rung.down.weight))
     assert all(p.grad is None for name, p in plugged.named_parameters() if ".seen_" not in name)
 
 
-def test_later_epochs_never_run_the_large_model(tmp_path):
-    plugged = plugged_model("llama", "lora")
+def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
+    plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
+    model, bare = (bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=on) for on in (True, False))
+    with torch.no_grad():
+        for rung in rungs_of(model):
+            rung.alpha.fill_(10.0)
+        torch.testing.assert_close(output(model, inputs), output(bare, inputs), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_later_epochs_never_run_the_large_model(name, tmp_path):
+    plugged = plugged_model(name, "lora")
     thin, ran = thin_copy(plugged.get_base_model(), 4), forwards(plugged)
     ids = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
@@ -69,28 +90,61 @@ def test_later_epochs_never_run_the_large_model(tmp_path):
     given = {"ladder": True, "cache": tmp_path / "activations"}
     BridgeTrainer(plugged, args, thin, "paper", train_dataset=rows, **given).train()
     assert sum(ran) == 6  # each row once
-    assert len(list((tmp_path / "activations").iterdir())) == 6
+    assert len(list((tmp_path / "activations").iterdir())) == (12 if name == "t5" else 6)
 
 
 def test_kept_is_computed(tmp_path, family):
     """Rows of other lengths, in batches with other paddings; another large model has rows of its own."""
     plugged = plugged_model(family, "lora")
-    kept, ran = torch.tensor([1, 4, 7]), forwards(plugged)
-    cached, plain = Activations(plugged, kept, tmp_path), Activations(plugged, kept)
+    thin, ran = thin_copy(plugged.get_base_model(), 4), forwards(plugged)
+    cached, plain = Activations(plugged, thin, tmp_path), Activations(plugged, thin)
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 60, (3, 7), generator=draw)
+    ids, answers = torch.randint(3, 60, (3, 7), generator=draw), torch.randint(3, 60, (3, 4), generator=draw)
     mask = torch.ones_like(ids)
     mask[0, 4:] = mask[1, 5:] = 0
-    cached({"input_ids": ids[:2, :5], "attention_mask": mask[:2, :5]})
+    answers[0, 2:] = answers[1, 3:] = IGNORED
+    labels = {"labels": answers} if family == "t5" else {}
+    cached({"input_ids": ids[:2, :5], "attention_mask": mask[:2, :5], **{n: x[:2, :3] for n, x in labels.items()}})
     del ran[:]
-    found = cached({"input_ids": ids, "attention_mask": mask})
+    inputs = {"input_ids": ids, "attention_mask": mask, **labels}
+    found = cached(inputs)
     assert ran == [1]
-    wanted = plain({"input_ids": ids, "attention_mask": mask})
-    seen = mask.bool()
-    torch.testing.assert_close(found[:, seen], wanted[:, seen], atol=1e-5, rtol=1e-5)
+    for stack, wanted, seen in zip(found, plain(inputs), (mask.bool(), answers != IGNORED), strict=False):
+        torch.testing.assert_close(stack[:, seen], wanted[:, seen], atol=1e-5, rtol=1e-5)
+        assert not stack[:, ~seen].any()
     del ran[:]
-    Activations(plugged, kept + 1, tmp_path)({"input_ids": ids, "attention_mask": mask})
+    with torch.no_grad():
+        thin.model.get_input_embeddings().weight.mul_(2)
+    Activations(plugged, thin, tmp_path)(inputs)
     assert ran == [3]
+
+
+def test_an_encoder_is_kept_once_for_all_answers(tmp_path):
+    plugged, inputs = plugged_model("t5", "lora"), BACKBONES["t5"].inputs(padding="none")
+    activations = Activations(plugged, thin_copy(plugged.get_base_model(), 4), tmp_path)
+    found = [activations({**inputs, "decoder_input_ids": inputs["decoder_input_ids"] + i}) for i in (0, 1)]
+    assert len(list(tmp_path.iterdir())) == 3 + 2 * 3
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.equal(found[0][1], found[1][1])
+
+
+def test_losses_and_gradients_are_those_without_the_files(tmp_path, family):
+    """From files that are there: the same loss over labels, and gradients, as with a forward each time."""
+    inputs, steps = BACKBONES[family].inputs(), []
+    if family != "bert":
+        inputs["labels"] = inputs.pop("decoder_input_ids", inputs["input_ids"]).clone()
+        inputs["labels"][:2, 5:] = IGNORED
+    for cache in (None, tmp_path, tmp_path):
+        plugged = plugged_model(family, "lora")
+        ran = forwards(plugged)
+        found = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True, cache=cache)(**inputs)
+        seen = inputs["attention_mask"].bool()
+        loss = found["last_hidden_state"][seen].square().mean() if family == "bert" else found["loss"]
+        loss.backward()
+        steps.append((loss.detach(), *(p.grad for p in plugged.parameters() if p.grad is not None), len(ran)))
+    assert [step[-1] for step in steps] == [1, 1, 0]
+    torch.testing.assert_close(steps[1][:-1], steps[0][:-1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(steps[2][:-1], steps[1][:-1], atol=0, rtol=0)
 
 
 def test_packed_choices(tmp_path):
@@ -112,10 +166,27 @@ def test_packed_choices(tmp_path):
     torch.testing.assert_close(found, scores(plain, examples), atol=1e-5, rtol=1e-5)
 
 
+def test_choices_of_an_encoder_decoder(tmp_path):
+    """A row for each choice, behind one text: its loss, and nothing is run again in the next epoch."""
+    plugged = plugged_model("t5", "lora")
+    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True, cache=tmp_path)
+    ran, words = forwards(plugged), BACKBONES["t5"].inputs()["input_ids"][0].tolist()
+    batch = collate([Example(words[:5], [words[:2], words[2:5]]), Example(words[1:4], [words[3:6], words[:1]])])
+    first, second = (choice_token_scores(model, batch, packed=False).log_p for _ in range(2))
+    assert torch.equal(first, second)
+    assert ran == [4]
+    packed = lambda: choice_token_scores(model, batch, packed=True)  # noqa: E731
+    refuses(r"`len.decoder_input_ids.` .=4. must be the number of rows", ValueError, packed)
+
+
 def test_errors(tmp_path):
     plugged = plugged_model("t5", "lora")
-    thin = thin_copy(plugged.get_base_model(), 2)
-    refuses("`model` .='T5For.*encoder-decoder", ValueError, lambda: bridge(plugged, thin, ladder=True))
+    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True)
+    inputs = BACKBONES["t5"].inputs()
+    refuses(
+        "`past_key_values` .='tuple'. must be None: a bridge", ValueError, lambda: model(**inputs, past_key_values=())
+    )
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    thin = thin_copy(plugged.get_base_model(), 2)
     call = lambda: BridgeTrainer(plugged, args, thin, "delta", ladder=True)  # noqa: E731
     refuses("`ladder` .=True. is for the paper's bridge", ValueError, call)

@@ -15,11 +15,14 @@ import copy
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..placement import check
 from ..quantized import plain_weight
@@ -28,6 +31,8 @@ from .channels import RESIDUAL, Channels, Dim, Kept, find_channels, index_of
 from .importance import Importance
 from .importance import importance as importance_of
 from .sizes import Reading, Sizes, sizes_of, thin_config
+
+KEPT = "kept.safetensors"
 
 
 @dataclass
@@ -53,6 +58,27 @@ class ThinModel:
     def rows_of(self, path: str) -> Tensor | None:
         """Which channels of the output of the large model's module `path` are kept; None for all."""
         return index_of(self.channels.weights[path].rows, self.kept)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the copy as any model is written, and beside it what it kept."""
+        self.model.save_pretrained(folder)
+        save_file({axis: units.clone() for axis, units in self.kept.items()}, Path(folder, KEPT))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, large: PreTrainedModel) -> "ThinModel":
+        """What `save_pretrained` has written.
+
+        Args:
+            large: the large model, or one of its shapes without weights (on the meta device).
+
+        Raises:
+            ValueError: the copy is of a model of other shapes.
+        """
+        kept, channels = load_file(Path(folder, KEPT)), find_channels(large)
+        fits = kept.keys() == channels.sizes.keys() and all(kept[a][-1] < d for a, d in channels.sizes.items())
+        check("large", type(large).__name__, fits, f"must have the shapes of the model that {folder} was cut from")
+        attention = large.config._attn_implementation
+        return cls(type(large).from_pretrained(folder, attn_implementation=attention), kept, channels)
 
 
 def thin_copy(
@@ -152,6 +178,8 @@ def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept
             if weights.query and rescale != 1.0:
                 along = dims.index(weights.rows)
                 part.narrow(along, 0, len(index_of(weights.rows[:1], kept))).mul_(rescale)  # type: ignore[arg-type]
+            if name == "weight" and isinstance(module, Conv1D) and not isinstance(source, Conv1D):
+                part = part.T.contiguous()  # GPT-2's are turned round when they are packed
             parameter.data = part.to(dtype or part.dtype)
         for name, _ in module.named_buffers(recurse=False):
             module.register_buffer(name, copy_of(sources[path], name), name not in module._non_persistent_buffers_set)

@@ -7,10 +7,11 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..placement import check
 from ..pruning import ThinModel
-from ..structure import stacks
+from ..structure import innermost, stacks
 from ..tuners.side_network import Rung
 from .activations import Activations
 from .parts import parts_of
@@ -41,12 +42,21 @@ def bridge(
 
     The bridge of the paper: module and bridge are trained together, by any trainer, and then the bridge is dropped.
     The module's tensors are those of the plugged model themselves, and so is W_plug. No gradient reaches the large
-    model, and without a ladder it is not run.
+    model, and without a ladder it is not run, nor with one whose rows are all kept. Then it need not be there: cut and
+    save the thin copy where the large model fits, and plug into one that has shapes alone.
+
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(large))
+        plugged = plug(small, shapes)
+        model = bridge(plugged, ThinModel.from_pretrained(folder, shapes))
+        ...  # train it
+        fold(plugged).save_pretrained(adapter)  # for `PeftModel.from_pretrained` with the real model
 
     With a ladder, block i of the thin copy reads g_i x_i + (1 - g_i) W_i b_i, where b_i is what block i of the large
     model without its module reads (its embeddings, for the first) at the channels that the copy has, W_i begins as the
     identity and g_i at 0.5. So a copy that nothing was cut from gives the large model's logits, which ladder
-    side-tuning, where b_i is what the large block gives, does not.
+    side-tuning, where b_i is what the large block gives, does not. In an encoder-decoder both stacks have rungs. A
+    bridge with a ladder takes whole rows, one for each answer; it does not generate.
 
     Args:
         plugged: what `plug` returned, or any large model with a LoRA or an adapter of this package.
@@ -60,19 +70,22 @@ def bridge(
             forward of it; None to run it each time.
 
     Raises:
-        ValueError: the thin copy is not of this large model, or it is an encoder-decoder and has a ladder.
+        ValueError: the thin copy is not of this large model.
     """
     large = plugged.get_base_model()
     same = type(large) is type(thin.model)
     check("thin", type(thin.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
     down = Projections(init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(thin))
-    activations = Activations(plugged, thin.kept[RESIDUAL], cache) if ladder else None
-    config = deepcopy(plugged.active_peft_config)
+    activations = Activations(plugged, thin, cache) if ladder else None
+    config: Any = deepcopy(plugged.active_peft_config)
     config.base_model_name_or_path, config.inference_mode = None, False
-    model = get_peft_model(thin.model, config)  # pyright: ignore[reportArgumentType]
-    given = {(part.host, part.tensor): part for part in parts_of(plugged)}
+    given = {part.key: part for part in parts_of(plugged)}
+    if hasattr(config, "fan_in_fan_out"):  # packed leaves of a large GPT-2 are turned round, the copy's are not
+        leaves = (innermost(thin.model.get_submodule(part.host)) for part in given.values() if part.tensor == "A")
+        config.fan_in_fan_out = any(isinstance(leaf, Conv1D) for leaf in leaves)
+    model: Any = get_peft_model(thin.model, config)
     for part in parts_of(model):
-        source = given[part.host, part.tensor]
+        source = given[part.key]
         see_through(part, source, steps(part, source, down), follows=True)
     thin.model.train(plugged.training)
     if train_bridge:
@@ -87,18 +100,20 @@ def bridge(
 
 def put_ladder(thin: nn.Module, activations: Activations) -> None:
     """A rung in front of each block, which before each forward is shown its part of the large model."""
-    (_, blocks), names = next(stacks(thin)), list(inspect.signature(thin.forward).parameters)
-    first = next(thin.parameters())
-    rungs = [Rung(block, len(activations.kept), len(activations.kept), TEMPERATURE) for block in blocks]
-    for i, rung in enumerate(rungs):
-        nn.init.eye_(rung.down.weight)
-        nn.init.zeros_(rung.down.bias)
-        blocks[i] = rung.to(first.device, first.dtype)
+    first, d, names = next(thin.parameters()), len(activations.kept), list(inspect.signature(thin.forward).parameters)
+    ladder: list[list[Rung]] = []  # of each stack
+    for _, blocks in list(stacks(thin)):
+        ladder.append([Rung(block, d, d, TEMPERATURE) for block in blocks])
+        for i, rung in enumerate(ladder[-1]):
+            nn.init.eye_(rung.down.weight)
+            nn.init.zeros_(rung.down.bias)
+            blocks[i] = rung.to(first.device, first.dtype)
 
     def climb(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = activations({**dict(zip(names, args, strict=False)), **kwargs})
-        for rung, read in zip(rungs, states, strict=True):
-            rung.show(read)
+        for rungs, of_stack in zip(ladder, states, strict=True):
+            for rung, read in zip(rungs, of_stack, strict=True):
+                rung.show(read)
 
     thin.register_forward_pre_hook(climb, with_kwargs=True)
 

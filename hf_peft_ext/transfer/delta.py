@@ -21,6 +21,7 @@ it has.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ from ..pruning import ThinModel
 from ..sites import Site
 from ..structure import covers, innermost, is_norm, leaf_size, own_modules
 from ..tuners.attach import hidden_states
-from .activations import as_it_was
+from .activations import as_it_was, check_weights
 from .bridge import bridge, kept_channels
 from .parts import SEEN, Part, parts_of
 from .projections import RESIDUAL
@@ -59,9 +60,10 @@ def delta_bridge(plugged: PeftModel, thin: ThinModel, around: Around = "plugged"
         around: the large model with the module as it is ("plugged") or without it ("base").
 
     Raises:
-        ValueError: `around` is unknown, or the thin copy is not of this large model.
+        ValueError: `around` is unknown, the thin copy is not of this large model, or that has no weights.
     """
     check("around", around, around in get_args(Around), f"must be one of {', '.join(get_args(Around))}")
+    check_weights("plugged", plugged.get_base_model(), "a delta bridge runs it")
     model = bridge(plugged, thin, train_bridge=False)
     if hasattr(thin.model, "model_dim"):  # T5 divides by its root in front of a tied head
         thin.model.model_dim = plugged.get_base_model().model_dim  # pyright: ignore
@@ -98,8 +100,8 @@ class Anchors:
         for path, leaf in thins.items():
             if not covers(whole, path):
                 self.anchor(path, larges[path], leaf)
-        sources = {(part.host, part.tensor): part for part in parts_of(plugged)}
-        parts = {(part.host, part.tensor): part for part in parts_of(model)}
+        sources = {part.key: part for part in parts_of(plugged)}
+        parts = {part.key: part for part in parts_of(model)}
         for key, part in parts.items():
             self.read_whole(part, sources[key], parts)
 
@@ -159,7 +161,7 @@ class Anchors:
             return value
         return value.detach() if self.ref is None else self.ref[key]
 
-    def read_whole(self, part: Part, source: Part, parts: dict[tuple[str, str], Part]) -> None:
+    def read_whole(self, part: Part, source: Part, parts: dict[Any, Part]) -> None:
         """Let a tensor that reads the model read all of what it reads there, and not only the channels kept."""
         if not any(axis.side == "read" for axis in part.axes):
             return
@@ -183,7 +185,10 @@ class Anchors:
             self.handles.append(
                 self.large.get_submodule(part.host).register_forward_pre_hook(lambda _, args: note(args[0]))
             )
-        elif part.site is not None and (part.host, bias := part.tensor.replace("weight", "bias")) in parts:
+        elif (
+            part.site is not None
+            and (bias := replace(part, tensor=part.tensor.replace("weight", "bias"))).key in parts
+        ):
             kept = kept_channels(self.thin)[RESIDUAL, None]
 
             def unseen(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # shape: (batch, length, r)
@@ -191,7 +196,7 @@ class Anchors:
                 return output + F.linear(x, source.value) - F.linear(x[..., kept.to(x.device)], part.value)
 
             # what the code has of the other channels is, to the thin copy, a bias that each token has of its own
-            owner = parts[part.host, bias].owner
+            owner = parts[bias.key].owner
             self.handles.append(owner.get_submodule(SEEN + "bias").register_forward_hook(unseen))
             self.handles.append(watch(self.large, part.site, note))
 

@@ -66,6 +66,11 @@ class Part:
     def value(self) -> Tensor:
         return getattr(self.owner, self.name)
 
+    @property
+    def key(self) -> tuple[str, str, frozenset[str]]:
+        """What no other tensor of the adapter has."""
+        return self.host, self.tensor, self.sites
+
     def takes_from(self, other: "Part", layer: int) -> bool:
         """Whether this tensor can be made of `other`, a tensor of another model, whose layer corresponds."""
         return other.layer == layer and other.tensor == self.tensor and self.sites <= other.sites

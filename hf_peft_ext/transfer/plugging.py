@@ -15,6 +15,7 @@ from ..sites import find_sites
 from ..structure import innermost, own_modules, stacks
 from ..tuners.config import PlacedConfig
 from ..tuners.endings import either, module_names
+from .activations import check_weights
 from .alignment import align
 from .parts import HEAD, READS, WRITES, Axis, Part, parts_of
 from .projections import RESIDUAL, Order, Projections, Space, layer_map
@@ -38,20 +39,24 @@ def plug(
     Args:
         small: a model with a LoRA, or with an adapter of this package's own (bottlenecks, prefixes, low-rank branches,
             their gates) as the active one. It stays as it is.
-        large: a model with its own parameters frozen from here on.
+        large: a model with its own parameters frozen from here on. It may be one without weights, built in
+            `with torch.device("meta")`, to be trained in a `bridge` and loaded onto the real one when it is folded.
         projections: W_plug; None for random orthogonal ones that are trained.
         order: which layer comes from which where depths differ, see `projections.layer_map`.
         batches: inputs of both models without padding, for projections that begin by least squares.
 
     Raises:
         TypeError: the adapter is of a kind that cannot be plugged in, or `large` has one already.
-        ValueError: the adapter, or the large model's structure, does not allow it, or `batches` are missing.
+        ValueError: the adapter, or the large model's structure, does not allow it, `batches` are missing, or there are
+            some and the large model has no weights.
     """
     if isinstance(large, PeftModel):
         raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
     projections = Projections() if projections is None else projections
     rule = "are needed by projections that begin by least squares, and by no others"
     check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
+    if batches is not None:
+        check_weights("large", large, "least squares run it")
     given = parts_of(small)
     layers = layer_map(depths(small.get_base_model()), depths(large), order)
     base = small.get_base_model()

@@ -62,7 +62,8 @@ def project(x: Tensor, step: Step) -> Tensor:
     else:
         y = x.new_zeros(*x.shape[:-1], step.size)
         for block in step.blocks:
-            y = y.index_copy(-1, block.rows_to, through(block, x))  # pyright: ignore[reportArgumentType]
+            rows: Any = block.rows_to
+            y = y.index_copy(-1, rows.to(y.device), through(block, x))
     return y.movedim(-1, dim)
 
 
@@ -84,7 +85,9 @@ def see_through(part: Part, source: Part, steps: list[Step], follows: bool = Fal
         ValueError: that has not the shape which belongs there.
     """
     owner, name, shape = part.owner, part.name, part.value.shape
-    seen = Seen(shape, source, steps, follows).to(part.value.device)
+    # in a model without weights a tensor is where it comes from
+    device = source.value.device if part.value.is_meta else part.value.device
+    seen = Seen(shape, source, steps, follows).to(device)
     found = seen().shape
     rule = f"becomes {tuple(found)}, where {tuple(shape)} belongs"
     check(part.tensor, tuple(source.value.shape), found == shape, rule)
