@@ -130,3 +130,5 @@ def test_errors(tmp_path):
         ValueError,
         lambda: ThinModel.from_pretrained(tmp_path, small.get_base_model()),
     )
+    wider = shapes_of(BACKBONES["llama"].build(**{**LARGE["llama"], "hidden_size": 2 * large.config.hidden_size}))
+    refuses("`large` .*must have the shapes", ValueError, lambda: ThinModel.from_pretrained(tmp_path, wider))

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -62,7 +63,8 @@ class ThinModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the copy as any model is written, and beside it what it kept."""
         self.model.save_pretrained(folder)
-        save_file({axis: units.clone() for axis, units in self.kept.items()}, Path(folder, KEPT))
+        sizes = {axis: str(d) for axis, d in self.channels.sizes.items()}
+        save_file({axis: units.clone() for axis, units in self.kept.items()}, Path(folder, KEPT), sizes)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, large: PreTrainedModel) -> "ThinModel":
@@ -74,8 +76,10 @@ class ThinModel:
         Raises:
             ValueError: the copy is of a model of other shapes.
         """
-        kept, channels = load_file(Path(folder, KEPT)), find_channels(large)
-        fits = kept.keys() == channels.sizes.keys() and all(kept[a][-1] < d for a, d in channels.sizes.items())
+        channels = find_channels(large)
+        with safe_open(Path(folder, KEPT), "pt") as file:
+            kept, sizes = {axis: file.get_tensor(axis) for axis in file.keys()}, file.metadata()
+        fits = sizes == {axis: str(d) for axis, d in channels.sizes.items()}
         check("large", type(large).__name__, fits, f"must have the shapes of the model that {folder} was cut from")
         attention = large.config._attn_implementation
         return cls(type(large).from_pretrained(folder, attn_implementation=attention), kept, channels)
