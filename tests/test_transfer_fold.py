@@ -267,6 +267,16 @@ def refuses(message, error, call):
         call()
 
 
+def test_a_large_model_with_no_place_stays_as_it_was():
+    small = get_peft_model(BACKBONES["llama"].build(), LoraConfig(target_modules=["o_proj", "gate_proj"]))
+    large, inputs = BACKBONES["gpt2"].build(), BACKBONES["gpt2"].inputs()
+    names = list(large.state_dict())
+    refuses("`large` .*has no place for what sits at .*gate_proj", ValueError, lambda: plug(small, large))
+    assert list(large.state_dict()) == names
+    with torch.no_grad():
+        assert torch.equal(output(large, inputs), output(BACKBONES["gpt2"].build(), inputs))
+
+
 def test_errors():
     llama = BACKBONES["llama"]
     refuses("`order` .='mixed'. must be one of interleaved, tiled", ValueError, lambda: layer_map([1], [2], "mixed"))

@@ -50,8 +50,7 @@ def plug(
         ValueError: the adapter, or the large model's structure, does not allow it, `batches` are missing, or there are
             some and the large model has no weights.
     """
-    if isinstance(large, PeftModel):
-        raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
+    check_no_adapter(large)
     projections = Projections() if projections is None else projections
     rule = "are needed by projections that begin by least squares, and by no others"
     check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
@@ -62,18 +61,28 @@ def plug(
     base = small.get_base_model()
     plugged = get_peft_model(large, config_for(large, small, given, layers))  # pyright: ignore
     taken: set[int] = set()
-    for part in parts_of(plugged):
-        layer = part.layer if part.layer == HEAD else layers[part.layer]
-        index = next((i for i, other in enumerate(given) if part.takes_from(other, layer)), -1)
-        check("small", type(base).__name__, index >= 0, f"has nothing to plug in at {part.host}")
-        taken.add(index)
-        see_through(part, given[index], steps(part, given[index], projections))
-    left = [given[i].host for i in set(range(len(given))) - taken if given[i].layer in {HEAD, *layers}]
-    check("large", type(large).__name__, not left, f"has no place for what sits at {', '.join(sorted(left)[:3])}")
+    try:
+        for part in parts_of(plugged):
+            layer = part.layer if part.layer == HEAD else layers[part.layer]
+            index = next((i for i, other in enumerate(given) if part.takes_from(other, layer)), -1)
+            check("small", type(base).__name__, index >= 0, f"has nothing to plug in at {part.host}")
+            taken.add(index)
+            see_through(part, given[index], steps(part, given[index], projections))
+        left = [given[i].host for i in set(range(len(given))) - taken if given[i].layer in {HEAD, *layers}]
+        check("large", type(large).__name__, not left, f"has no place for what sits at {', '.join(sorted(left)[:3])}")
+    except ValueError:
+        plugged.unload()  # pyright: ignore[reportCallIssue]
+        raise
     if batches is not None:
         align(projections, small, plugged, layers, batches)
     plugged.plug = projections
     return plugged
+
+
+def check_no_adapter(large: nn.Module) -> None:
+    """Refuse a large model that has an adapter already."""
+    if isinstance(large, PeftModel):
+        raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
 
 
 def depths(model: nn.Module) -> list[int]:
