@@ -165,10 +165,9 @@ def test_one_call_with_rows_without_answers(tokenizer, tmp_path, monkeypatch):
     run(tokenizer, tmp_path, unlabelled, refine="module", temperature=0.5)
     assert [len(rows) for rows in seen["fit"]] == [10, 12]
     assert seen["fit"][1][10:] == seen["refine"][0][10:] == decided
-    again = "`unlabelled` .=2. must hold the rows that .*decisions.json has decisions on"
-    call = lambda rows: run(tokenizer, tmp_path, rows, refine="module", temperature=0.5)  # noqa: E731
-    refuses(again, ValueError, lambda: call(unlabelled[::-1]))
-    refuses("holds a run with other settings: unlabelled", ValueError, lambda: call(None))
+    for other in (unlabelled[::-1], None):
+        again = lambda other=other: run(tokenizer, tmp_path, other, refine="module", temperature=0.5)  # noqa: E731
+        refuses("holds a run that was given another unlabelled", ValueError, again)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +178,7 @@ def test_one_call_with_rows_without_answers(tokenizer, tmp_path, monkeypatch):
         ({"target": [1.5, -0.5]}, r"`target` \(=\[1.5, -0.5\]\) must be a probability"),
         ({"target": [math.nan, 1.0]}, r"`target` \(=\[nan, 1.0\]\) must be a probability"),
         ({"answer": 2}, r"`answer` \(=2\) must be the index of one of 2 answers\."),
+        ({"answer": -1}, r"`answer` \(=-1\) must be the index of an answer"),
         ({}, r"`rows` \(=\['choices', 'prompt'\]\) must have `answer`\."),
     ],
 )

@@ -4,16 +4,18 @@ gain is not shipped; the tasks against transformers' own losses.
 
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from rich.progress import Progress
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_peft_ext import BottleneckConfig
 from hf_peft_ext.transfer import PlugInSettings, importance, plug_in
+from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.stages import Stages
 from hf_peft_ext.transfer.task import Classification, Ranking, task_for
 
@@ -126,7 +128,7 @@ def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     for stage in ("small", "plugged", "refined"):
         one, parts = ((tmp_path / way / stage / "adapter_model.safetensors").read_bytes() for way in ("one", "parts"))
         assert one == parts
-    other = "`folder` .*holds a run with other settings: r"
+    other = "`folder` .*holds a run that was given another r\\."
     refuses(other, ValueError, lambda: run(tokenizer, tmp_path / "parts", refine="module", r=9))
 
 
@@ -202,6 +204,71 @@ def test_importance_of_batches_is_that_of_single_rows(tokenizer, tmp_path, famil
         for path in found:
             assert expected[path].sum() > 0
             torch.testing.assert_close(found[path], expected[path], atol=1e-9, rtol=1e-4, msg=f"{table} of {path}")
+
+
+def test_a_folder_of_another_run(tokenizer, tmp_path):
+    """Other rows, another config or another model are refused; a run that has made nothing yet is none."""
+    given: dict[str, Any] = {
+        "small": BACKBONES["llama"].build(),
+        "large": BACKBONES["llama"].build(**LARGE["llama"]),
+        "tokenizer": tokenizer,
+        "train": rankings(8),
+        "test": rankings(4),
+        "dev": rankings(4),
+        "folder": tmp_path,
+        "peft_config": LoraConfig(r=2, target_modules=["absent"]),
+        "settings": PlugInSettings(**QUICK, bridge="none"),
+        "progress": False,
+    }
+    with pytest.raises(ValueError, match="absent"):
+        plug_in(**given)
+    _, result = plug_in(**(given | {"peft_config": lora()}))  # the config can be put right
+    other = BACKBONES["llama"].build()
+    other.get_input_embeddings().weight.data.mul_(2)
+    trained = get_peft_model(BACKBONES["llama"].build(), lora())
+    for name, value in {
+        "train": [*rankings(7), {**rankings(8)[7], "answer": 0}],
+        "test": rankings(6),
+        "dev": rankings(5),
+        "peft_config": lora(lora_alpha=3),
+        "small": other,
+        "large": other,
+    }.items():
+        change = lambda name=name, value=value: plug_in(**(given | {"peft_config": lora(), name: value}))  # noqa: E731
+        refuses(f"`folder` .*holds a run that was given another {name}\\.", ValueError, change)
+    call = lambda: plug_in(**(given | {"small": trained}))  # noqa: E731
+    refuses("given another peft_config, small", ValueError, call)
+    again = given | {"large": BACKBONES["llama"].build(**LARGE["llama"]), "peft_config": lora()}
+    assert plug_in(**(again | {"small": BACKBONES["llama"].build()}))[1] == result
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(tokenizer, tmp_path):
+    small, large = BACKBONES["llama"].build(), BACKBONES["llama"].build(**LARGE["llama"])
+    narrow = BACKBONES["llama"].build(vocab_size=9)
+
+    def call(small=small, large=large, train=8, test=4, config=None, dev=4):
+        rows = rankings(train), rankings(test), tmp_path, config or lora(), rankings(dev)
+        return lambda: plug_in(small, large, tokenizer, *rows, PlugInSettings(**QUICK), False)
+
+    refuses("`train` .=0. must hold rows, 1 at least", ValueError, call(train=0))
+    refuses("`dev` .=0. must hold rows, 1 at least", ValueError, call(dev=0))
+    refuses("`test` .=1. must hold rows, 2 at least", ValueError, call(test=1))
+    refuses("`tokenizer` .=13. must have no more tokens than `small` .9.", ValueError, call(small=narrow))
+    refuses("`tokenizer` .=13. must have no more tokens than `large` .9.", ValueError, call(large=narrow))
+    refuses("as many stacks", ValueError, call(large=BACKBONES["t5"].build()))
+    shapes = type(large)(large.config).to("meta")
+    refuses("`large` .*must have weights, and is on the meta device: its answers", ValueError, call(large=shapes))
+    adapted = get_peft_model(BACKBONES["llama"].build(), lora())
+    refuses("`large` must be a model without adapters", TypeError, call(large=adapted))
+    assert not list(tmp_path.iterdir())
+    refuses("adapter of type IA3", TypeError, call(config=IA3Config(task_type="CAUSAL_LM")))
+    assert not (tmp_path / "small").exists()
+
+
+def test_answers_that_a_model_has_not():
+    scores = [torch.zeros(2), torch.zeros(2)]
+    refuses("`answer` .=2. must be the index of one of 2 answers", ValueError, lambda: Measured.of(scores, [0, 2]))
+    refuses("`answer` .=-1. must be the index of one of 2", ValueError, lambda: Measured.of(scores, [-1, 0]))
 
 
 def test_errors(tokenizer, tmp_path):

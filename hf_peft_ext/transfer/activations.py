@@ -114,7 +114,7 @@ class Activations:
             for name, value in part.items():
                 for x in tensors(value):
                     x = x[0][..., real, :][..., real] if x.ndim == 4 else x[0][real]
-                    found.update(name.encode() + x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    found.update(name.encode() + bytes_of(x))
             yield self.folder / f"{found.hexdigest()}.safetensors"
 
 
@@ -170,15 +170,20 @@ def real_tokens(given: Mapping[str, Any]) -> Tensor:  # shape: (batch, length), 
 
 
 def fingerprint(config: Any, thin: ThinModel) -> bytes:
-    """What tells one large model, and what is kept of it, from another: its config, and the sums of slices of its
-    weights, which are at hand where its own are not.
+    """What tells one large model, and what is kept of it, from another: its config, and slices of its weights, which
+    are at hand where its own are not.
     """
     facts = {name: value for name, value in config.to_dict().items() if name not in BESIDE}
     found = hashlib.blake2b(repr(sorted(facts.items())).encode())
-    found.update(thin.kept[RESIDUAL].cpu().numpy().tobytes())
+    found.update(bytes_of(thin.kept[RESIDUAL]))
     for parameter in thin.model.parameters():
-        found.update(repr(float(parameter.detach().double().sum())).encode())
+        found.update(bytes_of(parameter))
     return found.digest()
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """The same on every device, as a sum is not."""
+    return x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def check_weights(name: str, model: nn.Module, why: str) -> None:

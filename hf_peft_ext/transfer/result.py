@@ -34,6 +34,8 @@ class Measured:
     def of(cls, scores: Sequence[Tensor], answers: Sequence[int]) -> "Measured":
         """From the log-probabilities of each row's answers, and the index of the right one."""
         check("answers", len(answers), len(answers) == len(scores) > 0, f"must be one for each of {len(scores)} rows")
+        for score, answer in zip(scores, answers, strict=True):
+            check("answer", answer, 0 <= answer < len(score), f"must be the index of one of {len(score)} answers")
         correct = [int(score.argmax()) == answer for score, answer in zip(scores, answers, strict=True)]
         margins = [margin(score, answer) for score, answer in zip(scores, answers, strict=True)]
         return cls(sum(correct) / len(correct), auc(scores, answers), sum(margins) / len(margins), correct)

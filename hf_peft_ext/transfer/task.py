@@ -61,17 +61,19 @@ class Task(ABC):
             check("target", given, fits, f"must be a probability for each of {answers} answers, 1 in sum")
             return q
         (right,) = self.answers([row])
-        check(self.answer, right, 0 <= right < answers, f"must be the index of one of {answers} answers")
+        check(self.answer, right, right < answers, f"must be the index of one of {answers} answers")
         return torch.arange(answers).eq(right).float()
 
     def answers(self, rows: Sequence[Row]) -> list[int]:
         """The index of the right answer of each row.
 
         Raises:
-            ValueError: a row has none.
+            ValueError: a row has none, or a negative one, which data sets put where nobody knows it.
         """
         for row in rows:
-            check("rows", sorted(row), row.get(self.answer) is not None, f"must have `{self.answer}`")
+            right = row.get(self.answer)
+            check("rows", sorted(row), right is not None, f"must have `{self.answer}`")
+            check(self.answer, right, right >= 0, "must be the index of an answer")
         return [row[self.answer] for row in rows]
 
 
