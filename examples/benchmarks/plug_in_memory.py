@@ -16,7 +16,6 @@ fine-tuning and 5.3 to 5.7 below PEFT (GPT2-XL, length 512, batch 8), and 5.1 an
 """
 
 import multiprocessing
-import resource
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, HfArgumentParser
 
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig
+from hf_peft_ext.pruning.importance import peak_memory
 from hf_peft_ext.transfer import MeZO, Projections, ThinModel, bridge, delta_bridge, importance, plug, thin_copy
 from hf_peft_ext.transfer.zeroth_order import trained
 
@@ -268,11 +268,11 @@ def prepare(args: Arguments, folder: Path) -> None:
 
 def measure(method: str, args: Arguments, folder: Path) -> Measured:
     quietly()
-    case, before = Case(args, folder), psutil.Process().memory_info().rss
+    case, before = Case(args, folder), psutil.Process().memory_info().rss if args.device == "cpu" else 0
     count = METHODS[method](case)
-    if args.device == "cuda":
-        return Measured(count, torch.cuda.max_memory_allocated())
-    return Measured(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    peak = peak_memory(torch.device(args.device))
+    assert peak is not None, "this system does not tell how much memory a process has had"
+    return Measured(count, peak - before)
 
 
 def fresh(console: Console, name: str, run: Callable[..., Any], *given: Any) -> Any:

@@ -16,5 +16,6 @@ from .result import PlugInResult as PlugInResult
 from .settings import PlugInSettings as PlugInSettings
 from .similarity import ModuleSimilarity as ModuleSimilarity
 from .similarity import module_similarity as module_similarity
+from .task import task_for as task_for
 from .zeroth_order import MeZO as MeZO
 from .zeroth_order import layer_scales as layer_scales

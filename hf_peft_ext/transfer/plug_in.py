@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -116,6 +117,7 @@ def check_models(
     check_weights("large", large, "its answers are measured")
     layer_map(depths(bare(small)), depths(large), order)
     for name, model in (("small", small), ("large", large)):
-        known = len(innermost(bare(model).get_input_embeddings()).weight)
+        embedding: Any = innermost(bare(model).get_input_embeddings())
+        known = len(embedding.weight)
         rule = f"must have no more tokens than `{name}` ({known}): both models need the tokenizer's vocabulary"
         check("tokenizer", tokenizer.vocab_size, tokenizer.vocab_size <= known, rule)

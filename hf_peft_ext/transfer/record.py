@@ -44,15 +44,15 @@ def of_rows(rows: Sequence[Row], names: Iterable[str]) -> str:
 
 def of_config(small: nn.Module, config: PeftConfig | None) -> str:
     """What tells the adapter that a small model is given from others; nothing where it has one."""
-    given = config is not None and not isinstance(small, PeftModel)
-    facts = {name: value for name, value in config.to_dict().items() if name != "peft_version"} if given else {}
+    given = {} if config is None or isinstance(small, PeftModel) else config.to_dict()
+    facts = {name: value for name, value in given.items() if name != "peft_version"}
     return digest(json.dumps(facts, default=plain, sort_keys=True).encode())
 
 
 def of_model(model: nn.Module) -> str:
     """What tells a model from others: its adapter, and rows from all over its token embedding."""
-    weight = innermost(bare(model).get_input_embeddings()).weight
-    tensors = [weight[:: max(1, len(weight) // SAMPLED)]]
+    embedding: Any = innermost(bare(model).get_input_embeddings())
+    tensors = [embedding.weight[:: max(1, len(embedding.weight) // SAMPLED)]]
     if isinstance(model, PeftModel):
         tensors += [part.value for part in parts_of(model)]
     return digest(*map(bytes_of, tensors))

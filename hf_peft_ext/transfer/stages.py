@@ -64,7 +64,8 @@ class Stages:
         if path.exists():
             return PeftModel.from_pretrained(model, path)  # pyright: ignore[reportArgumentType]
         torch.manual_seed(s.seed)
-        tuned: Any = get_peft_model(model, deepcopy(config))  # pyright: ignore[reportArgumentType]
+        given: Any = deepcopy(config)  # peft writes into it
+        tuned: Any = get_peft_model(model, given)  # pyright: ignore[reportArgumentType]
         parts_of(tuned)  # raises where it is of a kind that cannot be plugged in
         with self.bar("small", s.small_steps) as advance:
             fit(tuned, self.task, self.rows, s.small_steps, s.small_lr, s.batch_size, s.seed, True, advance)

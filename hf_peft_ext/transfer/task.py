@@ -71,7 +71,7 @@ class Task(ABC):
             ValueError: a row has none, or a negative one, which data sets put where nobody knows it.
         """
         for row in rows:
-            right = row.get(self.answer)
+            right: Any = row.get(self.answer)
             check("rows", sorted(row), right is not None, f"must have `{self.answer}`")
             check(self.answer, right, right >= 0, "must be the index of an answer")
         return [row[self.answer] for row in rows]
