@@ -21,6 +21,7 @@ Conditions:
     refined     the same, one scale for each layer refined by MeZO
     distilled   as delta, with rows without answers besides, which the small model answers in probabilities
     folded      as delta, with W_plug folded in before, so that the module itself is trained at full width
+    both        distilled and folded
     fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
@@ -86,10 +87,10 @@ MODULES = {
     "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
     "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
-PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded", "both")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded"), "small") | {
+BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded", "both"), "small") | {
     "refined": "delta"
 }  # starts from
 TO_HEAL = "wikitext2.valid.txt"
@@ -323,12 +324,12 @@ class Cell:
         elif run.condition == "refined":
             layer_scales(model)
             refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
-        elif run.condition in ("delta", "folded", "fresh"):
-            model = fold(model) if run.condition == "folded" else model
-            with delta_bridge(model, self.thin(run)) as held:
-                fit(held, self.task, self.train, *steps)
-        elif run.condition == "distilled":
-            rows = self.train + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
+        elif run.condition in ("delta", "distilled", "folded", "both", "fresh"):
+            rows = self.train
+            if run.condition in ("distilled", "both"):
+                rows = rows + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
+            if run.condition in ("folded", "both"):
+                model = fold(model)
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, rows, *steps)
         elif run.condition == "paper":
