@@ -90,9 +90,8 @@ MODULES = {
 PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded", "both")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded", "both"), "small") | {
-    "refined": "delta"
-}  # starts from
+FROM_SMALL = ("unbridged", "paper", "delta", "distilled", "folded", "both")
+BEFORE = dict.fromkeys(FROM_SMALL, "small") | {"refined": "delta"}  # whose adapter it starts from
 TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
@@ -310,7 +309,7 @@ class Cell:
         if run.condition in ("small", "peft", "mezo", "fresh"):
             base = copy.deepcopy(self.small if run.condition == "small" else self.large)
             model: Any = get_peft_model(base, copy.deepcopy(module.config))
-        elif BEFORE[run.condition] == "small":
+        elif run.condition in FROM_SMALL:
             assert before is not None
             model = self.plugged(run, before)
         else:
