@@ -4,11 +4,11 @@
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --tasks sst2 trec --seeds 0 1 2
     HF_PEFT_EXT_DATA=folder python examples/studies/plug_in.py --pair smollm2 --tasks sst2 comve copa
 
-Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and every second layer of it at half
-the width, healed on the data folder's text, which is done once for an `--output`. Language models rank the answers of
-the first prompt template of a task. MiniLM has a classification head, for which every condition, the untouched model
-included, starts with a logistic regression on what the frozen model makes of the training rows; modules are trained
-without touching it, so that a gain is the module's own.
+Pairs: "minilm" is MiniLM-L6 and three of its layers; "smollm2" is SmolLM2-135M and 24 of its 30 layers at three
+quarters of the width, healed on the data folder's text, which is done once for an `--output`. Language models rank
+the answers of the first prompt template of a task. MiniLM has a classification head, for which every condition, that
+of the untouched model too, starts with a logistic regression on what the frozen model makes of the training rows; a
+module is trained without touching it, so that a gain is its own.
 
 Conditions:
 
@@ -20,6 +20,7 @@ Conditions:
     delta       after training in the delta bridge
     refined     the same, one scale for each layer refined by MeZO
     distilled   as delta, with rows without answers besides, which the small model answers in probabilities
+    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width
     fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
@@ -39,7 +40,6 @@ import random
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -63,9 +63,9 @@ from hf_peft_ext.transfer.plugging import depths
 from hf_peft_ext.transfer.projections import layer_map
 from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.scales import at_scale, choose_scale
-from hf_peft_ext.transfer.task import Row, Task, task_for
+from hf_peft_ext.transfer.task import Task, task_for
 from hf_peft_ext.tuners.side_network import cut_depth
-from runs import MINILM, SMOLLM2, append, check_protocol, exact_head, find_model, language_model, read, read_rows
+from runs import MINILM, SMOLLM2, Row, append, check_protocol, exact_head, find_model, language_model, read, read_rows
 
 console = Console()
 
@@ -86,11 +86,13 @@ MODULES = {
     "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
     "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
-PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled")
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled"), "small") | {"refined": "delta"}  # starts from
-TO_HEAL = ("wikitext2.valid.txt", "tinyshakespeare.txt")
+BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded"), "small") | {
+    "refined": "delta"
+}  # starts from
+TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
 
@@ -107,8 +109,8 @@ class Protocol:
     steps: int = field(default=200, metadata={"help": "Of the small model, PEFT and full fine-tuning."})
     bridge_steps: int = field(default=100, metadata={"help": "Of either bridge."})
     mezo_steps: int = field(default=200, metadata={"help": "Of MeZO."})
-    heal_steps: int = field(default=600, metadata={"help": "Of SmolLM2's small one, on text."})
-    heal_lr: float = field(default=1e-3, metadata={"help": "Its rate."})
+    heal_steps: int = field(default=300, metadata={"help": "Of SmolLM2's small one, on text."})
+    heal_lr: float = field(default=5e-4, metadata={"help": "Its rate."})
     batch_size: int = field(default=8, metadata={"help": "Rows in a step."})
     scales_lr: float = field(default=1e-1, metadata={"help": "Rate of MeZO for the scales of layers."})
     full_lr: float = field(default=5e-5, metadata={"help": "Rate of full fine-tuning."})
@@ -130,6 +132,10 @@ class Study:
     )
     r: list[int] = field(default_factory=lambda: [16], metadata={"help": "How much thinner the bridge is."})
     reading: list[str] = field(default_factory=lambda: ["parameters"], metadata={"choices": ["parameters", "width"]})
+    importance: list[str] = field(
+        default_factory=lambda: ["activation"],
+        metadata={"choices": ["activation", "fisher", "magnitude"], "help": "What chooses the bridge's channels."},
+    )
     ladder: list[str] = field(
         default_factory=lambda: ["off"], metadata={"choices": ["off", "on"], "help": "Of the paper's bridge."}
     )
@@ -151,7 +157,7 @@ class Run(NamedTuple):
     condition: str
     module: str
     init: str
-    bridge: str  # "16 parameters", with " ladder" behind it
+    bridge: str  # "16 parameters activation", with " ladder" behind it
 
 
 def main(study: Study, protocol: Protocol) -> None:
@@ -177,19 +183,22 @@ def runs(study: Study) -> list[Run]:
     """All runs that a study asks for, cell by cell, each once."""
     found: dict[Run, None] = {}
     for task, seed in itertools.product(study.tasks, study.seeds):
-        for choice in itertools.product(study.modules, study.init, study.r, study.reading, study.ladder):
+        choices = study.modules, study.init, study.r, study.reading, study.importance, study.ladder
+        for choice in itertools.product(*choices):
             for condition in study.conditions:
                 found[Run(task, seed, condition, *variant(condition, *choice))] = None
     return list(found)
 
 
-def variant(condition: str, module: str, init: str, r: int, reading: str, ladder: str) -> tuple[str, str, str]:
+def variant(
+    condition: str, module: str, init: str, r: int, reading: str, kind: str, ladder: str
+) -> tuple[str, str, str]:
     """What of the choices a condition depends on."""
     has_ladder = condition in ("paper", "bridge") and ladder == "on"
     return (
         "" if condition in ("untouched", "full") else module,
         init if condition in PLUGGED else "",
-        f"{r} {reading}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
+        f"{r} {reading} {kind}{' ladder' if has_ladder else ''}" if condition in BRIDGED else "",
     )
 
 
@@ -212,6 +221,7 @@ class Cell:
     folder: Path
     protocol: Protocol
     seed: int
+    importances: dict[str, tuple[Importance, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
@@ -279,7 +289,7 @@ class Cell:
                 path_before, spent = self.adapter(run._replace(condition=before))
                 model = self.load(before, path_before)
             if run.bridge and run.condition != "refined":
-                spent += self.importance[1]
+                spent += self.importance(run.bridge.split()[2])[1]
             start = time.process_time()
             torch.manual_seed(self.seed)
             trained, extra = self.trained(run, model)
@@ -299,7 +309,7 @@ class Cell:
         if run.condition in ("small", "peft", "mezo", "fresh"):
             base = copy.deepcopy(self.small if run.condition == "small" else self.large)
             model: Any = get_peft_model(base, copy.deepcopy(module.config))
-        elif run.condition in ("unbridged", "paper", "delta", "distilled"):
+        elif BEFORE[run.condition] == "small":
             assert before is not None
             model = self.plugged(run, before)
         else:
@@ -313,7 +323,8 @@ class Cell:
         elif run.condition == "refined":
             layer_scales(model)
             refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
-        elif run.condition in ("fresh", "delta"):
+        elif run.condition in ("delta", "folded", "fresh"):
+            model = fold(model) if run.condition == "folded" else model
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, self.train, *steps)
         elif run.condition == "distilled":
@@ -334,17 +345,18 @@ class Cell:
         return plug(module, large, projections, batches=batches)
 
     def thin(self, run: Run) -> ThinModel:
-        """The bridge of a run, its channels chosen by what the large model makes of the training rows."""
-        r, reading, *_ = run.bridge.split()
-        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance[0])  # pyright: ignore
+        """The bridge of a run."""
+        r, reading, kind, *_ = run.bridge.split()
+        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
 
-    @cached_property
-    def importance(self) -> tuple[Importance, float]:
-        """Of the large model's channels, and the process time that it took."""
-        start, size = time.process_time(), self.protocol.batch_size
-        parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
-        batches = (self.task.batch(self.large, part) for part in parts)
-        return importance(self.large, batches, "activation"), time.process_time() - start
+    def importance(self, kind: str) -> tuple[Importance, float]:
+        """Of the large model's channels on the training rows, and the process time that it took."""
+        if kind not in self.importances:
+            start, size = time.process_time(), self.protocol.batch_size
+            parts = (self.train[i : i + size] for i in range(0, len(self.train), size))
+            found = importance(copy.deepcopy(self.large), (self.task.batch(self.large, part) for part in parts), kind)  # pyright: ignore
+            self.importances[kind] = found, time.process_time() - start
+        return self.importances[kind]
 
     def full(self) -> Row:
         start, p = time.process_time(), self.protocol
@@ -381,8 +393,13 @@ def as_row(pair: str, task: str, row: Row, tokenizer: Any) -> Row:
 def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tuple[Any, dict[Any, torch.Tensor]]:
     """The small model, and which channels of the large one each of its spaces has, by layers of the large one."""
     (depth,) = depths(large)
-    cut = cut_depth(copy.deepcopy(large), list(range(0, depth, 2)))
-    thin = thin_copy(cut, 1 if protocol.pair == "minilm" else 2)
+    if protocol.pair == "minilm":
+        thin = thin_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
+    else:
+        text = reading(tokenizer, study)
+        batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
+        cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
+        thin = thin_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
     layers = layer_map(depths(thin.model), [depth])
     kept = kept_channels(thin)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
@@ -399,6 +416,12 @@ def lowered(task: Any, protocol: Protocol) -> Any:
     return task
 
 
+def reading(tokenizer: Any, study: Study, length: int = 128) -> torch.Tensor:  # shape: (rows, length)
+    """The text that the small model is healed on, as tokens."""
+    ids = torch.tensor(tokenizer((study.data / TO_HEAL).read_text(encoding="utf-8")).input_ids)
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 class Reading:
     """A language model's loss on tokens of text; a task as far as `fit` asks."""
 
@@ -407,14 +430,12 @@ class Reading:
         return model(input_ids=ids, labels=ids).loss
 
 
-def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol, length: int = 128) -> Any:
+def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol) -> Any:
     """The small model after some training on text, done once."""
     path = study.output / "small"
     if not path.exists():
-        start = time.process_time()
-        texts = [(study.data / name).read_text(encoding="utf-8") for name in TO_HEAL]
-        rows = [part for text in texts for part in torch.tensor(tokenizer(text).input_ids).split(length)[:-1]]
-        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr, 8)  # pyright: ignore[reportArgumentType]
+        start, rows = time.process_time(), list(reading(tokenizer, study))
+        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr)  # pyright: ignore
         small.save_pretrained(path.with_name("partial-small"))
         path.with_name("partial-small").rename(path)
         console.print(f"healed in {time.process_time() - start:.0f} s of process time")

@@ -123,8 +123,9 @@ class Stages:
         return found
 
     def batches(self, large: PreTrainedModel, size: int) -> Iterator[dict[str, Tensor]]:
-        """The training rows with their answers, `size` at a time."""
-        return (self.task.batch(large, self.rows[i : i + size]) for i in range(0, len(self.rows), size))
+        """The training rows with their answers, `size` at a time, like lengths together so that little is padded."""
+        rows = sorted(self.rows, key=lambda row: len(row[self.task.asks[0]]))
+        return (self.task.batch(large, rows[i : i + size]) for i in range(0, len(rows), size))
 
     def refined(self, model: PeftModel) -> PeftModel:
         path, s = self.folder / "refined", self.settings
