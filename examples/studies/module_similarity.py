@@ -112,10 +112,9 @@ class Models:
         self.study, self.folder = study, study.trained / "modules"
         given = json.loads((study.trained / "protocol.json").read_text(encoding="utf-8"))
         protocol = plug_in.Protocol(**given)
-        where = plug_in.Study(data=study.data, output=study.trained)
         self.pair = protocol.pair
         self.large, self.tokenizer = plug_in.load(protocol, labels=2)  # heads are not compared: any will do
-        self.small, self.index = plug_in.small_of(self.large, self.tokenizer, where, protocol)
+        self.small, self.index = plug_in.small_of(self.large, self.tokenizer, study.data, study.trained, protocol)
 
     def compared(self, name: str, task: str, seed: int) -> tuple[PeftModel, PeftModel] | None:
         """The two models of a comparison, unless a module of theirs is not there."""
