@@ -20,8 +20,8 @@ Conditions:
     delta       after training in the delta bridge
     refined     the same, one scale for each layer refined by MeZO
     distilled   as delta, with rows without answers besides, which the small model answers in probabilities
-    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width
-    both        distilled and folded
+    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width (where both
+                models have the same channels and W_plug is a slice, that is no difference)
     fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
@@ -99,10 +99,10 @@ MODULES = {
     "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
     "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
 }
-PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded", "both")
+PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-FROM_SMALL = ("unbridged", "paper", "delta", "distilled", "folded", "both")
+FROM_SMALL = ("unbridged", "paper", "delta", "distilled", "folded")
 BEFORE = dict.fromkeys(FROM_SMALL, "small") | {"refined": "delta"}  # whose adapter it starts from
 TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
@@ -337,11 +337,11 @@ class Cell:
         elif run.condition == "refined":
             layer_scales(model)
             refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
-        elif run.condition in ("delta", "distilled", "folded", "both", "fresh"):
+        elif run.condition in ("delta", "distilled", "folded", "fresh"):
             rows = self.train
-            if run.condition in ("distilled", "both"):
+            if run.condition == "distilled":
                 rows = rows + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
-            if run.condition in ("folded", "both"):
+            if run.condition == "folded":
                 model = fold(model)
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, rows, *steps)
