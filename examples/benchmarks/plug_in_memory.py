@@ -285,6 +285,9 @@ def fresh(console: Console, name: str, run: Callable[..., Any], *given: Any) -> 
 
 def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    for name, given, known in (("model", [args.model], SHAPES), ("methods", args.methods, METHODS)):
+        if unknown := [value for value in given if value not in known]:
+            raise SystemExit(f"`{name}` (={unknown}) must be among: {'; '.join(known)}.")
     found: dict[str, Measured] = {}
     console = Console()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,8 @@ Conditions:
     delta       after training in the delta bridge
     refined     the same, one scale for each layer refined by MeZO
     distilled   as delta, with rows without answers besides, which the small model answers in probabilities
-    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width
+    folded      as delta, with W_plug folded in before, so that the module itself is trained at full width (where both
+                models have the same channels and W_plug is a slice, that is no difference)
     fresh       a fresh module on the large model, trained in the delta bridge: what the small model was good for
     mezo        a fresh module on the large model, by forward passes alone
     peft        a fresh module on the large model, by its gradients
@@ -65,7 +66,19 @@ from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.scales import at_scale, choose_scale
 from hf_peft_ext.transfer.task import Task, task_for
 from hf_peft_ext.tuners.side_network import cut_depth
-from runs import MINILM, SMOLLM2, Row, append, check_protocol, exact_head, find_model, language_model, read, read_rows
+from runs import (
+    MINILM,
+    RESULTS,
+    SMOLLM2,
+    Row,
+    append,
+    check_protocol,
+    exact_head,
+    find_model,
+    language_model,
+    read,
+    read_rows,
+)
 
 console = Console()
 
@@ -89,9 +102,8 @@ MODULES = {
 PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
 BRIDGED = (*PLUGGED[1:], "fresh")
 CONDITIONS = ("untouched", "small", *PLUGGED, "fresh", "mezo", "peft", "full")
-BEFORE = dict.fromkeys(("unbridged", "paper", "delta", "distilled", "folded"), "small") | {
-    "refined": "delta"
-}  # starts from
+FROM_SMALL = ("unbridged", "paper", "delta", "distilled", "folded")
+BEFORE = dict.fromkeys(FROM_SMALL, "small") | {"refined": "delta"}  # whose adapter it starts from
 TO_HEAL = "wikitext2.valid.txt"
 TEXTS = ("text", "question", "premise", "sentence", "sentence1", "hypothesis", "sentence2")  # in this order
 
@@ -143,8 +155,9 @@ class Study:
         default=Path(os.environ.get("HF_PEFT_EXT_DATA", "../shared/data")),
         metadata={"help": "Folder of TASK.train.jsonl and TASK.dev.jsonl; by default $HF_PEFT_EXT_DATA."},
     )
-    output: Path = field(
-        default=Path(__file__).parent / "plug_in_results", metadata={"help": "Folder for what is written."}
+    output: Path | None = field(
+        default=None,
+        metadata={"help": "Folder for what is written; by default `results/plug_in/` and the pair's name."},
     )
     report: bool = field(default=False, metadata={"help": "Only make the table and the figure."})
 
@@ -161,21 +174,22 @@ class Run(NamedTuple):
 
 
 def main(study: Study, protocol: Protocol) -> None:
-    study.output.mkdir(parents=True, exist_ok=True)
-    file = study.output / "runs.csv"
+    folder = study.output or RESULTS / "plug_in" / protocol.pair
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "runs.csv"
     if not study.report:
-        check_protocol(study.output / "protocol.json", asdict(protocol))
+        check_protocol(folder / "protocol.json", asdict(protocol))
         done = {Run(*(row[name] for name in Run._fields)) for row in read_rows(file)}
         todo = [run for run in runs(study) if run._replace(seed=str(run.seed)) not in done]  # pyright: ignore
         for (task, seed), group in itertools.groupby(todo, key=lambda run: (run.task, run.seed)):
-            cell = Cell.of(study, protocol, task, seed)
+            cell = Cell.of(study.data, folder, protocol, task, seed)
             for run in group:
                 row = run._asdict() | cell.results(run)
                 append(file, row)
                 console.print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""))
     rows = read_rows(file)
-    (study.output / "table.md").write_text(table(rows), encoding="utf-8")
-    draw(rows, study.output / "figure.png")
+    (folder / "table.md").write_text(table(rows), encoding="utf-8")
+    draw(rows, folder / "figure.png")
     console.print(f"Written: {file}, table.md and figure.png")
 
 
@@ -224,13 +238,13 @@ class Cell:
     importances: dict[str, tuple[Importance, float]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, study: Study, protocol: Protocol, task: str, seed: int) -> "Cell":
-        drawn = read(study.data, task, "train")
+    def of(cls, data: Path, output: Path, protocol: Protocol, task: str, seed: int) -> "Cell":
+        drawn = read(data, task, "train")
         count = min(len(drawn), protocol.k + protocol.dev_rows + protocol.unlabelled)
         drawn = random.Random(seed).sample(drawn, count)
-        test = read(study.data, task, "dev")
+        test = read(data, task, "dev")
         test = random.Random(0).sample(test, min(protocol.test_rows, len(test)))
-        labels = 1 + max(row["label"] for row in read(study.data, task, "train"))
+        labels = 1 + max(row["label"] for row in read(data, task, "train"))
         large, tokenizer = load(protocol, labels)
         rows = [as_row(protocol.pair, task, row, tokenizer) for row in [*drawn, *test]]
         bounds = itertools.accumulate(
@@ -238,14 +252,14 @@ class Cell:
         )
         train, dev, unlabelled = (rows[a:b] for a, b in itertools.pairwise(bounds))
         test = rows[count:]
-        small, index = small_of(large, tokenizer, study, protocol)
+        small, index = small_of(large, tokenizer, data, output, protocol)
         exact = task_for(tokenizer, rows)
         judge = lowered(exact, protocol)
         test = dev if protocol.measured_on == "dev" else test
         if protocol.pair == "minilm":
             for model in (large, small):
                 fit_head(model, judge, train)
-        folder = study.output / "modules" / f"{task}-{seed}"
+        folder = output / "modules" / f"{task}-{seed}"
         return cls(large, small, index, judge, exact, train, dev, unlabelled, test, folder, protocol, seed)
 
     def results(self, run: Run) -> Row:
@@ -309,7 +323,7 @@ class Cell:
         if run.condition in ("small", "peft", "mezo", "fresh"):
             base = copy.deepcopy(self.small if run.condition == "small" else self.large)
             model: Any = get_peft_model(base, copy.deepcopy(module.config))
-        elif BEFORE[run.condition] == "small":
+        elif run.condition in FROM_SMALL:
             assert before is not None
             model = self.plugged(run, before)
         else:
@@ -323,12 +337,12 @@ class Cell:
         elif run.condition == "refined":
             layer_scales(model)
             refine(model, self.exact, self.train, p.mezo_steps, p.scales_lr, p.batch_size, seed=self.seed)
-        elif run.condition in ("delta", "folded", "fresh"):
-            model = fold(model) if run.condition == "folded" else model
-            with delta_bridge(model, self.thin(run)) as held:
-                fit(held, self.task, self.train, *steps)
-        elif run.condition == "distilled":
-            rows = self.train + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
+        elif run.condition in ("delta", "distilled", "folded", "fresh"):
+            rows = self.train
+            if run.condition == "distilled":
+                rows = rows + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
+            if run.condition == "folded":
+                model = fold(model)
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, rows, *steps)
         elif run.condition == "paper":
@@ -390,13 +404,15 @@ def as_row(pair: str, task: str, row: Row, tokenizer: Any) -> Row:
     return {"text": f" {tokenizer.sep_token} ".join(texts), "label": row["label"]}
 
 
-def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tuple[Any, dict[Any, torch.Tensor]]:
+def small_of(
+    large: Any, tokenizer: Any, data: Path, output: Path, protocol: Protocol
+) -> tuple[Any, dict[Any, torch.Tensor]]:
     """The small model, and which channels of the large one each of its spaces has, by layers of the large one."""
     (depth,) = depths(large)
-    if protocol.pair == "minilm":
+    text = None if protocol.pair == "minilm" else reading(tokenizer, data)
+    if text is None:
         thin = thin_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
     else:
-        text = reading(tokenizer, study)
         batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
         cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
         thin = thin_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
@@ -404,7 +420,7 @@ def small_of(large: Any, tokenizer: Any, study: Study, protocol: Protocol) -> tu
     kept = kept_channels(thin)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
     index |= {(name, i): kept[name, j] for i, j in enumerate(layers) for name, layer in kept if layer == j}
-    return (thin.model if protocol.pair == "minilm" else healed(thin.model, tokenizer, study, protocol)), index
+    return (thin.model if text is None else healed(thin.model, text, output / "small", protocol)), index
 
 
 def lowered(task: Any, protocol: Protocol) -> Any:
@@ -416,9 +432,9 @@ def lowered(task: Any, protocol: Protocol) -> Any:
     return task
 
 
-def reading(tokenizer: Any, study: Study, length: int = 128) -> torch.Tensor:  # shape: (rows, length)
+def reading(tokenizer: Any, data: Path, length: int = 128) -> torch.Tensor:  # shape: (rows, length)
     """The text that the small model is healed on, as tokens."""
-    ids = torch.tensor(tokenizer((study.data / TO_HEAL).read_text(encoding="utf-8")).input_ids)
+    ids = torch.tensor(tokenizer((data / TO_HEAL).read_text(encoding="utf-8")).input_ids)
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -430,12 +446,11 @@ class Reading:
         return model(input_ids=ids, labels=ids).loss
 
 
-def healed(small: Any, tokenizer: Any, study: Study, protocol: Protocol) -> Any:
+def healed(small: Any, text: torch.Tensor, path: Path, protocol: Protocol) -> Any:
     """The small model after some training on text, done once."""
-    path = study.output / "small"
     if not path.exists():
-        start, rows = time.process_time(), list(reading(tokenizer, study))
-        fit(small, lowered(Reading(), protocol), rows, protocol.heal_steps, protocol.heal_lr)  # pyright: ignore
+        start = time.process_time()
+        fit(small, lowered(Reading(), protocol), list(text), protocol.heal_steps, protocol.heal_lr)  # pyright: ignore
         small.save_pretrained(path.with_name("partial-small"))
         path.with_name("partial-small").rename(path)
         console.print(f"healed in {time.process_time() - start:.0f} s of process time")

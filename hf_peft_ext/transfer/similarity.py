@@ -17,6 +17,11 @@ the layer of a that corresponds to it,
 CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) is itself a cosine, of the matrices of similarities
 between rows, and needs no map between channels. Both modules read the same texts, so they may be alike before anything
 was learnt: the chance level is that of untrained modules, the same tensors with their entries shuffled.
+
+That level is about 0 for the cosine, and a cosine above it says that the modules do something in common. For CKA it is
+high and no floor: an untrained module echoes its input, which both models share, where a trained one answers to few
+directions of it. Two trained modules can be less alike than two untrained ones; then CKA says nothing of what they
+learnt. What is to be expected of modules that learnt the same, only those of other seeds can tell.
 """
 
 from collections.abc import Iterable
