@@ -145,5 +145,5 @@ def test_table(study):
         for seed, accuracy in enumerate(accuracies)
     ]
     first, second = study.table(rows).splitlines()[2:]
-    assert first == "| untouched | 55.0 ± 7.1 / 0.500 / +0.00 | +0.0 ± 0.0 |  | 2 |"
-    assert second == "| delta | 75.0 ± 7.1 / 0.500 / +0.00 | +20.0 ± 10.0 | +5.0 ± 5.0 | 2 |"
+    assert first == "| untouched | 55.0 ± 7.1 / 0.500 / +0.00 |  | 2 |"
+    assert second == "| delta | 75.0 ± 7.1 / 0.500 / +0.00 | +20.0 ± 10.0 / +5.0 ± 5.0 | 2 |"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 from hf_peft_ext.pruning import thin_copy
@@ -61,6 +61,27 @@ def test_first_loss_is_the_plugged_models(tmp_path):
     with torch.no_grad():
         wanted = plugged.eval()(**batch).loss
     assert float(run.compute_loss(run.model, dict(batch)).detach()) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_fresh_adapter_needs_no_small_model(tmp_path):
+    """With nothing cut its gradient is that of the large model itself."""
+    large = BACKBONES["llama"].build(**LARGE["llama"])
+    thin = thin_copy(large, 1)
+    model = get_peft_model(large, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, optim="sgd", report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0
+    )
+    run = BridgeTrainer(model, args, thin, train_dataset=ROWS)
+    batch = next(iter(run.get_train_dataloader()))
+    run.compute_loss(run.model, dict(batch)).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    run.release().zero_grad()
+    model(**batch).loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    assert any(gradient.any() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_errors(tmp_path):

@@ -25,7 +25,7 @@ class BridgeTrainer(Trainer):
     what is trained beside it, to go on from.
 
     Args:
-        plugged: what `transfer.plug` returned.
+        plugged: what `transfer.plug` returned; or the large model with a fresh adapter, without any small one.
         args: as `Trainer` takes them; a delta bridge wants gentle steps, such as a rate of 2e-4.
         thin: the thin copy of the large model, cut before it was plugged.
         kind: "delta" (held to the large model) or "paper" (trained with the module).
