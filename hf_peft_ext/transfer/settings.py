@@ -16,7 +16,8 @@ class PlugInSettings:
         bridge: where the plugged module is trained: "delta" (a thin copy held to the large model), "paper" (a thin
             copy that is trained with it), or "none".
         around: see `delta_bridge`.
-        r, reading: how thin the copy is, see `pruning.thin_copy`; 16 by parameters is the paper's table.
+        r, reading: how thin the copy is, see `pruning.thin_copy`. 16 by parameters is the paper's table; in a delta
+            bridge 4 does better (`examples/studies`).
         importance: what chooses its channels: "magnitude", "activation" (forward passes) or "fisher" (gradients of
             the large model, which the others do without).
         ladder: whether the paper's bridge is fed with what the large model makes of the tokens, kept on disk.
@@ -37,7 +38,7 @@ class PlugInSettings:
 
     bridge: Literal["delta", "paper", "none"] = "delta"
     around: Around = "plugged"
-    r: float = 16
+    r: float = 4
     reading: Literal["width", "parameters"] = "parameters"
     importance: Literal["magnitude", "activation", "fisher"] = "activation"
     ladder: bool = False
