@@ -5,7 +5,7 @@ What the module tree cannot tell stands in the tables at the top.
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ FFN_GATES = {"gate_proj", "wi_0", "w1"}
 FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
 # Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
 WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
-CACHES = ("layer_past", "past_key_values")
+# Names of the cache among the arguments of a forward: "cache" since transformers 5.24, "past_key_values" before.
+CACHES = ("cache", "past_key_values", "layer_past")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
@@ -157,6 +158,11 @@ def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
     forward = inspect.unwrap(type(attention).forward)
     updates = "update" in getattr(getattr(forward, "__code__", None), "co_names", ())
     return "cache" if updates and any(name in parameters for name in CACHES) else None
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments (or the outputs) of a forward, by any of its names; None if there is none."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:

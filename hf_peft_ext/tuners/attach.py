@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ..sites import Site
-from ..structure import innermost
+from ..structure import given_cache, innermost
 from ..sublayers import Bias, LowRank
 from .masks import mask_position, visible_tokens
 from .reader import reader_for
@@ -203,7 +203,7 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def cached_tokens(attention: Any, kwargs: dict[str, Any]) -> int:
     """Number of tokens in the cache before this forward."""
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = given_cache(kwargs)
     layer = getattr(attention, "layer_idx", getattr(attention, "layer_id", 0))
     return 0 if cache is None else int(cache.get_seq_length(layer))
 

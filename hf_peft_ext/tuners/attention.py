@@ -20,7 +20,7 @@ from transformers import AttentionInterface, Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..placement import check
-from ..structure import CACHES, source_of
+from ..structure import CACHES, given_cache, source_of
 from .attach import Attached, cached_tokens, hidden_states
 from .masks import causal_mask, selected, widened
 
@@ -180,7 +180,7 @@ def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, A
 
     Shape: (1, heads, length, n_tokens + keys).
     """
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     keys = length if cache is None else cache.get_mask_sizes(length, attention.layer_idx)[0]
     return attention.compute_bias(cached_tokens(attention, kwargs) + length, n_tokens + keys)[:, :, -length:]
 
