@@ -17,10 +17,9 @@ from hf_peft_ext import (
     Placement,
     UniPELTConfig,
 )
-from hf_peft_ext.tuners.composed import PARTS
 
 from .backbones import BACKBONES, output
-from .methods import METHODS
+from .methods import METHODS, randomise
 
 BAD_CONFIGS = [
     (lambda: UniPELTConfig(bottleneck_siz=3), "`bottleneck_siz` (=3) is not a field of UniPELTConfig; did you mean"),
@@ -202,18 +201,32 @@ def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
         assert torch.equal(output(model, family.inputs()), expected)
 
 
-def test_adapter_called_like_a_part_of_a_sublayer():
-    """peft would mix up their keys. The list of such names is complete."""
-    model = get_peft_model(BACKBONES["bert"].build(), METHODS["unipelt"](prefix_projection=True))
-    model.add_adapter("x", METHODS["unipelt"]())
-    parts = {part for n, p in model.named_parameters() if "sublayer_of" in n
-             for part in n.partition("sublayer_of.")[2].split(".")[1:]}  # fmt: skip
-    assert parts | {"scaling", "b"} == PARTS
-    for name in ("A", "gate", "keys", "query", "0", "encoder"):
-        with pytest.raises(
-            ValueError, match=re.escape(f"`adapter_name` (='{name}') is the name of a part of the model")
-        ):
-            get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(), adapter_name=name)
+@pytest.mark.parametrize("name", ["A", "b", "gate", "model", "base_model", "down", "encoder", "0", "my adapter (2)"])
+def test_adapter_called_like_a_part_of_the_model(name, tmp_path):
+    """Such names are allowed, as with LoRA: alone or beside another adapter, it is saved and loaded whole."""
+    family, config = BACKBONES["bert"], METHODS["unipelt_aplb"]
+    model = get_peft_model(family.build(), config(), adapter_name=name)
+    model.add_adapter("other", config())
+    for seed, adapter in enumerate((name, "other")):
+        randomise(model, adapter, seed)
+    model.eval().save_pretrained(tmp_path)
+    assert (tmp_path / name / "adapter_model.safetensors").stat().st_size == (
+        (tmp_path / "other" / "adapter_model.safetensors").stat().st_size
+    )
+    for adapter in (name, "other"):
+        model.set_adapter(adapter)
+        expected = output(model, family.inputs())
+        for again in (name, "third"):
+            loaded = PeftModel.from_pretrained(family.build(), tmp_path / adapter, adapter_name=again).eval()
+            assert torch.equal(output(loaded, family.inputs()), expected)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "a\\b", "a\nb", "x" * 201, "keys", "forward"])
+def test_names_that_no_adapter_can_have(name):
+    model = BACKBONES["bert"].build()
+    with pytest.raises(ValueError, match=re.escape(f"`adapter_name` (={name!r})")):
+        get_peft_model(model, UniPELTConfig(), adapter_name=name)
+    assert state(model) == state(BACKBONES["bert"].build())
 
 
 def test_bad_adapter_names_in_a_batch():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..placement import Placement, check
 from ..sites import Site, find_sites
 from ..tuners import BottleneckConfig, ComposedConfig, LayerPrefixConfig, MAMConfig, UniPELTConfig
-from ..tuners.attach import child_name
+from ..tuners.attach import child_name, holder_of
 from ..tuners.bottleneck import STYLES
 from ..tuners.config import PlacedConfig
 from .checkpoint import Checkpoint, is_ia3
@@ -78,7 +78,7 @@ def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[
 
 def state_of(filled: list[Filled]) -> dict[str, Tensor]:
     return {
-        f"{one.site.host}.{child_name(one.site.name, one.sublayer)}.sublayer_of.{name}": tensor
+        f"{holder_of(one.site)}.{child_name(one.site.name, one.sublayer)}.sublayer_of.{name}": tensor
         for one in filled
         for name, tensor in one.tensors.items()
     }

@@ -10,80 +10,55 @@ from .gate import Gate
 
 
 class Additive(nn.Module, ABC):
-    """y + up z(x): a sub-layer adds its widened code to an output y.
+    """y + W z(x): a sub-layer adds its widened code z to an output y.
 
-    A gate is applied to the narrow code, not to the wide output. All that is multiplied with x stands in `rows_in`, so
-    that x is read once, even for several sub-layers that read the same x (`tuners.reader`).
+    `forward` is the formula of the sub-layer. `add` is the same sum with fewer passes over memory: x is read once for
+    the sub-layer and its gate, the gate scales the narrow code, and the widened code is added into y.
     """
 
     gate: Gate | None
 
-    @property
-    @abstractmethod
-    def rows_in(self) -> list[Tensor]:  # shapes: (r, d_in), (1, d_in)
-        """What x is multiplied with, the gate's row last."""
-
-    @property
-    def reads_plain(self) -> bool:
-        """Whether x is read as it is, without dropout."""
-        return True
-
     @abstractmethod
     def code(
         self,
-        product: Tensor,  # shape: (*batch, k)
+        x: Tensor,  # shape: (*batch, d_in)
         visible: Tensor | None,  # shape: (batch, length)
     ) -> tuple[Tensor, Tensor]:  # shapes: (*batch, r), (d_out, r)
-        """The gated code z of x, from its product with `rows_in`, and the matrix that widens it."""
-
-    def read(
-        self,
-        x: Tensor,  # shape: (*batch, d_in)
-    ) -> Tensor:  # shape: (*batch, k)
-        return product(x, self.rows_in)
-
-    def forward(
-        self,
-        x: Tensor,  # shape: (*batch, d_in)
-        visible: Tensor | None = None,  # shape: (batch, length)
-    ) -> Tensor:  # shape: (*batch, d_out)
-        z, up = self.code(self.read(x), visible)
-        return F.linear(z, up)
+        """The gated code z of x, and the matrix that widens it."""
 
     def add(
         self,
         y: Tensor,  # shape: (*batch, d_out)
-        product: Tensor,  # shape: (*batch, k)
+        x: Tensor,  # shape: (*batch, d_in)
         visible: Tensor | None = None,  # shape: (batch, length)
     ) -> Tensor:  # shape: (*batch, d_out)
         """y + forward(x), in one pass over y where the types allow it."""
-        z, up = self.code(product, visible)
+        z, up = self.code(x, visible)
         if y.dtype != z.dtype or y.dtype != up.dtype or torch.is_autocast_enabled(y.device.type):
             return y + F.linear(z, up).to(y.dtype)
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.t()).view_as(y)
 
-    def gated(
+    def project(
         self,
-        product: Tensor,  # shape: (*batch, k)
+        x: Tensor,  # shape: (*batch, d_in)
+        weight: Tensor,  # shape: (r, d_in)
         visible: Tensor | None,  # shape: (batch, length)
     ) -> tuple[Tensor, Tensor | None]:  # shapes: (*batch, r), gate
-        """The product without the gate's column, and the gate."""
+        """x times the weight, and the gate of x, both from one product."""
+        x = cast(x, weight)
         if self.gate is None:
-            return product, None
+            return F.linear(x, weight), None
+        product = F.linear(x, torch.cat([weight, self.gate.weight]))
         return product[..., :-1], self.gate(product[..., -1:], visible)
 
 
-def product(
-    x: Tensor,  # shape: (*batch, d_in)
-    rows: list[Tensor],  # shapes: (k_i, d_in)
-) -> Tensor:  # shape: (*batch, sum of k_i)
-    """x with all the rows, read once."""
-    weight = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return F.linear(cast(x, weight), weight)
-
-
-def with_gate(rows: Tensor, gate: Gate | None) -> list[Tensor]:
-    return [rows] if gate is None else [rows, gate.weight]
+def gate_of(
+    gate: Gate | None,
+    x: Tensor,  # shape: (*batch, d)
+    visible: Tensor | None,  # shape: (batch, length)
+) -> Tensor | float:
+    """g(x), or 1 without a gate."""
+    return 1.0 if gate is None else gate(F.linear(cast(x, gate.weight), gate.weight), visible)
 
 
 def cast(x: Tensor, weight: Tensor) -> Tensor:

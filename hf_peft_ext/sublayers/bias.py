@@ -16,8 +16,6 @@ class Bias(nn.Module):
     """
 
     gate = None
-    rows_in: tuple[Tensor, ...] = ()  # a bias reads nothing
-    reads_plain = True
 
     def __init__(self, d: int):
         super().__init__()
@@ -30,13 +28,10 @@ class Bias(nn.Module):
     ) -> Tensor:  # shape: (d,)
         return self.b
 
-    def read(self, x: Tensor) -> None:
-        return None
-
     def add(
         self,
         y: Tensor,  # shape: (*batch, d)
-        product: None = None,
+        x: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:  # shape: (*batch, d)
         return y + self.b.to(y.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .additive import Additive, with_gate
+from .additive import Additive, cast, gate_of
 from .gate import Gate
 
 
@@ -55,12 +55,16 @@ class Bottleneck(Additive):
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
 
-    @property
-    def rows_in(self) -> list[Tensor]:
-        return with_gate(self.down.weight, self.gate)
+    def forward(
+        self,
+        x: Tensor,  # shape: (*batch, d)
+        visible: Tensor | None = None,  # shape: (batch, length)
+    ) -> Tensor:  # shape: (*batch, d)
+        z = self.activation(self.down(cast(x, self.down.weight)))
+        return gate_of(self.gate, x, visible) * self.scaling * self.up(self.dropout(z))
 
-    def code(self, product: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, g = self.gated(product, visible)
+    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        z, g = self.project(x, self.down.weight, visible)
         z = self.dropout(self.activation(z + self.down.bias))
         z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)  # the last column widens into b_up
         if not isinstance(self.scaling, float) or self.scaling != 1.0:

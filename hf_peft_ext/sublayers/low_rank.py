@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additive import Additive, cast, with_gate
+from .additive import Additive, cast, gate_of
 from .gate import Gate
 
 
@@ -55,23 +55,19 @@ class LowRank(Additive):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    @property
-    def rows_in(self) -> list[Tensor]:
-        return with_gate(self.A, self.gate)
+    def forward(
+        self,
+        x: Tensor,  # shape: (*batch, d_in)
+        visible: Tensor | None = None,  # shape: (batch, length)
+    ) -> Tensor:  # shape: (*batch, d_out or width)
+        z = F.linear(self.dropout(cast(x, self.A)), self.A)
+        return gate_of(self.gate, x, visible) * self.scaling * F.linear(z, self.up())
 
-    @property
-    def reads_plain(self) -> bool:
-        return not (self.dropout.p and self.training)
-
-    def read(self, x: Tensor) -> Tensor:
-        if self.reads_plain:
-            return super().read(x)
-        x = cast(x, self.A)
-        z = F.linear(self.dropout(x), self.A)  # the gate reads x as it is
-        return z if self.gate is None else torch.cat([z, F.linear(x, self.gate.weight)], dim=-1)
-
-    def code(self, product: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, g = self.gated(product, visible)
+    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.dropout.p and self.training:  # the gate reads x without dropout, so there is no product for both
+            z = F.linear(self.dropout(cast(x, self.A)), self.A)
+            return z * self.scaling * gate_of(self.gate, x, visible), self.up()
+        z, g = self.project(x, self.A, visible)
         z = z * self.scaling
         return (z if g is None else z * g), self.up()
 

@@ -1,9 +1,10 @@
 """Prefix vectors that attention sees in front of its keys and values."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additive import product
+from .additive import cast
 from .gate import Gate
 
 
@@ -45,42 +46,22 @@ class Prefix(nn.Module):
     def vectors(self) -> tuple[Tensor, Tensor]:  # shapes: (heads, n_tokens, d_k), (heads, n_tokens, d_v)
         return self.keys, self.values
 
-    reads_plain = True
-
-    @property
-    def rows_in(self) -> list[Tensor]:  # shape: (1, d)
-        """What x is multiplied with: the gate's row, if there is a gate."""
-        return [] if self.gate is None else [self.gate.weight]
-
-    def read(
-        self,
-        x: Tensor,  # shape: (batch, length, d)
-    ) -> Tensor | None:  # shape: (batch, length, 1)
-        return None if self.gate is None else product(x, self.rows_in)
-
     def forward(
         self,
         x: Tensor,  # shape: (batch, length, d)
         visible: Tensor | None = None,  # shape: (batch, length)
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.states(self.read(x), visible)
-
-    def states(
-        self,
-        product: Tensor | None,  # shape: (batch, length, 1): of x with the gate's row
-        visible: Tensor | None = None,  # shape: (batch, length)
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values, shape (batch or 1, heads, n_tokens, d), and what is added to their scores, shape
-        (batch, 1, length, n_tokens), or None.
+        """Keys and values, shape (batch or 1, heads, n_tokens, d), and log g, shape (batch, 1, length, 1), which is
+        added to the scores of all prefix vectors; None where nothing is added.
         """
         p_k, p_v = (p.unsqueeze(0) for p in self.vectors())
-        if self.gate is None or product is None:
+        if self.gate is None:
             return p_k, p_v, None
-        g = self.gate(product, visible).unsqueeze(1)
+        score = F.linear(cast(x, self.gate.weight), self.gate.weight)
+        g = self.gate(score, visible).unsqueeze(1)
         if self.gate.pooling != "token":
             return g * p_k, g * p_v, None
-        log_g = g.clamp_min(torch.finfo(g.dtype).tiny).log()
-        return p_k, p_v, log_g.expand(-1, -1, -1, p_k.shape[2])
+        return p_k, p_v, g.clamp_min(torch.finfo(g.dtype).tiny).log()
 
 
 class Projection(nn.Module):
@@ -120,7 +101,8 @@ class ProjectedPrefix(Prefix):
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         heads, n_tokens, d_k, d_v = self.shape
-        p = self.last(self.projection()).view(n_tokens, heads, d_k + d_v).transpose(0, 1)
+        shared = self.projection().to(self.last.weight.device)  # a model's layers may lie on several devices
+        p = self.last(shared).view(n_tokens, heads, d_k + d_v).transpose(0, 1)
         p_k, p_v = p.split([d_k, d_v], dim=-1)
         return p_k, p_v
 

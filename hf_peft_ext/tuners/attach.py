@@ -6,6 +6,7 @@ and mixture-of-experts blocks need no code of their own.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ..sites import Site
 from ..structure import given_cache, innermost
 from ..sublayers import Bias, LowRank
+from .forward_state import FORWARD, new_key
 from .masks import mask_position, visible_tokens
-from .reader import reader_for
 
 
 class Attached(nn.Module, BaseTunerLayer):
@@ -28,7 +29,7 @@ class Attached(nn.Module, BaseTunerLayer):
     Args:
         model: the base model.
         site: where this layer acts.
-        name: name of this layer among the children of its host.
+        name: name of this layer among the children of its holder.
     """
 
     adapter_layer_names = ("sublayer_of",)
@@ -40,21 +41,16 @@ class Attached(nn.Module, BaseTunerLayer):
         self.sublayer_of = nn.ModuleDict()
         self.site = site
         self.name = name
-        self.row_adapters: list[str] | None = None  # the adapter of each row, in a batch that mixes them
-        self.visible: Tensor | None = None  # shape: (batch, keys), False at padding
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
         self._unbiased = False  # whether merging gave the host a bias that it did not have
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
-        self._handles: list[RemovableHandle] = []
-        self.reader = reader_for(model, site, Attached)
-        self.reader.join(self)
-        if site.attention:
-            attention = model.get_submodule(site.attention)
-            self._mask = mask_position(attention)
-            self._handles.append(attention.register_forward_pre_hook(self.see_padding, prepend=True, with_kwargs=True))
-        self._handles += self.hooks(model)
+        self._holder = (model.get_submodule(holder_of(site)),)
+        self._attention = (model.get_submodule(site.attention),) if site.attention else ()
+        self._block = (model.get_submodule(block_of(model, site.attention)),) if site.attention else ()
+        self._padding = ""  # key of the padding mask in `FORWARD`, if a gate needs it
+        self._handles: list[RemovableHandle] = self.hooks(model)
 
     @abstractmethod
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
@@ -64,17 +60,14 @@ class Attached(nn.Module, BaseTunerLayer):
         """x itself, for hosts that run their children in turn."""
         return x
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **self.passing}
-
-    @property
-    def passing(self) -> dict[str, None]:
-        """What a forward notes here for itself; copies go without."""
-        return {"visible": None}
-
     @property
     def host(self) -> nn.Module:
         return self._host[0]
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has this layer as a child: the host, but for norms."""
+        return self._holder[0]
 
     def get_base_layer(self) -> nn.Module:
         return self.host
@@ -82,6 +75,10 @@ class Attached(nn.Module, BaseTunerLayer):
     def put(self, adapter_name: str, sublayer: nn.Module) -> None:
         """Add the sub-layer of an adapter, on the device and in the type of the host."""
         self.sublayer_of[adapter_name] = sublayer
+        gate: Any = getattr(sublayer, "gate", None)
+        if gate is not None and gate.pooling == "mean" and self._attention and not self._padding:
+            self._padding, handles = note_padding(self._attention[0], self._block[0])
+            self._handles += handles
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _get_base_layer_device_and_dtype(
@@ -96,8 +93,7 @@ class Attached(nn.Module, BaseTunerLayer):
         """Take this layer off its host."""
         for handle in self._handles:
             handle.remove()
-        self.reader.leave(self)
-        delattr(self.host, self.name)
+        delattr(self.holder, self.name)
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.merged:
@@ -116,47 +112,42 @@ class Attached(nn.Module, BaseTunerLayer):
         y: Tensor,  # shape: (*batch, d_out)
         x: Tensor,  # shape: (*batch, d_in)
     ) -> Tensor:  # shape: (*batch, d_out)
-        """y plus what the active sub-layers make of x."""
-        if self.row_adapters is not None:
+        """Add the outputs of the active sub-layers on x to y."""
+        if FORWARD.row_adapters is not None:
             return self.add_by_row(y, x)
+        visible = self.visible() if self._padding else None
         for name in self.present:
-            y = self.sublayer_of[name].add(y, self.reader.read(self, name, x), self.visible)
+            y = self.sublayer_of[name].add(y, x, visible)
         return y
 
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
         y = y.clone()
         for name, rows in self.rows_by_adapter(len(x), x.device):
-            sublayer = self.sublayer_of[name]
-            y[rows] = sublayer.add(y[rows], sublayer.read(x[rows]), self.visible_rows(rows, len(x)))
+            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], self.visible_rows(rows, len(x)))
         return y
 
+    def visible(self) -> Tensor | None:  # shape: (batch, keys)
+        """The tokens of this block that are no padding; None if no gate needs to know, or nothing is padding."""
+        mask, n_keys = FORWARD.values.get(self._padding, (None, 0))
+        visible = visible_tokens(mask)
+        # behind the tokens a cache may have empty keys
+        return visible if visible is None or self.site.of_encoder else visible[:, :n_keys]
+
     def visible_rows(self, rows: Tensor, batch: int) -> Tensor | None:
-        return None if self.visible is None else self.visible.expand(batch, -1)[rows]
+        visible = self.visible()
+        return None if visible is None else visible.expand(batch, -1)[rows]
 
     def rows_by_adapter(self, batch: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Each adapter of a mixed batch that has a sub-layer here, with its rows.
 
         Beam search and modules that flatten tokens make several rows of one; they lie side by side.
         """
-        adapters = self.row_adapters or []
+        adapters = FORWARD.row_adapters or []
         each = batch // len(adapters)
         names = [] if self._disable_adapters else [name for name in adapters for _ in range(each)]
         for name in dict.fromkeys(names):
             if name in self.sublayer_of:
                 yield name, torch.tensor([i for i, n in enumerate(names) if n == name], device=device)
-
-    def see_padding(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the block's attention runs: note which tokens are padding, if a gate takes means.
-
-        Read inside the block, so that a block recomputed by gradient checkpointing sees its own mask again.
-        """
-        self.visible = None
-        if any(s.gate is not None and s.gate.pooling == "mean" for s in self.sublayer_of.values()):
-            keyword, position = self._mask
-            visible = visible_tokens(kwargs.get(keyword, args[position] if len(args) > position else None))
-            if visible is not None and not self.site.of_encoder:  # behind the tokens a cache may have empty keys
-                visible = visible[:, : cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]]
-            self.visible = visible
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the sub-layers into the weight or bias of the host.
@@ -191,8 +182,65 @@ class Attached(nn.Module, BaseTunerLayer):
             self.set_base_weight(finite(weight + sign * (delta.T if isinstance(base, Conv1D) else delta), safe))
 
 
+class NotePadding:
+    """Before the attention of a block runs: hand its mask to the layers of the block, and how many keys have tokens.
+
+    It reads the mask inside the block, so that a block recomputed by gradient checkpointing reads its own mask again.
+    """
+
+    def __init__(self, attention: nn.Module):
+        self.key = new_key("padding")
+        self.keyword, self.position = mask_position(attention)
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
+        n_keys = 0 if mask is None else cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]
+        FORWARD.values[self.key] = mask, n_keys
+
+
+def note_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
+    """Have an attention module note its mask, if it does not yet, until its block has run.
+
+    Returns:
+        The key of the note in `FORWARD.values`, and the new hooks.
+    """
+    for hook in attention._forward_pre_hooks.values():
+        if isinstance(hook, NotePadding):
+            return hook.key, []
+    note = NotePadding(attention)
+    return note.key, [
+        attention.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
+        block.register_forward_hook(partial(forget_padding, note.key)),
+    ]
+
+
+def forget_padding(key: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    FORWARD.values.pop(key, None)
+
+
+def block_of(model: nn.Module, attention: str) -> str:
+    """Path of the block of an attention module: what stands in the nearest list of modules."""
+    path = attention
+    while path:
+        parent = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(parent), nn.ModuleList):
+            return path
+        path = parent
+    return attention.rpartition(".")[0]
+
+
+def holder_of(site: Site) -> str:
+    """Path of the module that has the tuner layer of a site as a child.
+
+    That is the host, but the parent of a norm: transformers' Trainer exempts from weight decay whatever lies inside a
+    norm. Norms in a list (XLM's) have no parent that runs, and hold the layer themselves.
+    """
+    parent, _, name = site.host.rpartition(".")
+    return site.host if site.act != "norm" or name.isdigit() else parent
+
+
 def child_name(site: str, sublayer: str) -> str:
-    """Name of a tuner layer among the children of its host. Never `<peft type>_...`, which transformers looks for."""
+    """Name of a tuner layer among the children of its holder. Never `<peft type>_...`, which transformers looks for."""
     return "trained_bias" if sublayer == "bias" else f"{site}_{sublayer}"
 
 

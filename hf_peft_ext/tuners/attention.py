@@ -10,7 +10,8 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +23,41 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..placement import check
 from ..structure import CACHES, given_cache, source_of
 from .attach import Attached, cached_tokens, hidden_states
-from .masks import causal_mask, selected, widened
+from .forward_state import FORWARD, derive
+from .masks import causal_mask, mask_position, pad_front, selected, widened
 
 NAME = "hf_peft_ext_prefix"
 KERNELS = ("eager", "sdpa")
 
-# P_K, P_V: (batch or 1, heads, n_tokens, d); what is added to their scores: (batch or 1, 1, length or 1, n_tokens)
-States = tuple[Tensor, Tensor, Tensor | None]
+
+class States(NamedTuple):
+    """A prefix, and what is added to its scores: U V^T, of low rank m; nothing where `u` is None.
+
+    Attributes:
+        keys: P_K, shape (batch or 1, heads, n_tokens, d_k).
+        values: P_V, shape (batch or 1, heads, n_tokens, d_v).
+        u: a factor of each query, shape (batch or 1, 1, length or 1, m).
+        v: a factor of each prefix vector, shape (batch or 1, 1, n_tokens, m).
+    """
+
+    keys: Tensor
+    values: Tensor
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+    def scores(self) -> Tensor | None:  # shape: (batch or 1, 1, length or 1, n_tokens)
+        return None if self.u is None or self.v is None else self.u @ self.v.transpose(-1, -2)
 
 
 class WithPrefix(Attached):
     """Attention over [P_K, K] and [P_V, V]."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        return [self.host.register_forward_pre_hook(self.before, with_kwargs=True)]
-
-    def before(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        states = self.states(hidden_states(args, kwargs))
-        return None if states is None else self.passed(states, args, kwargs)
+        return [self.host.register_forward_pre_hook(partial(pass_prefix, self.name), with_kwargs=True)]
 
     @abstractmethod
     def passed(
-        self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, attention: nn.Module, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the attention module, with the prefix among them."""
 
@@ -54,37 +66,73 @@ class WithPrefix(Attached):
         x: Tensor,  # shape: (batch, length, d)
     ) -> States | None:
         """The prefixes of the active adapters, one behind the other; None if there are none."""
-        if self.row_adapters is not None:
+        if FORWARD.row_adapters is not None:
             return self.states_by_row(x)
-        parts: list[States] = [
-            self.sublayer_of[name].states(self.reader.read(self, name, x), self.visible) for name in self.present
-        ]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        keys = torch.cat([keys.expand(len(x), -1, -1, -1) for keys, _, _ in parts], dim=2)
-        values = torch.cat([values.expand(len(x), -1, -1, -1) for _, values, _ in parts], dim=2)
-        if all(scores is None for _, _, scores in parts):
-            return keys, values, None
-        return keys, values, torch.cat([shown(part, x) for part in parts], dim=-1)
+        visible = self.visible() if self._padding else None
+        parts = [with_factors(*self.sublayer_of[name](x, visible)) for name in self.present]
+        return joined(parts, x.shape[0]) if len(parts) > 1 else parts[0] if parts else None
 
     def states_by_row(self, x: Tensor) -> States | None:
         """Each row its own prefix. Shorter ones, and rows without one, are filled up with vectors no token sees."""
+        batch, length = x.shape[:2]
         parts = [
-            (rows, self.sublayer_of[name](x[rows], self.visible_rows(rows, len(x))))
-            for name, rows in self.rows_by_adapter(len(x), x.device)
+            (rows, self.sublayer_of[name](x[rows], self.visible_rows(rows, batch)))
+            for name, rows in self.rows_by_adapter(batch, x.device)
         ]
         if not parts:
             return None
         n_tokens = max(p_k.shape[2] for _, (p_k, _, _) in parts)
         site, like = self.site, parts[0][1][0]
-        keys = like.new_zeros(len(x), site.heads, n_tokens, site.d_k)
-        values = like.new_zeros(len(x), site.heads, n_tokens, site.d_v)
-        scores = like.new_full((len(x), 1, x.shape[1], n_tokens), torch.finfo(like.dtype).min)
-        for rows, (p_k, p_v, score) in parts:
+        keys = like.new_zeros(batch, site.heads, n_tokens, site.d_k)
+        values = like.new_zeros(batch, site.heads, n_tokens, site.d_v)
+        # two factors: the gate of the row's own adapter, and what hides the filling
+        u = torch.stack([like.new_zeros(batch, length), hidden_score(like, batch, length)], dim=-1).unsqueeze(1)
+        v = like.new_tensor([0.0, 1.0]).repeat(batch, 1, n_tokens, 1)
+        for rows, (p_k, p_v, log_g) in parts:
             n = p_k.shape[2]
             keys[rows, :, :n], values[rows, :, :n] = p_k.to(like), p_v.to(like)
-            scores[rows, :, :, :n] = shown((p_k, p_v, score), x[rows]).to(like)
-        return keys, values, scores
+            v[rows, :, :n] = like.new_tensor([1.0, 0.0])
+            if log_g is not None:
+                u[rows, :, :, 0] = log_g[..., 0].to(like)
+        return States(keys, values, u, v)
+
+
+def pass_prefix(
+    name: str, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    layer = getattr(attention, name)
+    states = layer.states(hidden_states(args, kwargs))
+    return None if states is None else layer.passed(attention, states, args, kwargs)
+
+
+def with_factors(
+    keys: Tensor,  # shape: (batch or 1, heads, n_tokens, d_k)
+    values: Tensor,  # shape: (batch or 1, heads, n_tokens, d_v)
+    log_g: Tensor | None,  # shape: (batch, 1, length, 1)
+) -> States:
+    return States(keys, values, log_g, None if log_g is None else log_g.new_ones(1, 1, keys.shape[2], 1))
+
+
+def joined(parts: list[States], batch: int) -> States:
+    """Several prefixes, one behind the other."""
+    keys = torch.cat([part.keys.expand(batch, -1, -1, -1) for part in parts], dim=2)
+    values = torch.cat([part.values.expand(batch, -1, -1, -1) for part in parts], dim=2)
+    gated = [part.u for part in parts if part.u is not None]
+    if not gated:
+        return States(keys, values)
+    v, start, column = keys.new_zeros(1, 1, keys.shape[2], len(gated)), 0, 0
+    for part in parts:
+        n = part.keys.shape[2]
+        if part.u is not None:
+            v[..., start : start + n, column] = 1.0
+            column += 1
+        start += n
+    return States(keys, values, torch.cat(gated, dim=-1), v)
+
+
+def hidden_score(like: Tensor, *shape: int) -> Tensor:
+    """A score that hides a key from a query, and stays finite when other scores are added."""
+    return like.new_full(shape, torch.finfo(like.dtype).min / 4)
 
 
 class InAttention(WithPrefix):
@@ -101,24 +149,28 @@ class InAttention(WithPrefix):
         self.host.config = self._config[0]
         super().remove()
 
-    def passed(self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def passed(
+        self, attention: nn.Module, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**kwargs, "prefix_states": states}
-        if self.counts_positions and hasattr(self.host, "relative_attention_bias"):  # other layers are handed this one
+        if self.counts_positions() and hasattr(attention, "relative_attention_bias"):  # other layers get this one's
             length = hidden_states(args, kwargs).shape[1]
-            kwargs["position_bias"] = counted_bias(self.host, length, states[0].shape[2], kwargs)
+            kwargs["position_bias"] = counted_bias(attention, length, states.keys.shape[2], kwargs)
         return args, kwargs
 
-    @property
     def counts_positions(self) -> bool:
         """Whether relative positions count the prefix.
 
         Raises:
             ValueError: they would have to for some rows of a batch and not for others.
         """
-        counts = {prefix.counts_positions for prefix in self.sublayer_of.values()}
+        if FORWARD.row_adapters is None:
+            return any(self.sublayer_of[name].counts_positions for name in self.present)
+        names = [name for name in FORWARD.row_adapters if name in self.sublayer_of]
+        counts = any(self.sublayer_of[name].counts_positions for name in names)
         rule = "cannot be mixed in one batch with prefixes that count positions"
-        check("adapter_names", self.row_adapters, self.row_adapters is None or True not in counts, rule)
-        return any(self.sublayer_of[name].counts_positions for name in self.present)
+        check("adapter_names", FORWARD.row_adapters, not counts, rule)
+        return False
 
 
 class InCache(WithPrefix):
@@ -130,20 +182,22 @@ class InCache(WithPrefix):
         self._signature = inspect.signature(self.host.forward)
         return super().hooks(model)
 
-    def passed(self, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        p_k, p_v, scores = states
-        x, n_tokens = hidden_states(args, kwargs), p_k.shape[2]
+    def passed(
+        self, attention: nn.Module, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x, n_tokens = hidden_states(args, kwargs), states.keys.shape[2]
         given = {**kwargs, **dict(zip(self._signature.parameters, args, strict=False))}
         cache = next(name for name in CACHES if name in self._signature.parameters)
-        mask, past = given.get(self._mask[0]), given.get(cache)
+        keyword, _ = mask_position(attention)
+        mask, past = given.get(keyword), given.get(cache)
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        n_past = cached_tokens(self.host, given)
+        n_past = cached_tokens(attention, given)
         n_keys = n_past + x.shape[1]
         if mask is None and self.site.causal:
-            mask = causal_mask(x.shape[1], n_keys, x.device, n_past).expand(len(x), -1, -1, -1)
-        given[self._mask[0]] = widened(mask, scores, n_keys, n_tokens, x.dtype)
-        given[cache] = Cached(past, p_k, p_v)
+            mask = causal_mask(x.shape[1], n_keys, x.device, n_past).expand(x.shape[0], -1, -1, -1)
+        given[keyword] = widened(mask, states.scores(), n_keys, n_tokens, x.dtype)
+        given[cache] = Cached(past, states.keys, states.values)
         for name in ("alibi", "position_bias"):
             if given.get(name) is not None:
                 given[name] = F.pad(given[name], (n_tokens, 0))
@@ -172,7 +226,7 @@ class Cached:
 def repeated(p: Tensor, state: Tensor) -> Tensor:  # shape: (batch, heads, n_tokens, d)
     """The prefix for the batch, and for as many heads as the module has made of the key and value heads."""
     each = state.shape[1] // p.shape[1]
-    return p.to(state.dtype).repeat_interleave(each, dim=1).expand(len(state), -1, -1, -1)
+    return p.to(state.dtype).repeat_interleave(each, dim=1).expand(state.shape[0], -1, -1, -1)
 
 
 def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, Any]) -> Tensor:
@@ -183,13 +237,6 @@ def counted_bias(attention: Any, length: int, n_tokens: int, kwargs: dict[str, A
     cache = given_cache(kwargs)
     keys = length if cache is None else cache.get_mask_sizes(length, attention.layer_idx)[0]
     return attention.compute_bias(cached_tokens(attention, kwargs) + length, n_tokens + keys)[:, :, -length:]
-
-
-def shown(states: States, x: Tensor) -> Tensor:  # shape: (batch, 1, length, n_tokens)
-    """The scores of a prefix, zeros where it has none."""
-    keys, _, scores = states
-    shape = (len(x), 1, x.shape[1], keys.shape[2])
-    return keys.new_zeros(shape) if scores is None else scores.expand(shape)
 
 
 def check_kernel(attention: nn.Module) -> str:
@@ -233,26 +280,70 @@ def prefix_attention(
     if prefix_states is None:
         check_handed_on(module)
         return attend(module, query, key, value, attention_mask, **kwargs)
-    p_k, p_v, scores = prefix_states
-    batch, n_tokens = len(query), p_k.shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if name == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
-        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    mask = widened(attention_mask, scores, key.shape[2], n_tokens, query.dtype)
+    n_tokens = prefix_states.keys.shape[2]
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
-        kwargs["position_bias"] = F.pad(bias, (n_tokens, 0))
-    key = torch.cat([p_k.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
-    value = torch.cat([p_v.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
+        kwargs["position_bias"] = derive(bias, ("widened", n_tokens), lambda b: pad_front(b, n_tokens))
+    if name == "sdpa" and query.shape[2] > 1:
+        return without_scores(attend, module, query, key, value, attention_mask, prefix_states, **kwargs)
+    mask = widened(attention_mask, prefix_states.scores(), key.shape[2], n_tokens, query.dtype)
+    key, value = in_front(prefix_states.keys, key), in_front(prefix_states.values, value)
     output, weights = attend(module, query, key, value, mask, **kwargs)
     return output, None if weights is None else weights[..., n_tokens:]
+
+
+def without_scores(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,  # shape: (batch, heads, length, d_k)
+    key: Tensor,  # shape: (batch, kv_heads, keys, d_k)
+    value: Tensor,  # shape: (batch, kv_heads, keys, d_v)
+    attention_mask: Tensor | None,  # shape: (batch or 1, heads or 1, length, keys)
+    states: States,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # shape: (batch, length, heads, d_v), None
+    """Attention over prefix and keys by a kernel that never writes its scores down: no matrix of length x keys here.
+
+    - What is added to the scores of the prefix, U V^T, becomes further columns of query and key:
+      scale [Q, U / scale] [P_K, V]^T = scale Q P_K^T + U V^T; the other keys have zeros there.
+    - Where attention is causal without a mask, it stays so: as many queries as there are prefix vectors are put in
+      front, and their output is dropped. Query n + t then sees the prefix and the keys 0 to t.
+    """
+    d_k, d_v, n_tokens, length = query.shape[-1], value.shape[-1], states.keys.shape[2], query.shape[2]
+    scale = kwargs.get("scaling")
+    kwargs["scaling"] = scale = d_k**-0.5 if scale is None else scale
+    p_k, p_v = states.keys, states.values
+    if states.u is not None and states.v is not None:
+        width = -states.v.shape[-1] % 8  # kernels like widths that 8 divides
+        u = (states.u / scale).clamp_min(torch.finfo(query.dtype).min / 4).to(query.dtype)
+        query = torch.cat([query, F.pad(u, (0, width)).expand(*query.shape[:2], length, -1)], dim=-1)
+        v = F.pad(states.v, (0, width)).to(p_k.dtype)
+        batch = max(p_k.shape[0], v.shape[0])
+        p_k = torch.cat([p_k.expand(batch, -1, -1, -1), v.expand(batch, p_k.shape[1], -1, -1)], dim=-1)
+        key = F.pad(key, (0, p_k.shape[-1] - d_k))
+        if d_v == d_k:  # else the kernel takes two widths
+            p_v, value = F.pad(p_v, (0, p_k.shape[-1] - d_k)), F.pad(value, (0, p_k.shape[-1] - d_k))
+    key, value = in_front(p_k, key), in_front(p_v, value)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and causal and kwargs.get("position_bias") is not None:
+        attention_mask = causal_mask(length, key.shape[2] - n_tokens, query.device)  # the bias has no further queries
+    if attention_mask is None and causal:
+        query = F.pad(query, (0, 0, n_tokens, 0))
+    else:
+        attention_mask = widened(attention_mask, None, key.shape[2] - n_tokens, n_tokens, query.dtype)
+    output, _ = attend(module, query, key, value, attention_mask, **kwargs)
+    return output[:, -length:, :, :d_v], None
+
+
+def in_front(p: Tensor, state: Tensor) -> Tensor:  # shape: (batch, heads, n_tokens + keys, d)
+    return torch.cat([p.to(state.dtype).expand(state.shape[0], -1, -1, -1), state], dim=2)
 
 
 def check_handed_on(module: nn.Module) -> None:
     """Notice an attention module that takes keywords and does not hand them to its kernel."""
     layer = next(child for child in module.children() if isinstance(child, InAttention))
-    if layer.row_adapters is None and layer.present:
+    if FORWARD.row_adapters is None and layer.present:
         raise ValueError(
             f"`prefix` has no effect in {type(module).__name__}, which keeps its keywords from the attention kernel; "
             "leave the prefix out."

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ..placement import check
 from ..quantized import keep_4bit_trainable
-from ..structure import own_modules
 from ..sublayers import Bias, LowRank, ProjectedPrefix
-from .attach import Attached, child_name
+from .attach import Attached, child_name, holder_of
 from .attention import InAttention, InCache
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
-from .mixed import check_names, check_unmerged, known_to_copies
+from .mixed import check_names, check_unmerged, mixed_batch
 from .plan import excluded, plan
 
 LAYERS: dict[str, type[Attached]] = {
@@ -32,12 +31,7 @@ LAYERS: dict[str, type[Attached]] = {
     "attention": InAttention,
     "cache": InCache,
 }
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# The names of the parts of sub-layers.
-PARTS = frozenset(
-    {"A", "B", "b", "bias", "down", "embedding", "gate", "hidden", "keys", "last", "projection", "scaling", "up"}
-    | {"values", "weight"}
-)
+ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
 
 
 class ComposedModel(BaseTuner):
@@ -57,7 +51,7 @@ class ComposedModel(BaseTuner):
         config = cast(PlacedConfig, self.peft_config[adapter_name]).resolved(model)
         self.peft_config[adapter_name] = config
         planned = plan(model, config)
-        check_adapter_name(adapter_name, model)
+        check_adapter_name(adapter_name)
         self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)
         target_modules = config.target_modules
         if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
@@ -99,9 +93,10 @@ class ComposedModel(BaseTuner):
     ) -> None:
         for placement, site in self._plan[current_key]:
             name = child_name(site.name, placement.sublayer)
-            if not hasattr(target, name):
-                target.add_module(name, LAYERS[site.act](self.model, site, name))
-            getattr(target, name).put(adapter_name, build(placement, site, self._projections))
+            holder = self.model.get_submodule(holder_of(site))
+            if not hasattr(holder, name):
+                holder.add_module(name, LAYERS[site.act](self.model, site, name))
+            getattr(holder, name).put(adapter_name, build(placement, site, self._projections))
 
     # Saving and loading
 
@@ -121,6 +116,7 @@ class ComposedModel(BaseTuner):
         **kw: Any,
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
+        state = own_tensors(model, adapter_name, state)
         for path, prefix in model.named_modules():
             if isinstance(prefix, ProjectedPrefix) and path.endswith(f".sublayer_of.{adapter_name}"):
                 network = (f"{path}.projection.", f"{path}.last.")
@@ -157,17 +153,10 @@ class ComposedModel(BaseTuner):
             return
         if self.training:
             raise ValueError("`adapter_names` can be passed for inference only; call model.eval() first.")
-        check_names(names, self.peft_config, args, kwargs)
-        layers = attached(self.model)
-        check_unmerged(layers)
-        for layer in layers:
-            layer.row_adapters = list(names)
-        try:
-            with known_to_copies(self.model, names):
-                yield
-        finally:
-            for layer in layers:
-                layer.row_adapters = None
+        check_names(names, self.peft_config)
+        check_unmerged(attached(self.model))
+        with mixed_batch(self.model, names, args, kwargs):
+            yield
 
     # Merging and unloading
 
@@ -232,18 +221,28 @@ def unload_auxiliary(
         del tuner.model.peft_config  # other tuners in the model keep theirs
 
 
-def check_adapter_name(name: str, model: nn.Module, parts: frozenset[str] = PARTS) -> None:
-    """Refuse names that lead out of a folder, where peft saves the adapter, or that another part of its keys has.
-
-    Args:
-        parts: names of the parts of the adapter.
-    """
-    check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), "must match [A-Za-z0-9_-]{1,64}")
-    paths = (path for path, _ in own_modules(model) if "modules_to_save" not in path)  # those end in adapters' names
-    parts = parts | {"base_model", "model", "sublayer_of"} | {part for path in paths for part in path.split(".")}
+def check_adapter_name(name: str) -> None:
+    """Refuse names that cannot be a key of a module, or lead out of a folder, where peft saves the adapter."""
+    rule = "must have 1 to 200 characters, without dots, slashes, backslashes and control characters"
+    check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), rule)
     check(
-        "adapter_name", name, name not in parts, "is the name of a part of the model or of a sub-layer; take another"
+        "adapter_name", name, not hasattr(nn.ModuleDict(), name), "is an attribute of torch's ModuleDict; take another"
     )
+
+
+def own_tensors(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter out of `state`, or out of the model where they are missing there.
+
+    peft drops every key in which the name of another adapter occurs, or none if that leaves nothing. But a name may
+    also be that of a part of the model, or of a sub-layer ("gate").
+    """
+    mark = f".sublayer_of.{adapter_name}"
+    own = {key: value for key, value in state.items() if f"{mark}." in key}
+    sublayers = [(path, module) for path, module in model.named_modules() if path.endswith(mark)]
+    keys = [f"{path}.{key}" for path, sublayer in sublayers for key in sublayer.state_dict(keep_vars=True)]
+    if len(own) < len(keys):
+        own = {key: value for key, value in model.state_dict().items() if key in set(keys)} | own
+    return own
 
 
 def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

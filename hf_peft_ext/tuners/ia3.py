@@ -11,7 +11,7 @@ from peft.tuners.ia3.layer import IA3Layer, _ConvNd
 from torch import Tensor, nn
 
 from ..quantized import keep_4bit_trainable
-from .mixed import check_names, check_unmerged, each_row, known_to_copies
+from .mixed import check_names, check_unmerged, each_row, mixed_batch
 from .tfew import TFewConfig, resolve
 
 
@@ -36,14 +36,14 @@ class IA3Model(peft.IA3Model):
         if names is None:
             yield
             return
-        check_names(names, self.peft_config, args, kwargs)
+        check_names(names, self.peft_config)
         layers = {path: m for path, m in self.model.named_modules() if isinstance(m, IA3Layer)}
         check_unmerged(layers.values())
         self._check_not_recomputed()
         check_no_experts(layers, names)
         rows = Rows(names)
         with ExitStack() as stack:
-            stack.enter_context(known_to_copies(self.model, names))
+            stack.enter_context(mixed_batch(self.model, names, args, kwargs))
             for layer in layers.values():
                 if not layer.disable_adapters:
                     stack.enter_context(scaled_by_row(layer, rows))

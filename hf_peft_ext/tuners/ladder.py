@@ -19,8 +19,6 @@ from .config import RegisteredConfig, layer_list
 from .ladder_layer import NAME, Ladder
 from .side_build import side_networks
 
-PARTS = frozenset({"alpha", "bias", "block", "down", "ladder", "side_of", "stack", "up", "weight"})
-
 
 @dataclass
 class LadderConfig(RegisteredConfig):
@@ -87,7 +85,7 @@ class LadderModel(BaseTuner):
                 one that a part of the model has.
         """
         config = cast(LadderConfig, self.peft_config[adapter_name])
-        check_adapter_name(adapter_name, model, PARTS)
+        check_adapter_name(adapter_name)
         keep_4bit_trainable(model)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._sides = side_networks(model, config)

@@ -1,12 +1,13 @@
 """Attention masks: which tokens they show, and how a prefix widens them."""
 
 import inspect
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .forward_state import derive
 
 
 def mask_position(attention: nn.Module) -> tuple[str, int]:
@@ -32,38 +33,16 @@ def visible_tokens(mask: Any) -> Tensor | None:
         raise ValueError(
             f"`gate_pooling` (='mean') cannot read a mask of type {type(mask).__name__}; use sdpa or eager."
         )
-    if mask.ndim == 2:
-        return mask.bool()
-    recorded = torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-    if recorded or mask.is_inference():  # the scan belongs to the record; inference tensors have no version
-        return some_query_sees(mask)
-    global _last
-    last = _last
-    if last is None or last.mask() is not mask or last.version != mask._version:
-        last = _last = Seen(weakref.ref(mask), mask._version, some_query_sees(mask))
-    return last.visible
+    return mask.bool() if mask.ndim == 2 else derive(mask, "visible", some_query_sees)
 
 
 def some_query_sees(mask: Tensor) -> Tensor:
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=2).any(dim=1)
-
-
-class Seen(NamedTuple):
-    """A mask, and what was read from it."""
-
-    mask: "weakref.ref[Tensor]"
-    version: int  # changes when the mask is written to
-    visible: Tensor
-
-
-_last: Seen | None = None  # the mask that was read last: the layers of a model often share one
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allowed.any(dim=2).any(dim=1)
 
 
 def causal_mask(length: int, keys: int, device: torch.device, past: int = 0) -> Tensor:  # shape: (1, 1, length, keys)
-    """Query t sees keys 0 to past + t. Without a past it is sdpa's `is_causal`: more keys than queries are an empty
-    cache.
-    """
+    """Query t sees keys 0 to past + t."""
     return torch.ones(length, keys, dtype=torch.bool, device=device).tril(past)[None, None]
 
 
@@ -74,7 +53,7 @@ def selected(
     """The mask, with only the selected keys let through: sparse attention of models whose code does this itself for
     kernels that it knows by name.
     """
-    shape = (len(indices), *mask.shape[2:])
+    shape = (indices.shape[0], *mask.shape[2:])
     others = torch.ones(shape, dtype=torch.bool, device=mask.device).scatter(-1, indices.long(), False).unsqueeze(1)
     return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
 
@@ -90,11 +69,16 @@ def widened(
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
     if scores is None:
-        return None if mask is None else F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
+        return None if mask is None else derive(mask, ("widened", n_tokens), lambda m: pad_front(m, n_tokens))
     if mask is None:
         mask = scores.new_zeros(1, 1, 1, keys)
     elif mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     shape = [max(a, b) for a, b in zip(mask.shape[:3], scores.shape[:3], strict=True)]
     parts = [part.to(dtype).expand(*shape, -1) for part in (scores, mask)]
     return torch.cat(parts, dim=-1)
+
+
+def pad_front(mask: Tensor, n_tokens: int) -> Tensor:
+    """A mask or a bias with n_tokens more keys in front, which are seen, without a bias."""
+    return F.pad(mask, (n_tokens, 0), value=mask.dtype == torch.bool)
