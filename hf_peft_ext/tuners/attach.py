@@ -240,7 +240,7 @@ def holder_of(site: Site) -> str:
 
 
 def child_name(site: str, sublayer: str) -> str:
-    """Name of a tuner layer among the children of its holder. Never `<peft type>_...`, which transformers looks for."""
+    """Name of a tuner layer in its holder. Never `<peft type>_...`, which transformers looks for."""
     return "trained_bias" if sublayer == "bias" else f"{site}_{sublayer}"
 
 
