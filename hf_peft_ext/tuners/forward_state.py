@@ -1,7 +1,7 @@
 """What one module of a forward hands to a later one. Kept for the current thread, never on a module.
 
-Two threads may run one model, and copies of a model (`nn.DataParallel`) share their hooks. So hooks hold no tuner layer
-and no tensor: they find the layer on the module that they are called with, and hand values on through `FORWARD`.
+Two threads may run one model, and copies of a model (`nn.DataParallel`) share their hooks. So hooks hold no tuner
+layer and no tensor: they find the layer on the module they are called with, and hand values on through `FORWARD`.
 """
 
 import itertools

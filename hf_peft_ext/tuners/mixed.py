@@ -11,6 +11,7 @@ from ..placement import check
 from .attach import hidden_states
 from .forward_state import FORWARD
 
+# Arguments that hold the rows of a batch.
 INPUTS = (
     "input_ids",
     "inputs",
@@ -18,7 +19,6 @@ INPUTS = (
     "pixel_values",
     "input_features",
     "input_values",
-    "decoder_input_ids",
 )
 
 
