@@ -48,7 +48,7 @@ class Site:
         d_in, d_out: widths of what is read and of what is added.
         causal: whether the tokens of this layer must not see later ones.
         attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
-        reads: path of the module whose input is read, for "span".
+        reads: path of the module whose input is read, for "span"; of the one that runs in front of it, for "norm".
         of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
         rows, width: in a fused projection the rows of this site, out of `width`.
         heads, d_k, d_v: shape of keys and values, for "attention" and "cache".
@@ -243,7 +243,8 @@ class BlockSites:
         inside = tuple(self.root(name) for name, _ in self.attentions)
         norms = [name for name, module in self.modules.items() if is_norm(module) and not covers(inside, name)]
         if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
-            return Site("after_residual", host=norms[-1], act="norm", d_in=d, d_out=d, **self.common)
+            before = next((part for part in reversed(self.ffn_parts())), "")
+            return Site("after_residual", host=norms[-1], act="norm", d_in=d, d_out=d, reads=before, **self.common)
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)
 
     def ffn_norm(self) -> str | None:

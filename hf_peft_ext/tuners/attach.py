@@ -128,8 +128,9 @@ class Attached(nn.Module, BaseTunerLayer):
 
     def visible(self) -> Tensor | None:  # shape: (batch, keys)
         """The tokens of this block that are no padding; None if no gate needs to know, or nothing is padding."""
-        mask, n_keys = FORWARD.values.get(self._padding, (None, 0))
-        visible = visible_tokens(mask)
+        visible, n_keys = FORWARD.values.get(self._padding, (None, 0))
+        if not (visible is None or isinstance(visible, Tensor)):
+            return visible_tokens(visible)  # which refuses it
         # behind the tokens a cache may have empty keys
         return visible if visible is None or self.site.of_encoder else visible[:, :n_keys]
 
@@ -183,7 +184,7 @@ class Attached(nn.Module, BaseTunerLayer):
 
 
 class NotePadding:
-    """Before the attention of a block runs: hand its mask to the layers of the block, and how many keys have tokens.
+    """Before the attention of a block runs: tell the layers of the block which keys are padding, and how many there are.
 
     It reads the mask inside the block, so that a block recomputed by gradient checkpointing reads its own mask again.
     """
@@ -195,7 +196,8 @@ class NotePadding:
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
         n_keys = 0 if mask is None else cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]
-        FORWARD.values[self.key] = mask, n_keys
+        known = mask is None or isinstance(mask, Tensor)
+        FORWARD.values[self.key] = visible_tokens(mask) if known else mask, n_keys
 
 
 def note_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
@@ -232,11 +234,10 @@ def block_of(model: nn.Module, attention: str) -> str:
 def holder_of(site: Site) -> str:
     """Path of the module that has the tuner layer of a site as a child.
 
-    That is the host, but the parent of a norm: transformers' Trainer exempts from weight decay whatever lies inside a
-    norm. Norms in a list (XLM's) have no parent that runs, and hold the layer themselves.
+    That is the host, but the module in front of a norm: transformers' Trainer exempts from weight decay whatever lies
+    inside a norm. A norm that a user names by `sites=` holds the layer itself.
     """
-    parent, _, name = site.host.rpartition(".")
-    return site.host if site.act != "norm" or name.isdigit() else parent
+    return site.reads if site.act == "norm" and site.reads else site.host
 
 
 def child_name(site: str, sublayer: str) -> str:

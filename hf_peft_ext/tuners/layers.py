@@ -41,8 +41,9 @@ def add_of_input(name: str, host: nn.Module, args: tuple[Any, ...], kwargs: dict
 class OnNorm(Attached):
     """norm(s) becomes norm(s + f(norm(s))): Pfeiffer's place, where s is the FFN's output plus the residual.
 
-    The layer is a child of the module that holds the norm, not of the norm: transformers' Trainer exempts from weight
-    decay whatever lies inside a norm. So the holder hands its layer to the hook of the norm.
+    The layer is a child of the module in front of the norm, not of the norm: transformers' Trainer exempts from weight
+    decay whatever lies inside a norm. So that module hands its layer to the hook of the norm. It lies inside the block:
+    hooks of the block itself do not run again when gradient checkpointing computes it anew.
     """
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
