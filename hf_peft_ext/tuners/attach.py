@@ -184,7 +184,7 @@ class Attached(nn.Module, BaseTunerLayer):
 
 
 class NotePadding:
-    """Before the attention of a block runs: tell the layers of the block which keys are padding, and how many there are.
+    """Before the attention of a block runs: tell the layers of the block which keys are padding.
 
     It reads the mask inside the block, so that a block recomputed by gradient checkpointing reads its own mask again.
     """

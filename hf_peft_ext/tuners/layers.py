@@ -42,8 +42,8 @@ class OnNorm(Attached):
     """norm(s) becomes norm(s + f(norm(s))): Pfeiffer's place, where s is the FFN's output plus the residual.
 
     The layer is a child of the module in front of the norm, not of the norm: transformers' Trainer exempts from weight
-    decay whatever lies inside a norm. So that module hands its layer to the hook of the norm. It lies inside the block:
-    hooks of the block itself do not run again when gradient checkpointing computes it anew.
+    decay whatever lies inside a norm. So that module hands its layer to the hook of the norm. It lies inside the
+    block, whose own hooks do not run again when gradient checkpointing computes it anew.
     """
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
