@@ -47,8 +47,9 @@ class Attached(nn.Module, BaseTunerLayer):
         self._unbiased = False  # whether merging gave the host a bias that it did not have
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
         self._holder = (model.get_submodule(holder_of(site)),)
-        self._attention = (model.get_submodule(site.attention),) if site.attention else ()
-        self._block = (model.get_submodule(block_of(model, site.attention)),) if site.attention else ()
+        # the attention whose mask tells the padding, and its block; none for what lies outside the blocks
+        paths = (site.attention, block_of(model, site.attention)) if site.attention else ()
+        self._attended = tuple(model.get_submodule(path) for path in paths)
         self._padding = ""  # key of the padding mask in `FORWARD`, if a gate needs it
         self._handles: list[RemovableHandle] = self.hooks(model)
 
@@ -76,8 +77,8 @@ class Attached(nn.Module, BaseTunerLayer):
         """Add the sub-layer of an adapter, on the device and in the type of the host."""
         self.sublayer_of[adapter_name] = sublayer
         gate: Any = getattr(sublayer, "gate", None)
-        if gate is not None and gate.pooling == "mean" and self._attention and not self._padding:
-            self._padding, handles = note_padding(self._attention[0], self._block[0])
+        if gate is not None and gate.pooling == "mean" and self._attended and not self._padding:
+            self._padding, handles = note_padding(*self._attended)
             self._handles += handles
         self._move_adapter_to_device_of_base_layer(adapter_name)
 

@@ -49,12 +49,12 @@ def derive(source: Tensor, name: Any, make: Callable[[Tensor], Tensor]) -> Tenso
         name: tells the results made of one source apart.
         make: from the source to the result.
     """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     recorded = recorded or (source.is_cuda and torch.cuda.is_current_stream_capturing())
     if recorded or source.requires_grad or source.is_inference():  # inference tensors count no versions
         return make(source)
-    version, results = FORWARD.derived.get(source, (None, None))
-    if results is None or version != source._version:
+    version, results = FORWARD.derived.get(source) or (-1, {})
+    if version != source._version:
         results = {}
         FORWARD.derived[source] = source._version, results
     if name not in results:
