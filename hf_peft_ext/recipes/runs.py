@@ -82,8 +82,14 @@ def prepare(recipe: Recipe) -> Any:
 
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
-    """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0."""
+    """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0.
+
+    Raises:
+        RecipeError: there was no step to train; nothing is saved.
+    """
     trained = trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
+    if trainer.state.global_step == 0:
+        raise RecipeError("`training` came to 0 steps: the rows to train on make no batch, so nothing was trained.")
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     folder = Path(recipe.training.output_dir)

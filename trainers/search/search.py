@@ -1,5 +1,6 @@
 """The search through a design space, S0 to S4: sample, train, compare, narrow, stage by stage."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from torch import nn
 from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
+from .progress import LineAMinute
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
 from .trial_queue import Queue, Record, Run, only_new_garbage
@@ -132,7 +134,8 @@ class DesignSpaceSearch:
 
     def _progress(self) -> Progress:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
-        return Progress(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
+        kind = Progress if sys.stderr.isatty() else LineAMinute
+        return kind(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
 
     def _work(self, space: Space, bars: Progress) -> None:
         """Bars for the stage and for the search as a whole, whose length is a guess until the groups are chosen."""
