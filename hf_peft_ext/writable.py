@@ -7,12 +7,13 @@ from tempfile import TemporaryDirectory
 from .placement import check
 
 
-def check_writable(name: str, folder: str | Path) -> None:
+def check_writable(name: str, folder: str | Path, value: object = None) -> None:
     """Raise where a folder cannot be made, or nothing can be written in it. It is not made, and nothing is left.
 
     Args:
         name: the field that names the folder, for the error.
         folder: need not be there.
+        value: what the field holds, where that is not the folder.
 
     Raises:
         ValueError: it cannot be written.
@@ -25,4 +26,4 @@ def check_writable(name: str, folder: str | Path) -> None:
             Path(probe, path.relative_to(there)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{there}: {error.strerror}"
-    check(name, str(folder), not reason, f"must be a folder that can be written ({reason})")
+    check(name, value or str(folder), not reason, f"must lie where files can be written ({reason})")

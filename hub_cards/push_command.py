@@ -50,9 +50,12 @@ def rehearsed(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
     """What would go, found out by doing all but the sending on a copy, so that it refuses what the push refuses."""
     weights = [name for name in publishable(folder) if name.endswith(WEIGHTS)]
     with copied(folder, weights) as copy:
-        renew_cards(copy, repo_id, {})
-        files = sorted([*publishable(copy), *weights])  # which are links there
-        check_files(copy, files, options)
+        try:
+            renew_cards(copy, repo_id, {})
+            files = sorted([*publishable(copy), *weights])  # which are links there
+            check_files(copy, files, options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(folder))) from error
         return contents(copy, files, beside=folder)
 
 

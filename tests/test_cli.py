@@ -33,9 +33,9 @@ def test_help_imports_nothing_heavy():
 
 def test_importing_the_package_registers_the_methods():
     """All of them, in a process that has not imported peft before."""
-    code = "import hf_peft_ext, peft; print('UNIPELT' in peft.PeftType.__members__, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING['UNIPELT'])"
+    code = "import hf_peft_ext; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as t; print(t['UNIPELT'])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout.startswith("True <class 'hf_peft_ext."), done.stderr
+    assert done.stdout.startswith("<class 'hf_peft_ext."), done.stderr
 
 
 def test_version():
@@ -60,7 +60,7 @@ def test_not_writable(place, tmp_path):
     """A file or a dangling link where the folder should be or pass, a name too long, a system that takes no files."""
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"`output_dir` \(='.*'\) must be a folder that can be written \(.*: .+\)\."):
+    with pytest.raises(ValueError, match=r"`output_dir` \(='.*'\) must lie where files can be written \(.*: .+\)\."):
         check_writable("output_dir", tmp_path / place)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -80,7 +80,7 @@ class Said:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(RecipeError("a\n  b"), 2), (ValueError("a b"), 1), (OSError("a b"), 1), (RuntimeError("a\nb"), 1)],
+    [(RecipeError("a\n  b"), 2), (ValueError("a b"), 2), (OSError("a b"), 1), (RuntimeError("a\nb"), 1)],
 )
 def test_one_line(error, code):
     import typer

@@ -1,4 +1,4 @@
-"""The sdist and the wheel, built as an index has them: what is in them, and the sdist's tests on the installed wheel."""
+"""The sdist and the wheel: what is in them, and the sdist's tests run on the installed wheel."""
 
 import os
 import subprocess

@@ -169,6 +169,29 @@ def test_report_of_nothing(file):
     assert not (file.parent / "search.db").exists()
 
 
+WRONG = {
+    "search.storage=sqlite:///broken.db": r"`search.storage` \(='sqlite:///broken.db'\) cannot be used: file is not a",
+    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name a file)",
+    "search.output_dir=broken.db": r"`search.output_dir` \(='broken.db'\) must lie where files can be written",
+    "space.budget=1e-7": r"`space` has no model for stage 'S0': .*budget",
+    "lr=1": r"`lr` is not a section of a search .*; did you mean `training.learning_rate`\?",
+    "training.epochs=1": r"`training.epochs` is not a key of `training`; did you mean `num_train_epochs`\?",
+    "n_models=1": r"did you mean `search.n_models`\?",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("command", [[], ["report"]], ids=["search", "report"])
+def test_wrong_changes(command, change, file):
+    """One line and exit code 2; a folder that takes no files does not hold the command up."""
+    (file.parent / "broken.db").write_text("no database " * 100)
+    done = run(*command, "--config", "search.yaml", "--set", change)
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.splitlines()) == 1
+    wanted = "must name a file that exists" if command and "budget" in change else WRONG[change]
+    assert re.search(wanted, done.stderr), done.stderr
+
+
 @pytest.mark.slow
 def test_optuna_is_optional():
     """Without Optuna the package and its trainers import."""

@@ -7,15 +7,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .draft import RecipeError
-
 # what a run can meet that is no fault of this package; anything else keeps its traceback, for a bug report
 EXPECTED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextmanager
 def one_line(errors: Console) -> Iterator[None]:
-    """Say what failed in one line, and leave with 2 where the recipe must change, else with 1.
+    """Say what failed in one line, and leave with 2 where a value must change, else with 1.
 
     Raises:
         typer.Exit: something failed.
@@ -27,4 +25,4 @@ def one_line(errors: Console) -> Iterator[None]:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         errors.print(f"[bold red]Error[/] {escape(text)}")
-        raise typer.Exit(2 if isinstance(error, RecipeError) else 1) from error
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error

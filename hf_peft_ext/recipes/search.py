@@ -152,7 +152,7 @@ def check_sections(draft: Draft) -> None:
     }
     for name, section in draft.sections.items():
         if name not in SECTIONS:
-            hint = did_you_mean(name, SECTIONS) or key_hint(str(name), known)
+            hint = name_hint(str(name), known)
             raise draft.error(str(name), f"is not a section of a search ({', '.join(SECTIONS)}){hint}")
         if section is not None and not isinstance(section, dict):
             raise draft.error(name, "must be a mapping of keys to values")
@@ -168,13 +168,13 @@ def check_sections(draft: Draft) -> None:
         check_keys(draft, f"tasks.{name}", values, fields_of(TaskArguments))
 
 
-def key_hint(name: str, known: dict[str, dict[str, Any]]) -> str:
-    """Where a name is, or means, a key of some section: that key, with its section."""
+def name_hint(name: str, known: dict[str, dict[str, Any]]) -> str:
+    """For what is no section: the key of that name in a section, else the nearest section, else the nearest key."""
     for section, keys in known.items():
         if name in keys:
             return f"; did you mean `{section}.{name}`?"
-    hints = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
-    return next(filter(None, hints), "")
+    near = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
+    return did_you_mean(name, SECTIONS) or next(filter(None, near), "")
 
 
 def check_keys(draft: Draft, section: str, values: dict[str, Any], keys: dict[str, Any]) -> None:

@@ -109,6 +109,7 @@ class DesignSpaceSearch:
         space = self.space
         with self._progress() as bars, only_new_garbage():
             while not space.finished:
+                check_feasible(space)
                 self._work(space, bars)
                 space = space.narrow(self._decide(space).winner)
         model = next(iter(self.tasks.values())).model
@@ -208,8 +209,15 @@ class DesignSpaceSearch:
 
 def stages_ahead(space: Space) -> Iterator[Space]:
     """The stages after this one, if the last constraint wins at each."""
-    while not (space := space.narrow(space.constraints()[-1])).finished:
+    while (names := space.constraints()) and not (space := space.narrow(names[-1])).finished:
         yield space
+
+
+def check_feasible(space: Space) -> None:
+    """Raise where no model can keep to any constraint of a stage, such as under a budget that is too small."""
+    if not space.constraints():
+        reason = next(iter(getattr(space, "left_out", {}).values()), "there is no constraint")
+        raise ValueError(f"`space` has no model for stage {space.stage!r}: {reason}")
 
 
 def plain(config: PeftConfig) -> dict[str, Any]:

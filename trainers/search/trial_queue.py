@@ -287,7 +287,7 @@ def connect(url: str, heartbeat: int, create: bool = True) -> RDBStorage:
         file = Path(str(database.database))
         check("storage", url, file.parent.is_dir(), f"must lie in a folder that exists, unlike {file.parent}")
         check("storage", url, create or file.exists(), "must name a file that exists")
-        check_writable("storage", file.parent)  # else the lock would be waited for without end
+        check_writable("storage", file.parent, url)  # else the lock would be waited for without end
     with FileLock(f"{database.database}.lock") if is_sqlite else nullcontext():  # of all, one makes the tables
         storage = RDBStorage(
             url,
