@@ -67,6 +67,10 @@ def prepare(recipe: Recipe) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     with args.main_process_first(desc="tokens"):
         train, evaluated = (None if part is None else data.encode(part, tokenizer, labels) for part in rows)
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows[0]) < needed:
+        rule = f"trains nothing: {len(rows[0])} rows do not fill one batch of {needed}"
+        raise RecipeError(f"`training.dataloader_drop_last` (=True) {rule}.")
     model = load_model(recipe, source, labels, tokenizer)
     try:
         trainer = recipe.task.trainer()(
