@@ -53,7 +53,7 @@ def test_packages_are_listed(pyproject):
 def test_table_of_extras(pyproject):
     """The README's table has every extra, and what it installs."""
     table = re.search(r"\| extra \|.*?\n\n", README, flags=re.DOTALL)
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", table[0], flags=re.MULTILINE)
+    rows = re.findall(r"^\| `\[(\w+)\]` \| .* \| (.*) \|$", table[0], flags=re.MULTILINE)
     for name, cell in rows:
         wanted = set()
         for text in pyproject["project"]["optional-dependencies"][name]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import transformers
 from accelerate import PartialState
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, set_seed
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from ..metrics import CLASSIFICATION, classification_metrics, generation_metrics
 from .draft import RecipeError
@@ -142,7 +143,9 @@ def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if wanted.gguf_file is not None:
-        options |= {"gguf_file": wanted.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options["gguf_file"] = wanted.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # before there was one, transformers always unpacked
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if recipe.quantization is not None:
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
     with loading(source):
