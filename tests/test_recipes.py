@@ -416,7 +416,7 @@ def test_a_card_that_cannot_be_written_is_told(models, tmp_path, peft_type):
 COUNTS = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
 NUMBERS = {
     "learning_rate": 0, "weight_decay": -1, "max_grad_norm": -1, "adam_beta1": 2, "seed": -1, "max_steps": -3,
-    "warmup_steps": -1, "dataloader_num_workers": -2,
+    "dataloader_num_workers": -2,
 }  # fmt: skip
 MEANT = {
     "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",

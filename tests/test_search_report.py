@@ -95,9 +95,8 @@ def test_architecture_is_drawn_layer_by_layer(finished):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A search of S4's space on a tiny BERT, as a YAML file, in a folder of its own."""
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
-    BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path / "model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "model")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=11, **sizes)).save_pretrained(tmp_path / "model")
     rows = [f"{word} film,{label},{split}" for split in ("train", "test") for word, label in
