@@ -52,3 +52,7 @@ clean:  ## remove results, caches and build files; .venv stays
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq $(TORCH)
 	@touch $@
+
+.PHONY: gpu
+gpu: .venv/.test  ## what only a GPU can show, at most 12 minutes; writes examples/benchmarks/results/gpu/
+	$(BIN)/python examples/benchmarks/gpu.py $(GPU)

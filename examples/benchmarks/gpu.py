@@ -8,9 +8,9 @@
     speed      forward pass and training step in bf16 at the shapes of BERT-base, Qwen2-0.5B and Llama-7B
     compiled   the same with torch.compile, fewer layers
 
-Each part runs in processes of its own, so that one failure costs one row, which then holds the error's last line. A
-table of each part goes to results/gpu/ as Markdown and CSV as soon as it is there, and at the end the seconds that each
-took. Nothing is downloaded.
+Each part runs in processes of its own, so that one failure costs one row, which then holds the error's last line. The
+table of a part goes to results/gpu/ as Markdown and CSV as soon as it is there; at the end come the seconds that each
+part took. Nothing is downloaded.
 
     python examples/benchmarks/gpu.py
     python examples/benchmarks/gpu.py --parts memory nf4 --minutes 5
@@ -31,11 +31,11 @@ import torch
 from gpu_parts.part import NO_CUDA, Part
 from gpu_parts.table_of_parts import PARTS
 from rich.console import Console
-from tables import Row, show, write
+from tables import Row, markdown, write
 from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent
-OUT_OF_TIME = "skipped: out of time"
+OUT_OF_TIME, STOPPED = "skipped: out of time", "stopped: out of time"
 GRACE = 15  # seconds before the end after which no row is begun
 
 
@@ -71,11 +71,11 @@ class Run:
         """All rows of a part; written after each process."""
         part, rows = PARTS[name], []
         title = f"{part.title} (smoke)" if self.args.smoke else part.title
-        for job, names in part.jobs.items():
+        for job, names in (part.smoke if self.args.smoke and part.smoke else part.jobs).items():
             rows += self.job(name, part, job, list(names))
             part.finish(rows)
             write(self.args.output, name, title, rows, " ".join([f"{self.about}.", part.note]).strip())
-        show(self.console, title, rows)
+        print(markdown(title, rows))
         return rows
 
     def job(self, name: str, part: Part, job: str, names: list[str]) -> list[Row]:
@@ -85,6 +85,8 @@ class Run:
             found = {key: {"error": NO_CUDA} for key in names}
         while (left := [key for key in names if key not in found]) and time.time() < self.end - GRACE:
             got, ended = self.process(name, job, left)
+            if not got and time.time() >= self.end - GRACE:
+                ended = STOPPED
             found |= got or {left[0]: {"error": ended}}
         first, second = part.keys
         return [{first: job, second: key, **found.get(key, {"error": OUT_OF_TIME})} for key in names]
@@ -118,7 +120,7 @@ class Run:
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)  # with pytest, if that is what it runs
             child.wait()
-            return "stopped: out of time"
+            return STOPPED
         return f"ended by {signal.Signals(-code).name}" if code < 0 else ""
 
 
@@ -133,7 +135,7 @@ def main() -> None:
             errors = sum("error" in row for row in rows)
             seconds.append({"part": name, "seconds": time.time() - start, "rows": len(rows), "without result": errors})
         seconds.append({"part": "all", "seconds": sum(row["seconds"] for row in seconds)})
-    show(run.console, "Seconds", seconds)
+    print(markdown("Seconds", seconds))
     write(args.output, "seconds", "Seconds", seconds, f"{run.about}.")
 
 

@@ -66,7 +66,7 @@ SHAPES = {
         128,
     ),
 }
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 TINY_VOCABULARY = 300
 
 

@@ -28,6 +28,7 @@ def four_bit(name: str, setting: Setting) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "classifier"],  # a head that is trained cannot be packed
     )
     kind = type(build(SHAPES[name], setting, layers=1))
     folder = saved(name, setting)

@@ -59,7 +59,8 @@ class Part:
         keys: names of the first two columns: the process, and the row.
         jobs: process -> its rows.
         measure: (process, row, setting) -> the other columns.
-        finish: adds columns that compare rows, once all are there.
+        finish: adds columns that compare rows; it is called again as rows come in.
+        smoke: the processes and rows of a smoke run, where all would take too long.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Part:
     jobs: Mapping[str, Sequence[str]]
     measure: Callable[[str, str, Setting], Row]
     finish: Callable[[list[Row]], None] = no_ratios
+    smoke: Mapping[str, Sequence[str]] | None = None
 
 
 def ratio(row: Row, other: Row | None, column: str) -> float | None:

@@ -91,7 +91,9 @@ def written_out(
     """softmax(Q [P_K, K]^T + [0, bias + mask]) [P_V, V] in float32, every score kept."""
     n_tokens, scale = 0, query.shape[-1] ** -0.5 if scaling is None else scaling
     if (vectors := getattr(module, "written_out", None)) is not None:
-        key, value = (torch.cat([p.expand(len(query), -1, -1, -1), x], 2) for p, x in zip(vectors, (key, value)))
+        key, value = (
+            torch.cat([p.expand(len(query), -1, -1, -1), x], 2) for p, x in zip(vectors, (key, value), strict=True)
+        )
         n_tokens = vectors[0].shape[1]
     group = query.shape[1] // key.shape[1]
     key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
