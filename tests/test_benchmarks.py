@@ -93,6 +93,7 @@ def table(file):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_scale(capsys, monkeypatch, tmp_path):
     """All four costs, each beside LoRA's; memory in processes of their own."""
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -123,6 +124,7 @@ def test_gpu_says_what_it_skips(capsys, monkeypatch, tmp_path):
     assert [row["part"] for row in table(tmp_path / "seconds.csv")] == [*module.PARTS, "all"]
 
 
+@pytest.mark.slow
 def test_gpu_prefix_part(monkeypatch, tmp_path):
     """One part end to end in its own process: prefix attention is the one written out, and bf16 costs it no more."""
     monkeypatch.syspath_prepend(BENCHMARKS)
