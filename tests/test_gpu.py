@@ -3,6 +3,9 @@
 Each against the same model in float32 on the CPU, or against the same model on the GPU without what is tried.
 """
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -177,9 +180,11 @@ def replica(model):
             if child is not None:
                 setattr(copied, name, copies[index[child]])
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                zero = parameter.requires_grad
-                setattr(copied, name, torch.zeros_like(parameter) if zero else parameter.detach().clone())
+            if parameter is None:
+                copied._parameters[name] = None
+            else:
+                trained = parameter.requires_grad
+                setattr(copied, name, torch.zeros_like(parameter) if trained else parameter.detach().clone())
         for name, buffer in module._buffers.items():
             setattr(copied, name, None if buffer is None else buffer.clone())
     return copies[0]
@@ -213,17 +218,19 @@ def test_data_parallel(method, backbone):
 @pytest.mark.parametrize("backbone", ["bert", "llama"])
 @pytest.mark.parametrize("method", ["unipelt", "mam", "scaled_parallel", "ladder"])
 def test_two_threads_on_one_model(method, backbone):
-    """`parallel_apply` runs the module in two threads, each with a batch of its own."""
+    """Each thread has a batch of its own, and gets the outputs that one thread alone gets."""
     model = adapted(backbone, method).to(DEVICE)
     kwargs = plain(backbone)
     batches = [{**inputs_for(backbone, padding=side, length=n), **kwargs} for side, n in (("right", 9), ("none", 14))]
-    with torch.no_grad():
-        expected = [output(model, batch) for batch in batches]
-        for _ in range(20):
-            results = nn.parallel.parallel_apply([model, model], [(), ()], batches, [0, 0])
-            for result, y in zip(results, expected, strict=True):
-                found = result.logits if "logits" in result else result.last_hidden_state
-                torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()  # autograd is switched for each thread
+    def run(i):
+        return output(model, batches[i])
+
+    expected = [run(0), run(1)]
+    with ThreadPoolExecutor(2) as pool:
+        for i, found in enumerate(pool.map(run, [0, 1] * 30)):
+            torch.testing.assert_close(found, expected[i % 2], rtol=1e-4, atol=1e-4)
 
 
 # Attention kernels
@@ -264,12 +271,12 @@ def test_prefix_with_each_kernel(kernel, method, padding):
 
 
 def takes(backend, model, inputs):
-    """Whether this kernel alone suffices for a forward pass."""
+    """Whether this kernel alone suffices for a forward pass that is trained through."""
     try:
-        with torch.no_grad(), sdpa_kernel(backend):
+        with sdpa_kernel(backend):  # with gradients: some kernels take a mask, but give it none
             output(model, inputs, use_cache=False)
     except RuntimeError as error:
-        if "No available kernel" not in str(error):
+        if not re.search("No (available kernel|viable backend)", str(error)):
             raise
         return False
     return True

@@ -9,7 +9,7 @@ Tiny Llamas with random weights on the CPU, no download. Times are medians of pr
 that what else the machine does falls on all of them alike. Memory is the peak of the resident size of a fresh process,
 less its size before the forward pass.
 
-    python examples/benchmarks/scale.py                     # about four minutes on one core
+    python examples/benchmarks/scale.py                     # five to ten minutes on one core
     python examples/benchmarks/scale.py --parts length --length 4096
 """
 
@@ -58,7 +58,7 @@ class Arguments:
     """What is measured."""
 
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "idle, load, length, help."})
-    rounds: int = field(default=9, metadata={"help": "How often each time is taken."})
+    rounds: int = field(default=5, metadata={"help": "How often each time is taken."})
     idle: int = field(default=100, metadata={"help": "Inactive adapters."})
     layers: int = field(default=200, metadata={"help": "Layers of the model that adapters are loaded into."})
     length: int = field(default=8192, metadata={"help": "Tokens of the long forward pass."})
@@ -154,7 +154,7 @@ def loading(function: Callable[..., Any], path: Path, args: Arguments) -> float:
 
 def length(args: Arguments) -> list[Row]:
     inputs = tokens(1, args.length)
-    models = {method: adapted(decoder(256, 4, args.length), method) for method in LONG}
+    models = {method: adapted(decoder(256, 2, args.length), method) for method in LONG}
     times = in_turn({k: lambda m=m: forward(m, inputs) for k, m in models.items()}, min(5, args.rounds))
     memory = {method: fresh(above_model, method, args) / 2**20 for method in LONG}
     rows = []
@@ -177,7 +177,7 @@ def fresh(function: Callable[..., Any], *args: Any) -> Any:
 def above_model(method: str, args: Arguments) -> int:
     """Bytes that a forward pass takes beyond the model."""
     quietly(args)
-    model = adapted(decoder(256, 4, args.length), method)
+    model = adapted(decoder(256, 2, args.length), method)
     forward(model, tokens(1, 32))  # what the first forward pass of all leaves behind
     before = psutil.Process().memory_info().rss
     forward(model, tokens(1, args.length))
