@@ -30,7 +30,7 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "bottleneck": BottleneckConfig,
     "prefix": LayerPrefixConfig,
     "BitFit": BitFitConfig,
-    "S4": lambda **kwargs: S4Config(grouping="uniform", **kwargs),  # a spindle needs more layers
+    "S4": lambda **kwargs: S4Config(grouping="uniform", budget=0.05, **kwargs),  # few layers
     "T-Few": TFewConfig,
     "ladder": LadderConfig,
 }

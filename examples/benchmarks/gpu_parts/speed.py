@@ -19,12 +19,13 @@ NAMES = ("Qwen2-0.5B", "Llama-7B", "BERT-base")
 def timed(function: Callable[[], Any], setting: Setting) -> float:
     """Median milliseconds."""
     times = []
-    for i in range((1 if setting.smoke else ROUNDS) + (1 if setting.smoke else WARM_UP)):
+    rounds, warm_up = (1, 1) if setting.smoke else (ROUNDS, WARM_UP)
+    for i in range(warm_up + rounds):
         setting.synchronize()
         start = time.perf_counter()
         function()
         setting.synchronize()
-        if i >= WARM_UP or setting.smoke:
+        if i >= warm_up:
             times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
 
