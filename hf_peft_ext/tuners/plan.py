@@ -174,23 +174,24 @@ def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
 def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
     """Refuse a site whose modules have other widths, or run in another order, than the sub-layer needs."""
     at = f"Architecture '{name_of(model)}' has no place for `{placement.sublayer}` at `{site.name}` of {site.host}"
-    host: Any = model.get_submodule(site.host)
     if placement.sublayer == "prefix":
-        check_kernel(host)
+        check_kernel(model.get_submodule(site.host))
     if site.act == "span" and ends_first(model, site.reads, site.host):
         raise ValueError(f"{at}, which runs before {site.reads}, whose input it should read; leave it out.")
-    given = leaf_size(model.get_submodule(site.reads)) if site.reads else None
-    read, written = given or leaf_size(host), leaf_size(host)
-    if is_norm(host):
-        read = written = len(host.weight), len(host.weight)
-    wrong = [f"{d} for {size}" for d, size, own in (
-        (site.d_in, read and read[0], site.act in ("input", "span")),
-        (site.width or site.d_out, written and written[1], site.act != "attention" and site.act != "cache"),
-    ) if own and size not in (None, d)]  # fmt: skip
+    (d_in, _), (_, d_out) = (widths(model.get_submodule(path)) for path in (site.reads or site.host, site.host))
+    wrong = [f"{ours} for {size}" for ours, size, acts in (
+        (site.d_in, d_in, ("input", "span")), (site.width or site.d_out, d_out, ("input", "output", "norm", "span")),
+    ) if size not in (None, ours) and site.act in acts]  # fmt: skip
     if placement.sublayer == "bottleneck" and site.d_in != site.d_out:
         wrong.append(f"{site.d_in} for {site.d_out}")
     if wrong:
         raise ValueError(f"{at}, whose widths are others ({', '.join(wrong)}); leave it out or pass `sites=`.")
+
+
+def widths(module: Any) -> tuple[int | None, int | None]:
+    """What a leaf or a norm reads and gives; None for other modules."""
+    d = len(module.weight) if is_norm(module) else None
+    return leaf_size(module) or (d, d)
 
 
 def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -> None:
