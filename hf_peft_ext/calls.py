@@ -9,7 +9,8 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -42,6 +43,24 @@ def code_of(cls: type[nn.Module]) -> Code:
     return Code(tuple(dict.fromkeys(reader.order)), *map(frozenset, (reader.called, reader.read, reader.words)))
 
 
+def written(cls: type[nn.Module], name: str) -> FunctionType | None:
+    """A method as it is written, without decorators, be they some that do not say what they wrap."""
+    found: Any = getattr(cls, name, None)
+    function = inspect.unwrap(found)
+    if not inspect.isfunction(function):
+        return None
+    if function.__name__ == name:
+        return function
+    held = (cell.cell_contents for cell in function.__closure__ or ())
+    return next((inner for inner in held if inspect.isfunction(inner) and inner.__name__ == name), None)
+
+
+def parameters(module: nn.Module) -> set[str]:
+    """Names of the arguments of a module's forward."""
+    function = written(type(module), "forward")
+    return set(inspect.signature(function or module.forward).parameters)
+
+
 class Reader(ast.NodeVisitor):
     """Walks through a forward in the order in which it runs: arguments before the call that takes them."""
 
@@ -55,8 +74,8 @@ class Reader(ast.NodeVisitor):
         self.owner = "self"
 
     def follow(self, name: str) -> None:
-        function = inspect.unwrap(getattr(self.cls, name, None))  # pyright: ignore[reportArgumentType]
-        if name in self.followed or not inspect.isfunction(function):
+        function = written(self.cls, name)
+        if name in self.followed or function is None:
             return
         self.followed.add(name)
         try:

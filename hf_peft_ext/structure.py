@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .calls import code_of
+from .calls import code_of, parameters
 from .calls import own_modules as own_modules
 
 # What a leaf of an attention module does, by its name.
@@ -130,7 +130,7 @@ def is_mixer(module: nn.Module) -> bool:
 
 
 def takes_state(module: nn.Module) -> bool:
-    return any(name in inspect.signature(module.forward).parameters for name in STATES)
+    return not parameters(module).isdisjoint(STATES)
 
 
 def is_bypassed(model: nn.Module, leaf: str) -> bool:

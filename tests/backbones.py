@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 VOCAB, D, HEADS, LAYERS = 60, 32, 4, 2
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -136,7 +136,8 @@ LINEAR = {
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 HALF = ["linear_attention", "full_attention"] * 2
-# Models of which some layers, or all, mix tokens by other means than softmax attention.
+# Models of which some layers, or all, mix tokens by other means than softmax attention. Those of them that this
+# version of transformers has.
 HYBRIDS = {
     "qwen3_next": Backbone(
         "decoder", "qwen3_next", {**LINEAR, **SPARSE, "shared_expert_intermediate_size": 32, "layer_types": HALF}
@@ -208,3 +209,4 @@ HYBRIDS = {
         {"hidden_size": D, "num_hidden_layers": 3, "attention_hidden_size": D, "intermediate_size": 64},
     ),
 }
+HYBRIDS = {name: family for name, family in HYBRIDS.items() if family.model_type in CONFIG_MAPPING}

@@ -138,7 +138,7 @@ def test_generates_with_a_cache(family):
     for each in (base, model):
         logits = [torch.stack(each.generate(input_ids=ids, use_cache=c, **wanted).logits) for c in (True, False)]
         gaps.append((logits[0] - logits[1]).abs().max().item())
-    assert gaps[1] <= max(1e-4, 10 * gaps[0])
+    assert gaps[1] <= max(1e-3, 10 * gaps[0])
 
 
 def test_a_low_rank_branch_on_what_stands_for_the_query():
@@ -170,7 +170,7 @@ def test_s4_on_a_hybrid_model(caplog):
     assert len(caplog.messages) <= 1
 
 
-@pytest.mark.parametrize("family", ["bamba", "rwkv", "kimi_linear"])
+@pytest.mark.parametrize("family", ["bamba", "rwkv", "qwen3_next"])
 def test_means_need_attention(family):
     """A gate that takes means reads the padding from the mask of attention."""
     model = HYBRIDS[family].build()
