@@ -136,10 +136,11 @@ class BlockSites:
         d = self.width()
         whole = self.linear_leaves([part for part in parts if self.is_whole(part, d)])
         found = whole or leaves
-        reading = {self.size(leaf)[1] for leaf in leaves if self.size(leaf)[0] == d}
+        opened: set[int] = set()  # widths to which earlier leaves have led
         for name in found:
             d_in, d_out = self.size(name)
-            inner = d_in != d and (bool(whole) or d_in in reading)  # the width between the two
+            inner = d_in != d and (bool(whole) or d_in in opened)  # the width between the two
+            opened |= {d_out} if d_in == d else set()
             if d_out == d and (inner or name == found[-1]):
                 yield from self.leaf_sites("ffn_output", name)
             elif d_in == d:
