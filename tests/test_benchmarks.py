@@ -129,7 +129,9 @@ def test_gpu_prefix_part(monkeypatch, tmp_path):
     """One part end to end in its own process: prefix attention is the one written out, and bf16 costs it no more."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     run("gpu", "--smoke", "--parts", "prefix", "--output", str(tmp_path))
-    for row in table(tmp_path / "prefix.csv"):
+    rows = [row for row in table(tmp_path / "prefix.csv") if "this version of" not in row.get("error", "")]
+    assert len(rows) >= 7  # transformers 5.15 has T5's attention in T5
+    for row in rows:
         assert float(row["prefix moves by"]) > 0.01
         assert max(float(row["float32"]), float(row["float32, gradient"])) < 1e-5
         assert float(row["bf16"]) < 2 * float(row["bf16 without prefix"])
@@ -162,7 +164,7 @@ def test_gpu_smoke(monkeypatch, tmp_path):
     module = run("gpu", "--smoke", "--minutes", "9", "--output", str(tmp_path))
     for name in module.PARTS:
         errors = {row.get("error") or "" for row in table(tmp_path / f"{name}.csv")}
-        assert errors <= {"", module.NO_CUDA}, name
+        assert {e for e in errors if "this version of transformers" not in e} <= {"", module.NO_CUDA}, name
     reloaded = "reloaded, they differ by"
     assert all(float(row[reloaded]) == 0 for row in table(tmp_path / "nf4.csv"))
     assert {row["peak, GiB"] for row in table(tmp_path / "memory.csv")} == {module.NO_CUDA}

@@ -17,6 +17,7 @@ from hf_peft_ext import LayerPrefixConfig
 from .part import Part, Setting
 
 NAIVE = "prefix_written_out"
+UNREAD = "the reference has no effect: this model does not look its attention up"
 N_TOKENS = 30
 Vectors = dict[str, tuple[Tensor, Tensor]]  # path of an attention module -> P_K, P_V: (kv_heads, n_tokens, d)
 
@@ -129,6 +130,8 @@ def run(model: Any, case: Case, inputs: dict[str, Any], trained: Sequence[Tensor
         y = y[inputs["attention_mask"].bool()]
     if not trained:
         return y.detach(), None
+    if not y.requires_grad:
+        raise RuntimeError(f"{UNREAD} in this version of transformers")
     probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.device)
     gradients = torch.autograd.grad((y * probe).mean(), trained)
     return y.detach(), torch.cat([g.float().flatten() for g in gradients])
