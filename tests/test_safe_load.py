@@ -507,7 +507,7 @@ def test_fields_that_reach_beyond_the_adapter(field, tmp_path):
 
 
 BAD_FIELDS = [
-    ({"gatd": False}, "`gatd` \\(=False\\) is not a field of LoraConfig"),
+    ({"gatd": True}, "`gatd` \\(=True\\) is not a field of LoraConfig"),
     ({"r": "8"}, "`r` \\(='8'\\) must be of type int"),
     ({"r": True}, "`r` \\(=True\\) must be of type int"),
     ({"lora_dropout": "0"}, "`lora_dropout` \\(='0'\\) must be of type float"),

@@ -21,6 +21,7 @@ from .attention import InAttention, InCache
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
+from .loaded import check_complete
 from .mixed import check_names, check_unmerged, known_to_copies
 from .plan import excluded, plan
 
@@ -137,7 +138,7 @@ class ComposedModel(BaseTuner):
 
         Raises:
             ValueError: one of them is no part of the adapter, but would overwrite a weight of the base model, or is
-                not finite.
+                not finite; or a file that is loaded lacks one, or holds one of another shape.
         """
         if fold_prefixes(model, adapter_name):
             warnings.warn(
@@ -145,6 +146,7 @@ class ComposedModel(BaseTuner):
             )
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
         check_loaded(found, adapter_name)
+        check_complete(cls, model, adapter_name, found)
         return found
 
     # Batches that mix adapters
@@ -227,7 +229,9 @@ def unload_auxiliary(
         if isinstance(module, AuxiliaryTrainingWrapper):
             parent, _, name = _get_submodules(tuner.model, path)
             plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            tuner._replace_module(parent, name, plain, module)
+            setattr(
+                parent, name, plain
+            )  # peft's `_replace_module` copies weights, which a module without its own lacks
     if not any(isinstance(module, BaseTunerLayer) for module in tuner.model.modules()):
         del tuner.model.peft_config  # other tuners in the model keep theirs
 
