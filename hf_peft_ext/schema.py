@@ -84,7 +84,7 @@ def known_fields(config_cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a key is no field, or its value has another type, is too large, or is no finite number.
     """
     known, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
-    said = {k: v for k, v in given.items() if k in known or says_something(k, v)}
+    said = {k: v for k, v in given.items() if k not in IGNORED and (k in known or says_something(k, v))}
     unused = sorted(k for k, v in said.items() if k not in known and v is False)
     if unused:
         what = f"`{'`, `'.join(unused)}` (=False) are no fields of {config_cls.__name__}"

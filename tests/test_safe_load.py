@@ -46,7 +46,11 @@ from .hub_server import STRANGER
 from .methods import METHODS, randomise
 
 # peft's advice on settings that are as they should be here
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    # 2026-11: peft 0.21's prefix tuning calls models by the name that transformers 5.24 gave up
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -430,7 +434,7 @@ def test_rank_of_three_million(method, tmp_path):
     """Stock peft allocates what the config asks for before it compares shapes (here a hundredth of it)."""
     saved(tmp_path, {**METHODS, **STOCK_METHODS}[method]())
     rewrite(tmp_path, r=30_000)
-    with pytest.raises(RuntimeError, match="size mismatch"), Largest() as stock:
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|has shape"), Largest() as stock:
         PeftModel.from_pretrained(BACKBONES["llama"].build(), tmp_path)
     assert stock.numel >= 30_000 * 32
     base = BACKBONES["llama"].build()
