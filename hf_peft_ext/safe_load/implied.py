@@ -15,6 +15,7 @@ from peft import (
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext, _device_constructors
 
 from ..placement import check
 
@@ -35,9 +36,12 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
 
 
 def attach_without_data(
-    model: nn.Module, config: PeftConfig, adapter_name: str
+    model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool = True
 ) -> tuple[PeftModel, dict[str, Tensor]]:
     """Give a model an adapter whose tensors are on the meta device.
+
+    Args:
+        low_cpu_mem_usage: as in peft, whose way to the meta device copies each tensor once more.
 
     Returns:
         The model with the adapter, and the tensors that the adapter's file must hold, by their keys there.
@@ -48,9 +52,9 @@ def attach_without_data(
     given = {id(tensor): tensor for tensor in tensors(model)}
     known = "\n".join(path for path, _ in model.named_modules())
     try:
-        with torch.device("meta"), WithoutValues(), warnings.catch_warnings():
+        with WithoutValues(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user sees them when the adapter is loaded
-            adapted = with_adapter(model, config, adapter_name)
+            adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             new = sum(tensor.numel() for tensor in tensors(adapted) if id(tensor) not in given)
@@ -83,27 +87,32 @@ def check_rows(model: nn.Module, adapter_name: str) -> None:
             check("token_indices", rows, all(0 <= row < size for row in rows), f"must be rows of 0 to {size - 1}")
 
 
-def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> PeftModel:
     """The model with an adapter, as peft makes it when it loads one."""
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         return model
     peft_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    return peft_cls(model, config, adapter_name, low_cpu_mem_usage=True)
+    return peft_cls(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
-class WithoutValues(TorchFunctionMode):
-    """While it is active, tensors on the meta device are not filled with values, which takes most of building them."""
+class WithoutValues(DeviceContext):
+    """As `torch.device("meta")`; and nothing is filled with values, which takes most of building an adapter there."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+        self.making = _device_constructors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        filled = args[0] if args else (kwargs or {}).get("tensor")
-        if (
-            isinstance(filled, Tensor)
-            and filled.is_meta
-            and (func in FILLING or getattr(func, "__module__", None) == "torch.nn.init")
-        ):
-            return filled
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self.making:
+            if kwargs.get("device") is None:
+                kwargs["device"] = self.device
+        elif func in FILLING or getattr(func, "__module__", None) == "torch.nn.init":
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 class OnMeta(TorchFunctionMode):

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..tuners.composed import attached
 from ..tuners.config import PlacedConfig
 from .implied import attach_without_data, tensors
 from .weights import check_weights
 
-HALF = (torch.float16, torch.bfloat16)
 HEADS = ("classifier", "score", "qa_outputs", "qa_output")  # modules that peft saves whole for a task type
 # Fields of peft's own configs with which building reads or computes more than shapes.
 PLAIN_STARTS = (True, False, "gaussian")
@@ -59,35 +58,38 @@ def load_on_trial(
         NotOnTrial: the adapter has tensors that its file does not hold, or its name is in their keys.
     """
     with restored(model), taken_off(model, adapter_name, attached(model)):
-        given = {id(tensor) for tensor in tensors(model)}
-        adapted, implied = attach_without_data(model, copy.deepcopy(config), adapter_name)
+        base = tensors(model)
+        given = {id(tensor) for tensor in base}
+        adapted, implied = attach_without_data(model, copy.deepcopy(config), adapter_name, False)
         if sum(id(tensor) not in given for tensor in tensors(adapted)) != len(implied):
             raise NotOnTrial
         if any(adapter_name in key for key in implied):
             raise NotOnTrial
         check_weights(weights, implied)
-        give_memory(adapted, adapter_name, given)
+        give_memory(adapted, adapter_name, base)
         if is_trainable and adapted is model:
             adapted.set_requires_grad(adapter_name)
         adapted.load_adapter(str(weights.parent), adapter_name, is_trainable=is_trainable)
     return adapted
 
 
-def give_memory(adapted: PeftModel, adapter_name: str, given: set[int]) -> None:
+def give_memory(adapted: PeftModel, adapter_name: str, base: list[Tensor]) -> None:
     """Memory for the tensors on the meta device, where peft and the tuner would have put them.
 
     Args:
-        given: the ids of the tensors of the model without the adapter.
+        base: the tensors of the model without the adapter.
     """
+    devices = {tensor.device for tensor in base}
+    device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     for module in adapted.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                empty = torch.empty_like(parameter, device="cpu")
+                empty = torch.empty_like(parameter, device=device)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for module in adapted.modules():
-        if isinstance(module, BaseTunerLayer):
-            module._move_adapter_to_device_of_base_layer(adapter_name)
-    if any(id(p) not in given and p.dtype in HALF for p in adapted.parameters()):
+    if devices or any(tensor.dtype == torch.float64 for tensor in base):  # else they lie right, in float32
+        for module in adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._move_adapter_to_device_of_base_layer(adapter_name)
         tuner: Any = adapted.base_model
         tuner._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=True)
 

@@ -40,7 +40,7 @@ def sampled(tensor: Tensor) -> bytes:
 
 def of_config(model: nn.Module) -> dict[str, Any]:
     """The settings of a model, as JSON has them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     kept = {name: value for name, value in settings.items() if name not in NOT_THE_MODEL}
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
