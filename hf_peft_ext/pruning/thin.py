@@ -113,6 +113,7 @@ def thin_copy(
     kept = choose(channels, scores, sizes_of(config))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
         thin = type(model)(config)
+    leave_out(thin, model)
     fill(thin, model, channels, kept)
     if model.can_generate():
         thin.generation_config = copy.deepcopy(model.generation_config)
@@ -158,6 +159,15 @@ def choose(channels: Channels, scores: dict[str, Tensor], thin: Sizes) -> Kept:
 def highest(scores: Tensor, n: int) -> Tensor:
     """The indices of the n highest scores, ascending; of equal ones the first."""
     return scores.argsort(descending=True, stable=True)[:n].sort().values
+
+
+def leave_out(thin: nn.Module, large: nn.Module) -> None:
+    """Take out what a class builds unless it is told not to, and the large model lacks, such as BERT's pooler."""
+    present = {path for path, _ in own_modules(large)}
+    for path, module in list(own_modules(thin)):
+        for name, _ in list(module.named_children()):
+            if path in present and (f"{path}.{name}" if path else name) not in present:
+                setattr(module, name, None)
 
 
 def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept: Kept) -> None:
