@@ -164,7 +164,7 @@ def test_two_adapters(method, backbone):
         if METHODS[method].mixes:
             check_mixed(model, inputs, (second, first, base))
         else:
-            with pytest.raises(ValueError, match=r"`adapter_names` \(=\['other', 'default', '__base__'\]\) must be None"):
+            with pytest.raises(ValueError, match=r"`adapter_names` \(=\['other', 'default', '__ba.* must be None"):
                 output(model, inputs, adapter_names=["other", "default", "__base__"])
         assert torch.equal(output(model, inputs), second)
         model.delete_adapter("default")
@@ -232,6 +232,6 @@ def test_merging(backbone, method):
             merged = model.merge_and_unload(safe_merge=True)
             torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-3, atol=1e-3)
         else:
-            with pytest.raises(ValueError, match=r"cannot be merged into weights|which no weight of the base model eq"):
+            with pytest.raises(ValueError, match=r"cannot be merged into weights|no weight of the base model equals"):
                 model.merge_and_unload()
             assert torch.equal(output(model, inputs), expected)

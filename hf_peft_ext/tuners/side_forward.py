@@ -146,4 +146,3 @@ def rebind(host: Any) -> None:
     """Have the hooks of accelerate call the forward of the class that the backbone has now."""
     if "_old_forward" in vars(host):
         host._old_forward = types.MethodType(type(host).forward, host)
-

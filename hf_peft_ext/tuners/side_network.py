@@ -140,7 +140,9 @@ def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     _, blocks = next(stacks(stack))
     dropped = blocks[0]
     stack.config = copy.deepcopy(stack.config)
-    stack.config.num_hidden_layers = len(kept)
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if hasattr(stack.config, name):
+            setattr(stack.config, name, len(kept))
     if getattr(stack.config, "layer_types", None):
         stack.config.layer_types = [stack.config.layer_types[i] for i in kept]
     chosen = [blocks[i] for i in kept]

@@ -25,9 +25,9 @@ SITES = ("key", "value", "ffn_output")
 class TFewConfig(NamedFields, IA3Config):
     """(IA)^3 at the paper's sites: l_k * K, l_v * V and W_2 (l_ff * f(W_1 x)), the vectors l being one at the start.
 
-    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3. The adapter is one of peft's own: its config
-    becomes, in place, an `IA3Config` with the names of the modules as soon as the model is known, and is saved as such,
-    so that the result is loaded without this package. (The defaults of `IA3Config` are other sites in many architectures:
+    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3. The adapter is one of peft's own: as soon as the
+    model is known, the config becomes, in place, an `IA3Config` with the names of the modules, and is saved as such.
+    So the result is loaded without this package. (The defaults of `IA3Config` are other sites in many architectures:
     queries in place of keys in BART, Gemma and Qwen, in place of values in OPT.)
 
     - Where one projection makes queries, keys and values (GPT-2, BLOOM, Falcon), so does the vector; its part for the
@@ -67,7 +67,7 @@ class TFewConfig(NamedFields, IA3Config):
 
 
 def meet(model: nn.Module, config: IA3Config) -> tuple[IA3Config, dict[str, Tensor]]:
-    """The config of the adapter on a model, and the rows of `Resolved.kept`; none unless it is, or was, a `TFewConfig`.
+    """The config of the adapter on a model, and the rows of `Resolved.kept` if it is, or was, a `TFewConfig`.
 
     peft goes on with the object that it was given, so a `TFewConfig` is changed in place. One that has met a model
     before is left to that model, and another is made.
