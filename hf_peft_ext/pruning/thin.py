@@ -66,7 +66,8 @@ class ThinModel:
         Raises:
             ValueError: the model scales its embeddings by its width, which a copy that is loaded has another of.
         """
-        found = {float(m.embed_scale) for m in self.model.modules() if getattr(m, "embed_scale", None) is not None}
+        modules: Any = self.model.modules()
+        found = {float(m.embed_scale) for m in modules if getattr(m, "embed_scale", None) is not None}
         width = math.sqrt(self.model.config.hidden_size)
         same = all(scale == 1 or math.isclose(scale, width, rel_tol=1e-3) for scale in found)
         rule = "scales its embeddings by the large model's width, which is lost on saving; keep it in memory"

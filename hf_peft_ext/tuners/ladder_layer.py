@@ -5,7 +5,7 @@ place of the backbone's own.
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -169,7 +169,7 @@ def beside(block: Any) -> Callable[..., Tensor]:
         return getattr(block, NAME)
     if "run_ladder" not in vars(block):
         vars(block)["run_ladder"] = types.MethodType(run_ladder, block)
-        register_fsdp_forward_method(block, "run_ladder")
+        register_fsdp_forward_method(cast(nn.Module, block), "run_ladder")
     return vars(block)["run_ladder"]
 
 

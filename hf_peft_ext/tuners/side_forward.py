@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def laddered(kind: type) -> type:
         return plain(*args, **kwargs) if path is None else self.get_submodule(path).run(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        make, (_, *rest), *state = kind.__reduce_ex__(self, protocol)  # pickle finds classes by their names
+        make, (_, *rest), *state = cast(Any, kind).__reduce_ex__(self, protocol)  # pickle finds classes by their names
         return (made_again, (make, kind, *rest), *state)
 
     own = {"forward": forward, "__reduce_ex__": reduce, "plain": kind}
