@@ -12,8 +12,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
 from packaging.version import Version
+from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
