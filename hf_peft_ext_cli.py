@@ -120,7 +120,7 @@ def train(
         bool, typer.Option("--dry-run", help="Load everything and print the plan; train and write nothing.")
     ] = False,
 ) -> None:
-    from hf_peft_ext.recipes.command import train
+    from hf_peft_ext.cli.train import train
 
     train(recipe, changes or (), dry_run)
 
@@ -141,7 +141,7 @@ def search(
         return
     if config is None:
         raise typer.BadParameter("is missing", param_hint="--config")
-    from hf_peft_ext.recipes.search_command import search
+    from hf_peft_ext.cli.search import search
 
     search(config, changes or ())
 
@@ -149,7 +149,7 @@ def search(
 @search_app.command()
 def report(config: Config, changes: Changes = None) -> None:
     """Write report.html and runs.csv of a search, finished or not."""
-    from hf_peft_ext.recipes.search_command import report
+    from hf_peft_ext.cli.search import report
 
     report(config, changes or ())
 
@@ -195,7 +195,7 @@ def push(
     For example: `hf-peft-ext push out my-adapter`, or, to propose a change to somebody else's adapter,
     `hf-peft-ext push out their-team/their-adapter --create-pr --commit-message "Trained for longer"`.
     """
-    from hf_peft_ext.hub_cards.push_command import push
+    from hf_peft_ext.cli.push import push
 
     options = {"revision": revision, "private": private or None, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
@@ -210,7 +210,7 @@ def lm_eval(context: typer.Context) -> None:
 
     hf-peft-ext lm-eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks hellaswag
     """
-    from hf_peft_ext.lm_eval_command import lm_eval
+    from hf_peft_ext.cli.lm_eval import lm_eval
 
     lm_eval(context.args)
 

@@ -22,9 +22,7 @@ warnings.filterwarnings("ignore")
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from hf_peft_ext.design_space import DesignSpace
-from hf_peft_ext.trainers import DesignSpaceSearch
-from hf_peft_ext.trainers.search import RunArguments, SearchTask, write_report
+from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, RunArguments, SearchTask, write_report
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -8,17 +8,17 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from peft import PeftModel
 
-from ..placement import check
-from . import figures
-from .adapter import SavedAdapter, is_hub_id
-from .edits import Version, digest, read_text, split
-from .metadata import card_data, check_metadata
-from .places import without_places
-from .record import TrainingRecord
-from .sections import values
-from .stock import without_stock
-from .text import plain
-from .told import told_by
+from hf_peft_ext.hub_cards import figures
+from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.merge import Version, digest, read_text, split
+from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
+from hf_peft_ext.hub_cards.peft_template import without_stock
+from hf_peft_ext.hub_cards.places import without_places
+from hf_peft_ext.hub_cards.record import TrainingRecord
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.sections import values
+from hf_peft_ext.hub_cards.told import told_by
+from hf_peft_ext.validation.checks import check
 
 FILE, RECIPE = "README.md", "recipe.yaml"
 FILES = (figures.GATES, figures.LOSSES, RECIPE)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from .record import TrainingRecord
-from .text import plain
+from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.record import TrainingRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

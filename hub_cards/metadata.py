@@ -11,11 +11,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from ..placement import check
-from .adapter import SavedAdapter, is_hub_id
-from .record import DatasetRecord, Result, TrainingRecord
-from .snippet import auto_class, pipeline_tag
-from .text import plain
+from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.snippet import auto_class, pipeline_tag
+from hf_peft_ext.validation.checks import check
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset(

@@ -2,9 +2,21 @@
 
 from typing import Any
 
-from ..papers import BITFIT, HOULSBY, LORA, MAM, PAPERS, PFEIFFER, PREFIX_TUNING, S4, STOCK_PAPERS, UNIPELT, Paper
-from .adapter import SavedAdapter
-from .text import listed, ranges
+from hf_peft_ext.hub_cards.markdown import listed, ranges
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
+from hf_peft_ext.papers import (
+    BITFIT,
+    HOULSBY,
+    LORA,
+    MAM,
+    PAPERS,
+    PFEIFFER,
+    PREFIX_TUNING,
+    S4,
+    STOCK_PAPERS,
+    UNIPELT,
+    Paper,
+)
 
 NAMES = {
     "unipelt": "UniPELT",

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, get_args, get_origin
 
-from ..placement import check
-from ..schema import fits, refuse, type_hints
+from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.config_schema import fits, refuse, type_hints
 
 FILE = "training_record.json"
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
-from . import figures, methods
-from .adapter import SavedAdapter, is_hub_id
-from .metadata import base_model
-from .places import in_text, without_places
-from .record import DatasetRecord, Result, TrainingRecord
-from .snippet import base_class, ranks_choices, snippet
-from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
+from hf_peft_ext.hub_cards import figures, methods
+from hf_peft_ext.hub_cards.markdown import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
+from hf_peft_ext.hub_cards.metadata import base_model
+from hf_peft_ext.hub_cards.places import in_text, without_places
+from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
 
 COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
 VERSION = re.compile(r"[0-9][0-9a-z.+]*")

@@ -6,8 +6,8 @@ from typing import Any
 
 import transformers
 
-from .adapter import SavedAdapter
-from .text import plain
+from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 
 # task type of peft -> the Auto class of transformers, and the task on the Hub where the type leaves no choice
 TASKS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from .record import TrainingRecord
+from hf_peft_ext.hub_cards.record import TrainingRecord
 
 
 def told_by(model: PeftModel, record: TrainingRecord) -> TrainingRecord:

@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
-from hf_peft_ext.placement import Placement
-from hf_peft_ext.trainers.search import DesignSpaceSearch, RunArguments, SearchTask, share_trunk, trial_queue
+from hf_peft_ext.attach.placement import Placement
+from hf_peft_ext.search import DesignSpaceSearch, RunArguments, SearchTask, share_trunk, trial_queue
 
 from .backbones import PLAIN, VOCAB
 

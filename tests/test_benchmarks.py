@@ -82,7 +82,7 @@ def test_plug_in_memory(capsys, monkeypatch):
     trained = {name: float(cells[0]) for name, cells in found.items()}
     assert 0 < trained["ladder, r = 8"] < 0.2 * trained[module.FULL]
     assert trained["cutting"] == 0 < trained["MeZO"] < trained["bridge, large held"]
-    assert trained[later] >= trained["bridge, large held"]  # the rungs, too few to show
+    assert trained[later] >= trained["bridge, large held"]  # the side_blocks, too few to show
     assert found[module.FULL][2] == "1.00"
     full, ladder = (int(found[name][1]) for name in names[:2])
     assert float(found["ladder, r = 8"][2]) == pytest.approx(full / ladder, rel=0.05)

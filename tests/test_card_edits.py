@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord, write_card
-from hf_peft_ext.hub_cards.edits import COMMENT, Version, digest, merge, split
+from hf_peft_ext.hub_cards.merge import COMMENT, Version, digest, merge, split
 
 from .cards import full_record, saved
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
-from hf_peft_ext.hub_cards.edits import Version
-from hf_peft_ext.hub_cards.text import cell, code, fenced, plain, ranges, table
+from hf_peft_ext.hub_cards.markdown import cell, code, fenced, plain, ranges, table
+from hf_peft_ext.hub_cards.merge import Version
 
 from .cards import BASE, full_record, saved
 

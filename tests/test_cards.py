@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
-from hf_peft_ext.hub_cards.adapter import SavedAdapter, layers
-from hf_peft_ext.hub_cards.edits import COMMENT
+from hf_peft_ext.hub_cards.merge import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, layers
 from hf_peft_ext.hub_cards.told import quantization
 from hf_peft_ext.papers import IA3, LADDER, LORA, MAM, S4, UNIPELT
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset
 
 from hf_peft_ext import TFewConfig
-from hf_peft_ext.choices import encode_choices
-from hf_peft_ext.losses import IGNORED
+from hf_peft_ext.ranking.encode import encode_choices
+from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.trainers import DataCollatorForChoices, TFewTrainer, TFewTrainingArguments
 from hf_peft_ext.trainers.choice_data import ChoiceRows, checked
 

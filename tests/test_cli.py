@@ -9,11 +9,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
-from hf_peft_ext.recipes.draft import RecipeError
-from hf_peft_ext.recipes.failures import one_line
+from hf_peft_ext.cli.failures import one_line
 from hf_peft_ext.recipes.progress import LineAMinute
-from hf_peft_ext.trainers.search.progress import LineAMinute as SearchLines
-from hf_peft_ext.writable import check_writable
+from hf_peft_ext.recipes.recipe_source import RecipeError
+from hf_peft_ext.search.progress import LineAMinute as SearchLines
+from hf_peft_ext.validation.writable import check_writable
 
 HELPS = """
 import sys
@@ -102,7 +102,7 @@ def test_a_search_without_its_extra(missing):
     """The error says what to install, from Python and from the command line."""
     code = f"import sys; sys.modules[{missing!r}] = None; "
     for rest in (
-        "from hf_peft_ext.trainers import DesignSpaceSearch",
+        "from hf_peft_ext.search import DesignSpaceSearch",
         "from hf_peft_ext.cli import app; app(['search', '--config', 'x.yaml'])",
     ):
         done = subprocess.run(

@@ -15,9 +15,9 @@ from peft import get_peft_model
 from scipy.stats import t as student
 
 from hf_peft_ext import S4Config
-from hf_peft_ext.design_space import DesignSpace, compare
-from hf_peft_ext.layer_groups import relations
-from hf_peft_ext.tuners.strategies import STRATEGIES, Cost, Costs, sizes_in
+from hf_peft_ext.model.layer_groups import relations
+from hf_peft_ext.search import DesignSpace, compare
+from hf_peft_ext.tuners.s4.costs import STRATEGIES, Cost, Costs, sizes_in
 
 from .backbones import BACKBONES
 

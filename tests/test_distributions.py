@@ -14,7 +14,7 @@ NEEDED = [
     *("Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"),
     *(".ci/run", "tools/versions.py", "tools/tested_versions.txt", "hf_peft_ext_cli.py"),
     *("tests/conftest.py", "tests/backbones.py", "tests/hub_server.py", "tests/adapterhub/bert.zip"),
-    *("trainers/search/report.html.jinja", "hub_cards/card.md.jinja", "hf_peft_ext/prompts/tasks/boolq.yaml"),
+    *("hf_peft_ext/search/report.html.jinja", "hub_cards/card.md.jinja", "hf_peft_ext/prompts/tasks/boolq.yaml"),
     *("examples/01_unipelt.py", "examples/data/support_messages.csv", "examples/recipes/unipelt.yaml"),
 ]
 TESTS = [
@@ -63,7 +63,7 @@ def test_contents(built):
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_peft_ext", "hf_peft_ext_cli.py"}
     data = {name for name in names if not name.endswith(".py") and "dist-info" not in name}
     tasks = {f"hf_peft_ext/prompts/tasks/{file.name}" for file in (ROOT / "hf_peft_ext/prompts/tasks").glob("*.yaml")}
-    templates = {"hf_peft_ext/hub_cards/card.md.jinja", "hf_peft_ext/trainers/search/report.html.jinja"}
+    templates = {"hf_peft_ext/hub_cards/card.md.jinja", "hf_peft_ext/search/report.html.jinja"}
     assert data == tasks | templates | {"hf_peft_ext/py.typed"}
     for folder in ("trainers", "hub_cards"):
         sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.py")}

@@ -17,11 +17,11 @@ from hf_peft_ext import (
     Placement,
     UniPELTConfig,
     fix_gates,
-    fold_prefixes,
     gate_values,
+    merge_prefix_projections,
 )
-from hf_peft_ext.structure import CACHES
-from hf_peft_ext.tuners.composed import attached
+from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.structure import CACHES
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -37,7 +37,7 @@ def tuned(backbone, config, **kwargs):
 def test_layers_to_transform_of_any_kind(layers, tmp_path):
     """A tuple or a range means the same before and after saving."""
     model = tuned("llama", UniPELTConfig(bottleneck_size=4, layers_to_transform=layers))
-    assert {layer.site.layer for layer in attached(model)} == {0}
+    assert {layer.site.layer for layer in tuner_layers(model)} == {0}
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(BACKBONES["llama"].build(), tmp_path).eval()
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_unloading_leaves_other_tuners(merge):
         left = model.merge_and_unload() if merge else model.unload()
         torch.testing.assert_close(output(left, family.inputs()), expected)
     assert sum(hasattr(module, "lora_A") for module in left.modules()) == 2
-    assert not attached(left)
+    assert not tuner_layers(left)
 
 
 def test_biases_of_a_model_that_has_none():
@@ -162,14 +162,14 @@ def test_all_linear_is_saved_as_the_leaves_it_meant(tmp_path):
     model = tuned("bert", UniPELTConfig(methods=("lora",), target_modules="all-linear"))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(BACKBONES["bert"].build(), tmp_path)
-    assert [layer.site.host for layer in attached(again)] == [layer.site.host for layer in attached(model)]
+    assert [layer.site.host for layer in tuner_layers(again)] == [layer.site.host for layer in tuner_layers(model)]
 
 
 def test_every_gate_has_its_own_name():
     """Also where one rule puts gates on many leaves of a layer; fixed, they all merge."""
     model = tuned("bert", UniPELTConfig(methods=("lora",), target_modules="all-linear"))
     values = gate_values(model, BACKBONES["bert"].inputs())
-    assert len(values) == len(attached(model)) == 12
+    assert len(values) == len(tuner_layers(model)) == 12
     fix_gates(model, BACKBONES["bert"].inputs())
     model.merge_and_unload()
 
@@ -224,11 +224,11 @@ def test_a_host_that_runs_its_children():
 
 def test_a_merge_that_is_cut_short(monkeypatch):
     """Whatever stops a merge, no layer stays merged."""
-    from hf_peft_ext.tuners.attach import Attached
+    from hf_peft_ext.attach.layer import TunerLayer
 
     family = BACKBONES["bert"]
     model = tuned("bert", BitFitConfig())
-    fold, calls = Attached._fold, []
+    fold, calls = TunerLayer._fold, []
 
     def failing(self, sublayer, sign, safe):
         calls.append(self)
@@ -236,10 +236,10 @@ def test_a_merge_that_is_cut_short(monkeypatch):
             raise RuntimeError("out of memory")
         fold(self, sublayer, sign, safe)
 
-    monkeypatch.setattr(Attached, "_fold", failing)
+    monkeypatch.setattr(TunerLayer, "_fold", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.merge_adapter()
-    assert not any(layer.merged for layer in attached(model))
+    assert not any(layer.merged for layer in tuner_layers(model))
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(output(model, family.inputs()), output(family.build(), family.inputs()))
 
@@ -261,9 +261,9 @@ def test_folding_names_the_adapter():
     with torch.no_grad():
         before = output(model, inputs)
         with pytest.raises(ValueError, match=r"`adapter_name` \(='nope'\) must be one of \['default'\]"):
-            fold_prefixes(model, "nope")
-        assert fold_prefixes(model) == 2
-        assert fold_prefixes(model) == 0
+            merge_prefix_projections(model, "nope")
+        assert merge_prefix_projections(model) == 2
+        assert merge_prefix_projections(model) == 0
         torch.testing.assert_close(output(model, inputs), before)
 
 

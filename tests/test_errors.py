@@ -163,7 +163,7 @@ def test_architecture_without_attention():
 
 def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
     """Whatever fails after the first sub-layer is attached, the model and its adapters are as before."""
-    from hf_peft_ext.tuners import composed
+    from hf_peft_ext.attach import tuner as composed
 
     family = BACKBONES["bert"]
     model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4)).eval()

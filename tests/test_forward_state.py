@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from hf_peft_ext import UniPELTConfig
-from hf_peft_ext.structure import layer_paths
-from hf_peft_ext.tuners.composed import attached
-from hf_peft_ext.tuners.forward_state import FORWARD
+from hf_peft_ext.attach.forward_state import FORWARD
+from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.structure import layer_paths
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -94,10 +94,10 @@ def test_threads_mix_adapters(backbone):
 def test_nothing_is_kept(method, backbone):
     """After a forward no tuner layer has an attribute that it did not have before, and nothing waits to be taken."""
     model, family = tuned(method, backbone), BACKBONES[backbone]
-    before = [dict(vars(layer)) for layer in attached(model)]
+    before = [dict(vars(layer)) for layer in tuner_layers(model)]
     with torch.no_grad():
         output(model, family.inputs())
-    for layer, attributes in zip(attached(model), before, strict=True):
+    for layer, attributes in zip(tuner_layers(model), before, strict=True):
         assert vars(layer) == attributes
     assert FORWARD.values == {}
     assert FORWARD.row_adapters is None
@@ -285,7 +285,7 @@ def test_recorded_with_dynamic_shapes(method, backbone, how):
 def test_prefix_projection_over_two_devices():
     """The network that the layers share may lie on another device than a layer."""
     model = get_peft_model(BACKBONES["bert"].build(), METHODS["projected_prefix"]())
-    layers = attached(model)
+    layers = tuner_layers(model)
     prefixes = [layer.sublayer_of["default"] for layer in layers]
     assert prefixes[0].projection is prefixes[1].projection
     prefixes[1].last.to("meta")

@@ -19,9 +19,9 @@ from hf_peft_ext import (
     S4Config,
     UniPELTConfig,
 )
-from hf_peft_ext.sites import find_sites
-from hf_peft_ext.structure import layer_paths
-from hf_peft_ext.tuners.composed import attached
+from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import layer_paths
 
 from .backbones import HYBRIDS, output
 from .methods import randomise
@@ -71,7 +71,7 @@ def tuned(family, config=None):
 
 
 def layers_of(model, sublayer):
-    layers = {layer.site.layer for layer in attached(model) if layer.name.endswith(sublayer)}
+    layers = {layer.site.layer for layer in tuner_layers(model) if layer.name.endswith(sublayer)}
     return sorted(layers - {None})  # the norm behind the last block has a bias
 
 
@@ -92,7 +92,9 @@ def test_leaves_of_a_mixer(family):
     model = tuned(family, UniPELTConfig(methods=("lora",), r=2))
     first = layer_paths(model.get_base_model())[0]
     leaves, mixer = MIXERS[family]
-    assert {layer.site.host for layer in attached(model) if layer.site.layer == 0} == {f"{first}.{x}" for x in leaves}
+    assert {layer.site.host for layer in tuner_layers(model) if layer.site.layer == 0} == {
+        f"{first}.{x}" for x in leaves
+    }
     sites = {site.name: site for site in find_sites(HYBRIDS[family].build()) if site.layer == 0}
     assert sites["after_attention"].host == f"{first}.{mixer}"
 
@@ -144,7 +146,7 @@ def test_generates_with_a_cache(family):
 def test_a_low_rank_branch_on_what_stands_for_the_query():
     """One branch, whole, on the input projection, however many roles it stands for: y + s B A x."""
     model = tuned("bamba", UniPELTConfig(methods=("lora",), gated=False, r=2, layers_to_transform=0))
-    (layer,) = attached(model)
+    (layer,) = tuner_layers(model)
     branch, x = layer.sublayer_of["default"], torch.randn(2, 5, 32)
     host = model.get_base_model().get_submodule(layer.site.host)
     weight = host.weight + branch.delta_weight()
@@ -177,7 +179,7 @@ def test_means_need_attention(family):
     message = "cannot take means at .*, which lies in no block with attention; use 'token'"
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, UniPELTConfig(methods=("adapter",), gate_pooling="mean"))
-    assert not attached(model)
+    assert not tuner_layers(model)
 
 
 @pytest.mark.parametrize("family", PURE)
@@ -192,19 +194,19 @@ def test_prefixes_need_attention(family):
 def test_leaves_that_are_never_called_are_no_sites(family):
     """Mamba's kernel reads `dt_proj.weight` itself."""
     model = tuned(family, BitFitConfig())
-    hosts = {layer.site.host.rpartition(".")[2] for layer in attached(model)}
+    hosts = {layer.site.host.rpartition(".")[2] for layer in tuner_layers(model)}
     assert "in_proj" in hosts
     assert "dt_proj" not in hosts
     called = set()
-    for layer in attached(model):
+    for layer in tuner_layers(model):
         layer.host.register_forward_hook(lambda host, *_: called.add(host))
     with torch.no_grad():
         output(model, HYBRIDS[family].inputs())
-    assert called == {layer.host for layer in attached(model)}
+    assert called == {layer.host for layer in tuner_layers(model)}
 
 
 def test_a_site_of_ones_own():
     """`mixer_input` can be named, and is what a branch at the query means where there is no query."""
     configs = [ComposedConfig(placements=[Placement("low_rank", site)]) for site in ("mixer_input", "query", "key")]
-    hosts = [[layer.site.host for layer in attached(tuned("mamba", config))] for config in configs]
+    hosts = [[layer.site.host for layer in tuner_layers(tuned("mamba", config))] for config in configs]
     assert hosts[0] == hosts[1] == hosts[2] == [f"backbone.layers.{i}.mixer.in_proj" for i in range(3)]

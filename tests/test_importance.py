@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from hf_peft_ext.pruning import importance, thin_copy
-from hf_peft_ext.structure import own_modules
+from hf_peft_ext.model.structure import own_modules
+from hf_peft_ext.pruning import importance, pruned_copy
 
 from .backbones import BACKBONES, output
 
@@ -177,10 +177,10 @@ def four_bit(tmp_path_factory):
 def test_a_4bit_model_is_cut_from_its_dequantised_weights(four_bit):
     """With nothing dropped, the copy is a plain model with the 4-bit one's logits; cut, it can be trained."""
     inputs = BACKBONES["llama"].inputs()
-    whole = thin_copy(four_bit, 1).model
+    whole = pruned_copy(four_bit, 1).model
     assert {type(module) for module in whole.modules() if "Linear" in type(module).__name__} == {nn.Linear}
     torch.testing.assert_close(output(whole, inputs), output(four_bit, inputs), rtol=1e-4, atol=1e-4)
-    thin = thin_copy(four_bit, 2, importance=importance(four_bit, [labelled("llama")])).model
+    thin = pruned_copy(four_bit, 2, importance=importance(four_bit, [labelled("llama")])).model
     thin(**labelled("llama")).loss.backward()
     assert all(p.grad is not None for p in thin.parameters())
 
@@ -191,7 +191,7 @@ def test_a_4bit_model_scores_as_its_dequantised_copy(four_bit, kind):
     with torch.no_grad():
         four_bit(**BACKBONES["llama"].inputs())
     found = importance(four_bit, [labelled("llama")], kind)
-    expected = importance(thin_copy(four_bit, 1).model, [labelled("llama")], kind)
+    expected = importance(pruned_copy(four_bit, 1).model, [labelled("llama")], kind)
     assert found.columns.keys() == expected.columns.keys()
     for path in found.columns:
         torch.testing.assert_close(found.columns[path], expected.columns[path], rtol=1e-2, atol=1e-6)

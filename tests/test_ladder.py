@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import BertConfig, BertForSequenceClassification, T5EncoderModel
 
 from hf_peft_ext import LadderConfig, prune_ladder
-from hf_peft_ext.pruning import Importance, importance, thin_copy
+from hf_peft_ext.pruning import Importance, importance, pruned_copy
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -53,7 +53,7 @@ def mixed(rung, h, b):
 
 
 def test_formula_of_a_decoder():
-    """GPT-2, all rungs: h_s <- g h_s + (1 - g) W b before each block; then norm, W_up and the frozen head."""
+    """GPT-2, all side_blocks: h_s <- g h_s + (1 - g) W b before each block; then norm, W_up and the frozen head."""
     model, inputs = laddered("gpt2")
     base = model.get_base_model()
     side = base.transformer.h[0].ladder.side_of["default"]
@@ -62,7 +62,7 @@ def test_formula_of_a_decoder():
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         h = side.stack.wte.down(base.transformer.wte(ids)) + side.stack.wpe.weight[: ids.shape[1]]
-        for rung, b in zip(side.rungs, found, strict=True):
+        for rung, b in zip(side.side_blocks, found, strict=True):
             h = rung.block(mixed(rung, h, b))
         expected = base.lm_head(side.up(side.stack.ln_f(h)))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -82,12 +82,12 @@ def test_formula_of_an_encoder_decoder():
             plain = seen(base.decoder.block)
             model(input_ids=ids, decoder_input_ids=target)
         assert all(torch.equal(b, p) for b, p in zip(read, plain, strict=True))
-        [rung] = encoder.rungs
+        [rung] = encoder.side_blocks
         h = mixed(rung, encoder.stack.embed_tokens.down(base.shared(ids)), shown[1])
         memory = encoder.stack.final_layer_norm(rung.block(h)[0])
         h, bias = decoder.stack.embed_tokens.down(base.shared(target)), None
         future = torch.full((target.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-        for rung, b in zip(decoder.rungs, read, strict=True):
+        for rung, b in zip(decoder.side_blocks, read, strict=True):
             h, bias, _ = rung.block(mixed(rung, h, b), future, bias, memory)
         scale = 32**-0.5 if base.config.scale_decoder_outputs else 1.0  # T5's own, where its head is the embedding
         expected = base.lm_head(decoder.up(decoder.stack.final_layer_norm(h)) * scale)
@@ -126,8 +126,8 @@ def test_keeps_nothing_of_the_backbone(family):
     assert len(ran) >= 2
     assert not any(grad or graph for grad, graph in ran)
     wide = {t.data_ptr(): t for t in kept if t.shape[-1] == 32 and t.ndim == 3 and t.data_ptr() not in weights}
-    rungs = sum(len(side.rungs) + 1 for side in sides(model))
-    assert len(wide) <= rungs + (result.shape[-1] == 32)
+    side_blocks = sum(len(side.side_blocks) + 1 for side in sides(model))
+    assert len(wide) <= side_blocks + (result.shape[-1] == 32)
     config = LoraConfig(r=1, target_modules="all-linear", fan_in_fan_out=family == "gpt2")
     lora = get_peft_model(BACKBONES[family].build(), config)
     full = []
@@ -188,7 +188,7 @@ def test_starts_as_the_pruned_backbone():
         model = get_peft_model(BACKBONES[family].build(), LadderConfig(r=1)).eval()
         with torch.no_grad():
             for side in sides(model):
-                for rung in side.rungs:
+                for rung in side.side_blocks:
                     rung.alpha.fill_(10.0)
                 for linear in [side.stack.get_input_embeddings().down, *([side.up] if side.up else [])]:
                     linear.weight.copy_(torch.eye(32))
@@ -207,16 +207,16 @@ def test_pruned_by_other_scores():
         scores = importance(base, [batch])
         rows, columns = ({k.removeprefix("transformer."): v for k, v in t.items() if k != "lm_head" or family == "t5"}
                          for t in (scores.rows, scores.columns))  # fmt: skip
-        thin = thin_copy(base.base_model, 4, importance=Importance("fisher", rows, columns)).model
+        thin = pruned_copy(base.base_model, 4, importance=Importance("fisher", rows, columns)).model
         model = get_peft_model(base, LadderConfig(r=4))
         downs = {name: p.clone() for name, p in model.named_parameters() if "down" in name}
-        before = [side.rungs[0].block.state_dict() for side in sides(copy.deepcopy(model))]
+        before = [side.side_blocks[0].block.state_dict() for side in sides(copy.deepcopy(model))]
         prune_ladder(model, scores)
         stacks = [thin.encoder.block, thin.decoder.block] if family == "t5" else [thin.h]
         for side, blocks, old in zip(sides(model), stacks, before, strict=True):
-            found = side.rungs[0].block.state_dict()
+            found = side.side_blocks[0].block.state_dict()
             assert not all(torch.equal(tensor, old[name]) for name, tensor in found.items())
-            for rung, block in zip(side.rungs, blocks, strict=True):
+            for rung, block in zip(side.side_blocks, blocks, strict=True):
                 expected = block.state_dict()
                 assert all(torch.equal(tensor, expected[name]) for name, tensor in rung.block.state_dict().items())
         assert all(torch.equal(p, downs[name]) for name, p in model.named_parameters() if "down" in name)

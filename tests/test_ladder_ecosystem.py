@@ -21,7 +21,7 @@ from .test_safe_load import assert_equal_to_stock, fingerprint, refused, reweigh
     [
         ({"r": 0}, r"`r` \(=0\) must be a positive number\."),
         ({"r": 0.5}, r"`r` \(=0\.5\) must be at least 1\."),
-        ({"reading": "depth"}, r"`reading` \(='depth'\) must be one of width, parameters\."),
+        ({"reduce": "depth"}, r"`reduce` \(='depth'\) must be one of width, parameters\."),
         ({"temperature": -1}, r"`temperature` \(=-1\) must be a positive number\."),
         (
             {"layers_to_keep": [-1]},

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from hf_peft_ext import LadderConfig
-from hf_peft_ext.structure import CACHES, stacks
+from hf_peft_ext.model.structure import CACHES, stacks
 
 from .backbones import BACKBONES, output
 from .methods import ALL, randomise

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_peft_ext import LadderConfig
-from hf_peft_ext.structure import CACHES, given_cache
+from hf_peft_ext.model.structure import CACHES, given_cache
 
 from .backbones import BACKBONES
 from .test_ladder import laddered
@@ -63,7 +63,7 @@ def test_static_cache(family):
 
 @every_decoder
 def test_layers_kept(family):
-    """Fewer rungs than blocks: the side network's part of the cache is shorter than the backbone's."""
+    """Fewer side_blocks than blocks: the side network's part of the cache is shorter than the backbone's."""
     model, _ = laddered(family, LadderConfig(r=2, layers_to_keep=[1, 3] if family == "t5" else 1))
     options = {**LENGTH, "do_sample": False, "num_beams": 2}
     found = [model.generate(**prompts(family), **options, use_cache=use_cache) for use_cache in (True, False)]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_peft_ext.losses import choice_loss, choice_scores, lm_loss, token_scores, unlikelihood_loss
+from hf_peft_ext.ranking.losses import choice_loss, choice_scores, lm_loss, token_scores, unlikelihood_loss
 
 VOCAB = 11
 LENGTHS = [3, 1, 2, 4, 2, 5]  # tokens of each choice

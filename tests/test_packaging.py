@@ -15,8 +15,8 @@ from peft.utils.peft_types import PeftType
 
 import hf_peft_ext
 from hf_peft_ext import registry
+from hf_peft_ext.attach.config import RegisteredConfig
 from hf_peft_ext.papers import PAPERS, STOCK_PAPERS
-from hf_peft_ext.tuners.config import RegisteredConfig
 
 ROOT, PACKAGE = Path(__file__).parents[1], Path(hf_peft_ext.__file__).parent  # which may be installed elsewhere
 CONFIGS = [

@@ -8,7 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.tuners.attention import WithPrefix, prefix_attention
+from hf_peft_ext.attach.attention import WithPrefix, prefix_attention
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -254,7 +254,7 @@ def test_kernels_that_cannot_take_a_prefix(implementation):
 
 def counting(layers=None):
     """A prefix that T5's relative positions count."""
-    options = {"num_virtual_tokens": 3, "counts_positions": True}
+    options = {"num_virtual_tokens": 3, "shift_positions": True}
     return ComposedConfig(placements=[Placement("prefix", "attention", layers=layers, options=options)])
 
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from hf_peft_ext import PromptedDataset, PromptTemplate, RankClassifier, evaluate_templates, score_choices
-from hf_peft_ext.choices import encode_choices
-from hf_peft_ext.metrics import f1
 from hf_peft_ext.prompts import chat, context_length, label_list_template, with_demonstrations
+from hf_peft_ext.ranking.encode import encode_choices
+from hf_peft_ext.ranking.metrics import f1
 
 from .backbones import BACKBONES
 from .test_rank_classification import SPECIAL, build, tokenizer

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from hf_peft_ext.choices import Example, collate, encode_choices
-from hf_peft_ext.losses import choice_scores
-from hf_peft_ext.packing import choice_token_scores
-from hf_peft_ext.rank_classification import RankClassifier, batches, score_choices
+from hf_peft_ext.ranking.classifier import RankClassifier, batches, score_choices
+from hf_peft_ext.ranking.encode import Example, collate, encode_choices
+from hf_peft_ext.ranking.losses import choice_scores
+from hf_peft_ext.ranking.packing import choice_token_scores
 
 from .backbones import BACKBONES
 from .methods import METHODS, randomise

@@ -8,9 +8,9 @@ import torch
 from peft import get_peft_model
 from typer.testing import CliRunner
 
-from hf_peft_ext.choices import encode_choices
 from hf_peft_ext.cli import app
-from hf_peft_ext.rank_classification import score_choices
+from hf_peft_ext.ranking.classifier import score_choices
+from hf_peft_ext.ranking.encode import encode_choices
 
 from .backbones import BACKBONES
 from .methods import METHODS, randomise

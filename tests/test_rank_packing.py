@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig
 
 from hf_peft_ext import UniPELTConfig
-from hf_peft_ext.choices import Example, collate
-from hf_peft_ext.losses import choice_loss, lm_loss, unlikelihood_loss
-from hf_peft_ext.packing import choice_token_scores, why_not_packed
+from hf_peft_ext.ranking.encode import Example, collate
+from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
+from hf_peft_ext.ranking.packing import choice_token_scores, why_not_packed
 
 from .backbones import BACKBONES, PLAIN, VOCAB, Backbone
 from .methods import METHODS, randomise

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import CardWarning
-from hf_peft_ext.metrics import CLASSIFICATION, exact_match
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, exact_match
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
-from hf_peft_ext.recipes.draft import Draft, split_override
-from hf_peft_ext.recipes.keys import NOT_IN_RECIPES, known_keys
 from hf_peft_ext.recipes.progress import LineAMinute
+from hf_peft_ext.recipes.recipe_schema import NOT_IN_RECIPES, known_keys
+from hf_peft_ext.recipes.recipe_source import Draft, split_override
 
 from .backbones import BACKBONES
 from .test_training import tokenizer

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_peft_ext import S4Config, UniPELTConfig, load_adapter
-from hf_peft_ext.layer_groups import (
+from hf_peft_ext.model.layer_groups import (
     ALLOCATIONS,
     GROUPINGS,
     group_sizes,
@@ -32,10 +32,10 @@ from hf_peft_ext.layer_groups import (
     relations,
     ways,
 )
-from hf_peft_ext.tuners import s4
-from hf_peft_ext.tuners.budget import OutOfReach, solve, targets
-from hf_peft_ext.tuners.layout import layout_of
-from hf_peft_ext.tuners.strategies import STRATEGIES, Cost, Costs, all_placed, base_parameters, sizes_in
+from hf_peft_ext.tuners.s4 import config as s4
+from hf_peft_ext.tuners.s4.costs import STRATEGIES, Cost, Costs, all_placed, base_parameters, sizes_in
+from hf_peft_ext.tuners.s4.layout import layout_of
+from hf_peft_ext.tuners.s4.solve import OutOfReach, solve, targets
 
 from .backbones import BACKBONES
 

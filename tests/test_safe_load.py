@@ -38,9 +38,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig, load_adapter
 from hf_peft_ext.hub_cards import push_adapter
-from hf_peft_ext.patterns import matching
-from hf_peft_ext.safe_load import implied
-from hf_peft_ext.safe_load.config import ONLY, STOCK
+from hf_peft_ext.loading import expected_tensors as implied
+from hf_peft_ext.loading.config import ONLY, STOCK
+from hf_peft_ext.validation.module_patterns import matching
 
 from .backbones import BACKBONES, SPECIAL, VOCAB, output
 from .hub_server import STRANGER

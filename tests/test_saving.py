@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hf_peft_ext import UniPELTConfig, load_adapter
 from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import CardWarning, PushError, write_card
-from hf_peft_ext.hub_cards.saving import published_cards
+from hf_peft_ext.hub_cards.peft_integration import published_cards
 from hf_peft_ext.registry import extend
 
 from .backbones import BACKBONES

@@ -19,10 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
-from hf_peft_ext.trainers.search import LowestShare, SearchTask, share_trunk
-from hf_peft_ext.trainers.search.fingerprint import of_metric
-from hf_peft_ext.trainers.search.result import scores_of
-from hf_peft_ext.trainers.search.training import RunArguments, adapted, evaluate, train
+from hf_peft_ext.search import LowestShare, SearchTask, share_trunk
+from hf_peft_ext.search.fingerprint import of_metric
+from hf_peft_ext.search.result import scores_of
+from hf_peft_ext.search.training import RunArguments, adapted, evaluate, train
 
 from .search_spaces import ARGS, N_MODELS, TwoStages, accuracy, lora, search, tiny_tasks
 

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
-from hf_peft_ext.trainers.search import SearchResult, write_report
-from hf_peft_ext.trainers.search.figures import architecture_figure, size_of
+from hf_peft_ext.search import SearchResult, write_report
+from hf_peft_ext.search.figures import architecture_figure, size_of
 
 from .search_spaces import TwoStages, search
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hf_peft_ext.trainers.search import SearchResult
-from hf_peft_ext.trainers.search.trial_queue import Queue
+from hf_peft_ext.search import SearchResult
+from hf_peft_ext.search.trial_queue import Queue
 
 from .search_spaces import N_MODELS, TwoStages, search, start_worker
 

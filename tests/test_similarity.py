@@ -11,9 +11,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from rich.console import Console
 
 from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
-from hf_peft_ext.structure import layer_paths
+from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.transfer import module_similarity
-from hf_peft_ext.transfer.contributions import deltas
+from hf_peft_ext.transfer.residual_deltas import deltas
 from hf_peft_ext.transfer.similarity import cka, procrustes
 
 from .backbones import BACKBONES, D, output

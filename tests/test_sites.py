@@ -10,10 +10,10 @@ from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, ComposedConfig, MAMConfig, Placement, UniPELTConfig
-from hf_peft_ext.sites import find_sites
-from hf_peft_ext.structure import layer_paths
+from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.sublayers import Bias, LowRank
-from hf_peft_ext.tuners.composed import attached
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -80,7 +80,7 @@ def test_parallel_residual(backbone):
     config = ComposedConfig(placements=[Placement("bottleneck", "parallel_residual", layers=[0], options={"r": 4})])
     model = get_peft_model(family.build(), config).eval()
     randomise(model)
-    (layer,) = attached(model)
+    (layer,) = tuner_layers(model)
     norm, seen = model.get_base_model().get_submodule(layer.site.reads), {}
     norm.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     layer.host.register_forward_hook(lambda _, args, y: seen.update(y=y))
@@ -170,7 +170,7 @@ def test_cross_attention_of_an_encoder_decoder():
     cross = {site.name: site.host for site in sites if site.name.startswith("cross_")}
     assert cross["cross_query"].endswith("layer.1.EncDecAttention.q")
     model = get_peft_model(BACKBONES["t5"].build(), ComposedConfig(placements=[Placement("low_rank", "cross_query")]))
-    assert [layer.site.layer for layer in attached(model)] == [2, 3]
+    assert [layer.site.layer for layer in tuner_layers(model)] == [2, 3]
 
 
 def test_pfeiffer_reads_after_residual_and_norm():
@@ -178,7 +178,7 @@ def test_pfeiffer_reads_after_residual_and_norm():
     model = get_peft_model(BACKBONES["bert"].build(), BottleneckConfig(style="pfeiffer"))
     randomise(model)
     layer = model.base_model.model.encoder.layer[0]
-    adapter = attached(layer)[0].sublayer_of["default"]
+    adapter = tuner_layers(layer)[0].sublayer_of["default"]
     inner, residual = torch.randn(2, 5, 64), torch.randn(2, 5, 32)
     norm = torch.nn.functional.layer_norm
     s = layer.output.dense(inner) + residual
@@ -192,7 +192,7 @@ def test_parallel_adapter_of_bert_reads_the_input_of_the_ffn():
     model = get_peft_model(BACKBONES["bert"].build(), MAMConfig(bottleneck_size=4))
     randomise(model)
     layer = model.base_model.model.encoder.layer[0]
-    adapter = next(a for a in attached(layer) if a.site.name == "parallel_ffn").sublayer_of["default"]
+    adapter = next(a for a in tuner_layers(layer) if a.site.name == "parallel_ffn").sublayer_of["default"]
     x = torch.randn(2, 5, 32)
     ffn = torch.nn.functional.linear(layer.intermediate(x), layer.output.dense.weight, layer.output.dense.bias)
     layer.intermediate(x)
@@ -225,8 +225,8 @@ def test_target_modules_as_in_peft():
 def test_layers_and_exclusions():
     config = UniPELTConfig(bottleneck_size=4, layers_to_transform=1, exclude_modules=["v_proj"])
     model = get_peft_model(BACKBONES["llama"].build(), config)
-    assert {layer.site.layer for layer in attached(model)} == {1}
-    assert not any(layer.site.host.endswith("v_proj") for layer in attached(model))
+    assert {layer.site.layer for layer in tuner_layers(model)} == {1}
+    assert not any(layer.site.host.endswith("v_proj") for layer in tuner_layers(model))
 
 
 class Block(nn.Module):
@@ -264,7 +264,7 @@ def test_a_model_of_ones_own():
     base = model(x)
     tuned = get_peft_model(model, config)
     randomise(tuned)
-    assert [layer.site.host for layer in attached(tuned)] == ["body.0.mix", "body.1.mix", "body.1.drop"]
+    assert [layer.site.host for layer in tuner_layers(tuned)] == ["body.0.mix", "body.1.mix", "body.1.drop"]
     assert (tuned(x) - base).abs().max() > 1e-2
     with tuned.disable_adapter():
         assert torch.equal(tuned(x), base)
@@ -280,7 +280,7 @@ def test_on_top_of_a_lora_model():
     with torch.no_grad():
         lora = output(model.eval(), family.inputs())
         inject_adapter_in_model(UniPELTConfig(methods=("lora", "adapter"), bottleneck_size=4), model)
-        for layer in attached(model):
+        for layer in tuner_layers(model):
             assert "lora_" not in layer.site.host
             layer.enable_adapters(False)
         torch.testing.assert_close(output(model.eval(), family.inputs()), lora)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_peft_ext import TFewConfig, load_adapter, registry
-from hf_peft_ext.tuners.endings import module_names
+from hf_peft_ext.tuners.ia3.target_modules import module_names
 
 from .backbones import BACKBONES, D, output
 from .test_errors import state
@@ -306,7 +306,7 @@ def test_a_tuner_of_another_package_is_not_replaced(monkeypatch):
         pass
 
     monkeypatch.setitem(registry.PEFT_TYPE_TO_TUNER_MAPPING, registry.PeftType.IA3, Foreign)
-    from hf_peft_ext.tuners.ia3 import IA3Model
+    from hf_peft_ext.tuners.ia3.tuner import IA3Model
 
     with pytest.raises(RuntimeError, match=r"`peft_type` \(='IA3'\) has a tuner of another package, tests"):
         registry.replace_tuner(registry.PeftType.IA3, IA3Model)

@@ -16,8 +16,8 @@ from transformers.optimization import Adafactor
 
 from hf_peft_ext import TFewConfig, UniPELTConfig, score_choices
 from hf_peft_ext.hub_cards import TrainingRecord
-from hf_peft_ext.losses import choice_loss, lm_loss, unlikelihood_loss
-from hf_peft_ext.packing import choice_token_scores
+from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
+from hf_peft_ext.ranking.packing import choice_token_scores
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
 from hf_peft_ext.trainers.choice_batches import right
 

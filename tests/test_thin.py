@@ -18,7 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hf_peft_ext.pruning import find_channels, importance, thin_copy
+from hf_peft_ext.pruning import find_channels, importance, pruned_copy
 from hf_peft_ext.pruning.sizes import sizes_of
 
 from .backbones import BACKBONES, LAYERS, Backbone, D, output
@@ -59,10 +59,10 @@ def build(name):
 
 
 @every_family
-@pytest.mark.parametrize("reading", ["width", "parameters"])
-def test_nothing_dropped_is_the_model(name, reading):
+@pytest.mark.parametrize("reduce", ["width", "parameters"])
+def test_nothing_dropped_is_the_model(name, reduce):
     model, inputs = build(name), FAMILIES[name].inputs()
-    thin = thin_copy(model, 1, reading).model
+    thin = pruned_copy(model, 1, reduce).model
     assert type(thin) is type(model)
     assert torch.equal(output(thin, inputs), output(model, inputs))
     assert thin.state_dict().keys() == model.state_dict().keys()
@@ -73,8 +73,8 @@ def test_nothing_dropped_is_the_model_with_a_head(name, head):
     torch.manual_seed(0)
     model = lively(head(BACKBONES[name].build().config))
     inputs = Backbone("encoder", "", {}).inputs()
-    assert torch.equal(output(thin_copy(model, 1).model, inputs), output(model, inputs))
-    assert output(thin_copy(model, 2).model, inputs).isfinite().all()
+    assert torch.equal(output(pruned_copy(model, 1).model, inputs), output(model, inputs))
+    assert output(pruned_copy(model, 2).model, inputs).isfinite().all()
 
 
 # What is cut: leaf of a block -> what its rows and its columns are
@@ -156,7 +156,7 @@ def kept_channels(thin, axis, prefix, head_dim, heads):
 def test_weights_are_cut_as_a_loop_cuts_them(name, r):
     """Every projection, bias and norm of the blocks holds the large model's at the kept rows and columns."""
     model = build(name)
-    thin, sizes = thin_copy(model, r), sizes_of(model.config)
+    thin, sizes = pruned_copy(model, r), sizes_of(model.config)
     narrow = math.sqrt(sizes_of(thin.model.config).head_dim / sizes.head_dim)
     assert (narrow < 1) == (r == 7 and name in ("bert", "gpt2"))  # the others have a head width of their own
     for path, (rows, columns), prefix in BLOCKS[name]:
@@ -196,7 +196,7 @@ def test_what_is_kept_is_what_scores_highest(name):
     weight counted as one; the same residual channels in all layers.
     """
     model = build(name)
-    thin, sizes = thin_copy(model, 2), sizes_of(model.config)
+    thin, sizes = pruned_copy(model, 2), sizes_of(model.config)
     scores = {}
 
     def vote(axis, parts):
@@ -242,7 +242,7 @@ def test_given_scores_decide():
         for dim, table in ((weights.rows, scores.rows), (weights.columns, scores.columns)):
             if path in table and dim and dim[0].axis == "residual":
                 table[path] = torch.zeros(D).index_fill(0, wanted, 1.0)
-    assert torch.equal(thin_copy(model, 2, importance=scores).kept["residual"], wanted)
+    assert torch.equal(pruned_copy(model, 2, importance=scores).kept["residual"], wanted)
 
 
 # Around it
@@ -252,7 +252,7 @@ def test_given_scores_decide():
 def test_saved_and_loaded(name, tmp_path):
     """A thin copy is a model like any other: saved, loaded and, if it can, generating the same."""
     model, inputs = build(name), FAMILIES[name].inputs()
-    thin = thin_copy(model, 3).model
+    thin = pruned_copy(model, 3).model
     thin.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(output(again, inputs), output(thin, inputs))
@@ -267,7 +267,7 @@ def test_leaves_everything_as_it_was():
     """The large model, its config and the random numbers are those of before; the copy shares no memory with it."""
     model, inputs = build("llama"), FAMILIES["llama"].inputs()
     before, config, state = output(model, inputs), model.config.to_dict(), torch.get_rng_state()
-    thin = thin_copy(model.train(), 1).model
+    thin = pruned_copy(model.train(), 1).model
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config
     assert thin.training
@@ -280,7 +280,7 @@ def test_leaves_everything_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype):
     model, inputs = build("llama").to(dtype), FAMILIES["llama"].inputs()
-    thin = thin_copy(model, 1).model
+    thin = pruned_copy(model, 1).model
     assert thin.dtype == dtype
     assert torch.equal(output(thin, inputs), output(model, inputs))
 
@@ -288,9 +288,9 @@ def test_other_precisions(dtype):
 def test_inside_adapters():
     """Cut from a model with adapters in it, the copy is that of the base model."""
     model, inputs = build("llama"), FAMILIES["llama"].inputs()
-    expected = output(thin_copy(model, 2).model, inputs)
+    expected = output(pruned_copy(model, 2).model, inputs)
     get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    assert torch.equal(output(thin_copy(model, 2).model, inputs), expected)
+    assert torch.equal(output(pruned_copy(model, 2).model, inputs), expected)
 
 
 # Errors
@@ -302,12 +302,12 @@ def test_inside_adapters():
         ({"r": 0}, r"`r` \(=0\) must be a positive number\."),
         ({"r": 0.5}, r"`r` \(=0.5\) must be at least 1"),
         ({"r": float("nan")}, r"`r` \(=nan\) must be a positive number\."),
-        ({"r": 2, "reading": "depth"}, r"`reading` \(='depth'\) must be one of width, parameters\."),
+        ({"r": 2, "reduce": "depth"}, r"`reduce` \(='depth'\) must be one of width, parameters\."),
     ],
 )
 def test_values_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
-        thin_copy(build("llama"), **arguments)
+        pruned_copy(build("llama"), **arguments)
 
 
 REFUSED = {
@@ -323,20 +323,20 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_architectures_that_cannot_be_cut(name):
     with pytest.raises(ValueError, match=rf"cannot be cut.*{REFUSED[name]}"):
-        thin_copy(BACKBONES[name].build(), 2)
+        pruned_copy(BACKBONES[name].build(), 2)
 
 
 def test_a_second_stack_of_other_sizes():
     model = BACKBONES["bart"].build(decoder_ffn_dim=48)
     with pytest.raises(ValueError, match=r"`decoder_ffn_dim` \(=48\) must be 64, as in the rest of the model"):
-        thin_copy(model, 2)
+        pruned_copy(model, 2)
 
 
 @pytest.mark.parametrize(("name", "options"), [("gemma2", {}), ("bart", {"scale_embedding": True})])
 def test_embeddings_scaled_by_the_width(name, options, tmp_path):
     """The copy scales by the large model's width; loaded it would not, so it is not saved."""
     model = lively(BACKBONES[name].build(**options))
-    thin = thin_copy(model, 2)
+    thin = pruned_copy(model, 2)
     for module in (model, thin.model):
         assert {round(float(m.embed_scale), 3) for m in module.modules() if hasattr(m, "embed_scale")} == {5.657}
     with pytest.raises(ValueError, match="scales its embeddings by the large model's width, which is lost on saving"):
@@ -349,18 +349,18 @@ def test_a_weight_along_no_axis_is_named():
     with pytest.raises(
         ValueError, match=r"cannot be cut: model\.layers\.0\.mlp\.extra has parameters, which lie along"
     ):
-        thin_copy(model, 2)
+        pruned_copy(model, 2)
 
 
 def test_importance_of_another_model():
     other = importance(BACKBONES["llama"].build(hidden_size=64), kind="magnitude")
     with pytest.raises(ValueError, match=r"`importance` \(=64\) must be of this model: model.* has 32 channels"):
-        thin_copy(build("llama"), 2, importance=other)
+        pruned_copy(build("llama"), 2, importance=other)
     with pytest.raises(ValueError, match="must have scores for every axis of the model"):
-        thin_copy(build("llama"), 2, importance=importance(build("bert"), kind="magnitude"))
+        pruned_copy(build("llama"), 2, importance=importance(build("bert"), kind="magnitude"))
 
 
 def test_what_is_no_transformers_model():
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="`model` must be a transformers model, not PeftModel"):
-        thin_copy(model, 2)
+        pruned_copy(model, 2)

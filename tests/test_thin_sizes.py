@@ -5,18 +5,18 @@ prints them beside the plug-in paper's.
 import pytest
 from transformers import AutoConfig
 
-from hf_peft_ext.pruning import thin_config, thin_copy, thin_sizes
+from hf_peft_ext.pruning import pruned_config, pruned_copy, pruned_sizes
 
 from .test_benchmarks import rows, run
 from .test_thin import build, every_family
 
 
 @every_family
-@pytest.mark.parametrize(("r", "reading"), [(5, "width"), (16, "parameters")])
-def test_sizes_from_the_config_are_those_of_the_copy(name, r, reading):
+@pytest.mark.parametrize(("r", "reduce"), [(5, "width"), (16, "parameters")])
+def test_sizes_from_the_config_are_those_of_the_copy(name, r, reduce):
     model = build(name)
-    thin = thin_copy(model, r, reading).model
-    found = thin_sizes(model.config, r, reading, type(model))
+    thin = pruned_copy(model, r, reduce).model
+    found = pruned_sizes(model.config, r, reduce, type(model))
     assert found.parameters == thin.num_parameters()
     assert found.config.to_dict() == thin.config.to_dict()
     names = ("embed_tokens", "embed_positions", "_embed", "wte", "wpe", "shared", "lm_head.weight")
@@ -27,7 +27,7 @@ def test_sizes_from_the_config_are_those_of_the_copy(name, r, reading):
 def test_sizes_of_models_too_large_for_this_machine():
     """Nothing is built: T5-11B's thin copy is counted by hand."""
     config = AutoConfig.for_model("t5", d_model=1024, d_kv=128, d_ff=65536, num_heads=128, num_layers=24)
-    found = thin_sizes(config, 16, "parameters")
+    found = pruned_sizes(config, 16, "parameters")
     attention, ffn, norm = 4 * 256 * 32 * 128, 2 * 256 * 16384, 256
     blocks = 24 * (attention + ffn + 2 * norm) + 24 * (2 * attention + ffn + 3 * norm) + 2 * norm + 2 * 32 * 32
     assert found.parameters == blocks + 32128 * 256
@@ -48,7 +48,7 @@ def test_sizes_of_models_too_large_for_this_machine():
 def test_grouped_heads_are_rounded_together(heads, kv_heads, r, expected):
     config = AutoConfig.for_model("llama", hidden_size=72 * heads, num_attention_heads=heads, head_dim=64,
                                   num_key_value_heads=kv_heads, intermediate_size=100)  # fmt: skip
-    thin = thin_config(config, r)
+    thin = pruned_config(config, r)
     assert (thin.num_attention_heads, thin.num_key_value_heads) == expected
     assert thin.head_dim == 64
     assert thin.hidden_size % thin.num_attention_heads == 0
@@ -71,4 +71,4 @@ def test_key_heads_must_divide_heads():
     """A small Qwen2 config that does not name them has 32."""
     config = AutoConfig.for_model("qwen2", hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"`num_key_value_heads` \(=32\) must divide `num_attention_heads` \(=4\)"):
-        thin_config(config, 2)
+        pruned_config(config, 2)

@@ -33,7 +33,7 @@ from transformers import (
 from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer, AdapterTrainerMixin
-from hf_peft_ext.trainers.facts import hyperparameters
+from hf_peft_ext.trainers.run_info import hyperparameters
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_training import StopAt, arguments, classifier, separable, tokenizer, trained
@@ -353,7 +353,7 @@ def test_what_the_hub_would_refuse_is_refused_first(tmp_path):
 
 def test_the_command_can_be_run_again(tmp_path):
     """A module that was started with `python -m` is recorded so, a script by its name."""
-    says = "from hf_peft_ext.trainers.secret import command_line\nprint(command_line())\n"
+    says = "from hf_peft_ext.trainers.redact import command_line\nprint(command_line())\n"
     (tmp_path / "said").mkdir()
     for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
         (tmp_path / name).write_text("" if name == "said/__init__.py" else says)
@@ -489,7 +489,7 @@ def test_gates_are_logged(tmp_path):
 
 def test_hub_datasets_are_known(tmp_path, monkeypatch):
     """Id and revision of data from the Hub are read from where `datasets` keeps them, spelt as on the Hub."""
-    from hf_peft_ext.trainers import facts
+    from hf_peft_ext.trainers import run_info as facts
 
     revision = "0123456789abcdef0123456789abcdef01234567"
     place = tmp_path / "acme___support_msgs" / "default" / "0.0.0" / revision

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_peft_ext.transfer import Projections, plug
-from hf_peft_ext.transfer.projections import least_squares
+from hf_peft_ext.transfer.map.projections import least_squares
 
 from .backbones import BACKBONES
 from .test_transfer_fold import LARGE, refuses, small_model

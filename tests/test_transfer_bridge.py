@@ -4,10 +4,12 @@ gradients of the module; the paper's bridge against products of slices; no gradi
 
 import pytest
 import torch
+from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, get_peft_model
 
-from hf_peft_ext.pruning import thin_copy
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, plug
+from hf_peft_ext.pruning import pruned_copy
+from hf_peft_ext.transfer import Projections, delta_bridge, plug
+from hf_peft_ext.transfer.map import bake as fold
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import FAST, LARGE, plugged_model, refuses, slow, small_model
@@ -40,7 +42,7 @@ def test_delta_bridge_is_the_plugged_model(family, kind):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
     with torch.no_grad():
         logits, stream = inside(plugged, LAST[family], inputs)
-        thin = thin_copy(plugged.get_base_model(), 4)
+        thin = pruned_copy(plugged.get_base_model(), 4)
         kept = thin.kept["residual"]
         with delta_bridge(plugged, thin) as model:
             found, thin_stream = inside(model, LAST[family], inputs)
@@ -55,7 +57,7 @@ def test_delta_bridge_is_the_plugged_model(family, kind):
 @every_pair
 def test_delta_bridge_around_the_base_is_the_base_without_the_module(family, kind):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
-    thin = thin_copy(plugged.get_base_model(), 2)
+    thin = pruned_copy(plugged.get_base_model(), 2)
     with torch.no_grad(), plugged.disable_adapter():
         base, stream = inside(plugged, LAST[family], inputs)
     with torch.no_grad(), delta_bridge(plugged, thin, around="base") as model:
@@ -73,7 +75,7 @@ def test_delta_bridge_around_the_base_is_the_base_without_the_module(family, kin
 @every_pair
 def test_with_nothing_cut_the_gradient_is_the_plugged_models(family, kind, around):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
-    with delta_bridge(plugged, thin_copy(plugged.get_base_model(), 1), around) as model:
+    with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 1), around) as model:
         parameters = [p for p in model.parameters() if p.requires_grad]
         through = torch.autograd.grad(output(model, inputs).square().mean(), parameters)
     true = torch.autograd.grad(output(plugged, inputs).square().mean(), parameters)
@@ -85,7 +87,7 @@ def test_with_nothing_cut_the_gradient_is_the_plugged_models(family, kind, aroun
 def test_thin_gradient_points_the_plugged_models_way(kind):
     """A step along it lowers the plugged model's own loss; with half of the width, in Llama."""
     plugged, inputs = plugged_model("llama", kind), BACKBONES["llama"].inputs()
-    with delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2)) as model:
+    with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2)) as model:
         loss = output(model, inputs).square().mean()
         loss.backward()
     with torch.no_grad():
@@ -114,7 +116,7 @@ class Paper:
     """The paper's bridge, as a context like the delta bridge."""
 
     def __init__(self, plugged, **kwargs):
-        self.model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), **kwargs)
+        self.model = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), **kwargs)
 
     def __enter__(self):
         return self.model
@@ -125,8 +127,8 @@ class Paper:
 
 BRIDGES = {
     "paper": Paper,
-    "delta": lambda plugged: delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2)),
-    "delta around base": lambda plugged: delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2), "base"),
+    "delta": lambda plugged: delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2)),
+    "delta around base": lambda plugged: delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2), "base"),
 }
 
 
@@ -143,7 +145,7 @@ def test_large_model_is_never_trained(name):
 def test_papers_bridge_sees_slices():
     """A'' = A' [:, kept] and B'' = B' [kept, :] of the plugged model, and trains the thin copy with them."""
     plugged = plugged_model("llama", "lora")
-    thin = thin_copy(plugged.get_base_model(), 2)
+    thin = pruned_copy(plugged.get_base_model(), 2)
     model = bridge(plugged, thin)
     key = "base_model.model.model.layers.3.self_attn.v_proj.lora_"
     a, b = (plugged.get_submodule(f"{key}{side}.default").weight for side in "AB")
@@ -156,7 +158,7 @@ def test_papers_bridge_sees_slices():
 
 def test_papers_bridge_trains_w_down():
     plugged = plugged_model("gpt2", "lora")
-    thin = thin_copy(plugged.get_base_model(), 2)
+    thin = pruned_copy(plugged.get_base_model(), 2)
     model = bridge(plugged, thin, init="orthogonal", train_bridge=False)
     known = {id(p) for p in plugged.parameters()}
     down = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -169,7 +171,7 @@ def test_papers_bridge_trains_w_down():
 def test_bridge_without_a_small_model():
     """A fresh LoRA on the large model, trained in a delta bridge: what is trained is the plain adapter."""
     large = get_peft_model(BACKBONES["llama"].build(**LARGE["llama"]), LoraConfig(r=2, target_modules=["q_proj"]))
-    with delta_bridge(large, thin_copy(large.get_base_model(), 2)) as model:
+    with delta_bridge(large, pruned_copy(large.get_base_model(), 2)) as model:
         output(model, BACKBONES["llama"].inputs()).square().mean().backward()
     assert all(p.grad is not None for p in large.parameters() if p.requires_grad)
 
@@ -184,11 +186,11 @@ def test_folded_after_training_is_what_was_trained():
 
 def test_errors():
     plugged = plugged_model("llama", "lora")
-    other = thin_copy(BACKBONES["gpt2"].build(), 2)
+    other = pruned_copy(BACKBONES["gpt2"].build(), 2)
     refuses("`thin` .='GPT2LMHeadModel'. must be a copy of the large", ValueError, lambda: bridge(plugged, other))
 
     def enter(around):
-        with delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2), around):
+        with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2), around):
             pass
 
     refuses("`around` .='small'. must be one of plugged, base", ValueError, lambda: enter("small"))
@@ -198,7 +200,7 @@ def test_small_model_is_left_alone():
     small = small_model("llama", "lora")
     state = {name: value.clone() for name, value in small.state_dict().items()}
     plugged = plug(small, BACKBONES["llama"].build(**LARGE["llama"]), Projections())
-    with delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2)) as model:
+    with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2)) as model:
         output(model, BACKBONES["llama"].inputs()).square().mean().backward()
     assert all(torch.equal(state[name], value) for name, value in small.state_dict().items())
     assert all(p.grad is None for p in small.parameters())

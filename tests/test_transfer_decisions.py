@@ -7,15 +7,17 @@ import math
 
 import pytest
 import torch
+from hf_peft_ext.transfer.bridge import bridge
 from peft import get_peft_model
 
-from hf_peft_ext.choices import collate, encode_choices
-from hf_peft_ext.losses import choice_loss
-from hf_peft_ext.packing import choice_token_scores
-from hf_peft_ext.pruning import thin_copy
-from hf_peft_ext.transfer import PlugInSettings, bridge, decide, delta_bridge, plug, plug_in
-from hf_peft_ext.transfer.fit import fit, refine
-from hf_peft_ext.transfer.task import Ranking, task_for
+from hf_peft_ext.pruning import pruned_copy
+from hf_peft_ext.ranking.encode import collate, encode_choices
+from hf_peft_ext.ranking.losses import choice_loss
+from hf_peft_ext.ranking.packing import choice_token_scores
+from hf_peft_ext.transfer import PlugInSettings, decide, delta_bridge, plug
+from hf_peft_ext.transfer.refine.training_loop import fit, refine
+from hf_peft_ext.transfer.run import plug_in
+from hf_peft_ext.transfer.run.task import Ranking, task_for
 
 from .backbones import BACKBONES
 from .methods import randomise
@@ -119,7 +121,7 @@ def taught(tokenizer, family="llama"):
 def test_a_plugged_model_moves_towards_its_teacher(tokenizer):
     task, plugged, rows = taught(tokenizer)
     before = divergence(task, plugged, rows)
-    with delta_bridge(plugged, thin_copy(plugged.get_base_model(), 2)) as held:
+    with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2)) as held:
         fit(held, task, rows, steps=30, lr=3e-3, batch_size=4)
     assert divergence(task, plugged, rows) < before / 2
 
@@ -127,7 +129,7 @@ def test_a_plugged_model_moves_towards_its_teacher(tokenizer):
 def test_other_ways_to_train_on_targets(tokenizer):
     """The paper's bridge moves itself, and MeZO the plugged model."""
     task, plugged, rows = taught(tokenizer)
-    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2))
+    model = bridge(plugged, pruned_copy(plugged.get_base_model(), 2))
     before = divergence(task, model, rows)
     fit(model, task, rows, steps=20, lr=3e-3, batch_size=4)
     assert divergence(task, model, rows) < before / 2
@@ -145,7 +147,7 @@ def run(tokenizer, folder, unlabelled, **settings):
 
 def test_one_call_with_rows_without_answers(tokenizer, tmp_path, monkeypatch):
     """Bridge and refinement see all rows, the small model only those with answers; resumed, it is not asked again."""
-    from hf_peft_ext.transfer import stages
+    from hf_peft_ext.transfer.run import pipeline as stages
 
     unlabelled = [{"prompt": f"the film was {word}", "choices": ("yes", "no"), "answer": 7} for word in ("so", "a")]
     seen = {"fit": [], "refine": []}

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, LayerPrefixConfig, UniPELTConfig
-from hf_peft_ext.transfer import Projections, fold, plug
-from hf_peft_ext.transfer.projections import Dense, Slice, layer_map, least_squares
+from hf_peft_ext.transfer import Projections, plug
+from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer.map.projections import Dense, Slice, layer_map, least_squares
 
 from .backbones import BACKBONES, SPECIAL, output
 from .methods import randomise

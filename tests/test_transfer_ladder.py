@@ -4,16 +4,16 @@ activations kept on disk: equal to those computed, in any batch, and without a f
 
 import pytest
 import torch
+from hf_peft_ext.transfer.bridge import bridge
 from transformers import TrainingArguments
 
-from hf_peft_ext.choices import Example, collate
-from hf_peft_ext.losses import IGNORED
-from hf_peft_ext.packing import choice_token_scores
-from hf_peft_ext.pruning import thin_copy
+from hf_peft_ext.pruning import pruned_copy
+from hf_peft_ext.ranking.encode import Example, collate
+from hf_peft_ext.ranking.losses import IGNORED
+from hf_peft_ext.ranking.packing import choice_token_scores
 from hf_peft_ext.trainers import BridgeTrainer
-from hf_peft_ext.transfer import bridge
-from hf_peft_ext.transfer.activations import Activations
-from hf_peft_ext.tuners.side_network import Rung
+from hf_peft_ext.transfer.bridges.activations import Activations
+from hf_peft_ext.tuners.ladder.network import SideBlock
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import plugged_model, refuses, slow
@@ -40,12 +40,12 @@ def hidden_of(base, inputs):
 
 
 def rungs_of(model):
-    return [module for module in model.modules() if isinstance(module, Rung)]
+    return [module for module in model.modules() if isinstance(module, SideBlock)]
 
 
 def test_with_nothing_cut_it_is_the_large_model(family):
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
-    model = bridge(plugged, thin_copy(plugged.get_base_model(), 1), ladder=True)
+    model = bridge(plugged, pruned_copy(plugged.get_base_model(), 1), ladder=True)
     with torch.no_grad(), plugged.disable_adapter(), model.disable_adapter():
         torch.testing.assert_close(output(model, inputs), output(plugged, inputs), atol=1e-5, rtol=1e-4)
 
@@ -53,24 +53,24 @@ def test_with_nothing_cut_it_is_the_large_model(family):
 def test_rungs_mix_in_what_the_large_blocks_read(family):
     """Half and half at the start, at the channels that are kept; trained with the bridge; the large model is not."""
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
-    thin = thin_copy(plugged.get_base_model(), 2)
+    thin = pruned_copy(plugged.get_base_model(), 2)
     model = bridge(plugged, thin, ladder=True)
     with torch.no_grad(), plugged.disable_adapter():
         hidden = [states for stack in hidden_of(plugged.get_base_model(), inputs) for states in stack]
-    rungs, met = rungs_of(model), []
-    for rung in rungs:
+    side_blocks, met = rungs_of(model), []
+    for rung in side_blocks:
         rung.register_forward_pre_hook(lambda _, args: met.append(args[0]))
         rung.block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
     output(model, inputs).square().mean().backward()
     for own, mixed, large in zip(met[::2], met[1::2], hidden, strict=True):
         torch.testing.assert_close(mixed, (own + large[..., thin.kept["residual"]]) / 2)
-    assert all(p.grad is not None for rung in rungs for p in (rung.alpha, rung.down.weight))
+    assert all(p.grad is not None for rung in side_blocks for p in (rung.alpha, rung.down.weight))
     assert all(p.grad is None for name, p in plugged.named_parameters() if ".seen_" not in name)
 
 
 def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
-    model, bare = (bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=on) for on in (True, False))
+    model, bare = (bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=on) for on in (True, False))
     with torch.no_grad():
         for rung in rungs_of(model):
             rung.alpha.fill_(10.0)
@@ -80,7 +80,7 @@ def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_later_epochs_never_run_the_large_model(name, tmp_path):
     plugged = plugged_model(name, "lora")
-    thin, ran = thin_copy(plugged.get_base_model(), 4), forwards(plugged)
+    thin, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
     ids = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
         str(tmp_path), num_train_epochs=3, per_device_train_batch_size=4, report_to="none", use_cpu=True,
@@ -96,7 +96,7 @@ def test_later_epochs_never_run_the_large_model(name, tmp_path):
 def test_kept_is_computed(tmp_path, family):
     """Rows of other lengths, in batches with other paddings; another large model has rows of its own."""
     plugged = plugged_model(family, "lora")
-    thin, ran = thin_copy(plugged.get_base_model(), 4), forwards(plugged)
+    thin, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
     cached, plain = Activations(plugged, thin, tmp_path), Activations(plugged, thin)
     draw = torch.Generator().manual_seed(0)
     ids, answers = torch.randint(3, 60, (3, 7), generator=draw), torch.randint(3, 60, (3, 4), generator=draw)
@@ -121,7 +121,7 @@ def test_kept_is_computed(tmp_path, family):
 
 def test_an_encoder_is_kept_once_for_all_answers(tmp_path):
     plugged, inputs = plugged_model("t5", "lora"), BACKBONES["t5"].inputs(padding="none")
-    activations = Activations(plugged, thin_copy(plugged.get_base_model(), 4), tmp_path)
+    activations = Activations(plugged, pruned_copy(plugged.get_base_model(), 4), tmp_path)
     found = [activations({**inputs, "decoder_input_ids": inputs["decoder_input_ids"] + i}) for i in (0, 1)]
     assert len(list(tmp_path.iterdir())) == 3 + 2 * 3
     assert torch.equal(found[0][0], found[1][0])
@@ -137,7 +137,7 @@ def test_losses_and_gradients_are_those_without_the_files(tmp_path, family):
     for cache in (None, tmp_path, tmp_path):
         plugged = plugged_model(family, "lora")
         ran = forwards(plugged)
-        found = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True, cache=cache)(**inputs)
+        found = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=True, cache=cache)(**inputs)
         seen = inputs["attention_mask"].bool()
         loss = found["last_hidden_state"][seen].square().mean() if family == "bert" else found["loss"]
         loss.backward()
@@ -150,8 +150,8 @@ def test_losses_and_gradients_are_those_without_the_files(tmp_path, family):
 def test_packed_choices(tmp_path):
     """Choices behind one prompt, which padding in front of shorter prompts moves: the same scores, nothing twice."""
     plugged = plugged_model("llama", "lora")
-    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True, cache=tmp_path)
-    plain = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True)
+    model = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=True, cache=tmp_path)
+    plain = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=True)
     ran, words = forwards(plugged), BACKBONES["llama"].inputs()["input_ids"][0].tolist()
     examples = [Example(words[:5], [words[:2], words[2:5]]), Example(words[1:4], [words[3:6], words[:1]])]
 
@@ -169,7 +169,7 @@ def test_packed_choices(tmp_path):
 def test_choices_of_an_encoder_decoder(tmp_path):
     """A row for each choice, behind one text: its loss, and nothing is run again in the next epoch."""
     plugged = plugged_model("t5", "lora")
-    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True, cache=tmp_path)
+    model = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=True, cache=tmp_path)
     ran, words = forwards(plugged), BACKBONES["t5"].inputs()["input_ids"][0].tolist()
     batch = collate([Example(words[:5], [words[:2], words[2:5]]), Example(words[1:4], [words[3:6], words[:1]])])
     first, second = (choice_token_scores(model, batch, packed=False).log_p for _ in range(2))
@@ -181,12 +181,12 @@ def test_choices_of_an_encoder_decoder(tmp_path):
 
 def test_errors(tmp_path):
     plugged = plugged_model("t5", "lora")
-    model = bridge(plugged, thin_copy(plugged.get_base_model(), 2), ladder=True)
+    model = bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=True)
     inputs = BACKBONES["t5"].inputs()
     refuses(
         "`past_key_values` .='tuple'. must be None: a bridge", ValueError, lambda: model(**inputs, past_key_values=())
     )
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    thin = thin_copy(plugged.get_base_model(), 2)
+    thin = pruned_copy(plugged.get_base_model(), 2)
     call = lambda: BridgeTrainer(plugged, args, thin, "delta", ladder=True)  # noqa: E731
     refuses("`ladder` .=True. is for the paper's bridge", ValueError, call)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
-from hf_peft_ext.pruning import ThinModel, thin_copy
+from hf_peft_ext.pruning import PrunedModel, pruned_copy
 from hf_peft_ext.trainers import BridgeTrainer
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, plug
+from hf_peft_ext.transfer import Projections, delta_bridge, plug
+from hf_peft_ext.transfer.map import bake as fold
 
 from .backbones import BACKBONES, SPECIAL, output
 from .methods import randomise
@@ -51,11 +53,11 @@ def test_without_weights(family, kind, tmp_path):
         BACKBONES[family].inputs(),
         BACKBONES[family].build(**LARGE[family]),
     )
-    thin_copy(large, 2).save_pretrained(tmp_path / "thin")
+    pruned_copy(large, 2).save_pretrained(tmp_path / "thin")
     shapes = shapes_of(large)
-    thin = ThinModel.from_pretrained(tmp_path / "thin", shapes)
+    thin = PrunedModel.from_pretrained(tmp_path / "thin", shapes)
     found = adapter_of(small, shapes, thin, inputs, tmp_path / "meta")
-    wanted = adapter_of(small, large, thin_copy(large, 2), inputs, tmp_path / "plain")
+    wanted = adapter_of(small, large, pruned_copy(large, 2), inputs, tmp_path / "plain")
     assert_equal(found, wanted)
     model = PeftModel.from_pretrained(BACKBONES[family].build(**LARGE[family]), tmp_path / "meta").eval()
     with torch.no_grad(), model.disable_adapter():
@@ -72,12 +74,12 @@ def test_a_ladder_from_files(family, tmp_path):
         BACKBONES[family].inputs(),
         BACKBONES[family].build(**LARGE[family]),
     )
-    thin_copy(large, 2).save_pretrained(tmp_path / "thin")
+    pruned_copy(large, 2).save_pretrained(tmp_path / "thin")
     shapes, given = shapes_of(large), {"ladder": True, "cache": tmp_path / "rows"}
-    wanted = adapter_of(small, large, thin_copy(large, 2), inputs, tmp_path / "plain", **given)
-    thin = ThinModel.from_pretrained(tmp_path / "thin", shapes)
+    wanted = adapter_of(small, large, pruned_copy(large, 2), inputs, tmp_path / "plain", **given)
+    thin = PrunedModel.from_pretrained(tmp_path / "thin", shapes)
     assert_equal(adapter_of(small, shapes, thin, inputs, tmp_path / "meta", **given), wanted)
-    model = bridge(plug(small, shapes_of(large)), ThinModel.from_pretrained(tmp_path / "thin", shapes), **given)
+    model = bridge(plug(small, shapes_of(large)), PrunedModel.from_pretrained(tmp_path / "thin", shapes), **given)
     other = {**inputs, "input_ids": inputs["input_ids"] + 1}
     refuses("`plugged` .='.*'. must have weights.*cache lacks rows", ValueError, lambda: model(**other))
 
@@ -91,9 +93,9 @@ def test_a_head_comes_along(tmp_path):
     small = get_peft_model(model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).eval()
     randomise(small)
     large, inputs = model(**LARGE["bert"]), BACKBONES["bert"].inputs()
-    wanted = adapter_of(small, shapes_of(large), thin_copy(large, 2), inputs, tmp_path / "meta")
+    wanted = adapter_of(small, shapes_of(large), pruned_copy(large, 2), inputs, tmp_path / "meta")
     assert any("classifier" in name for name in wanted)
-    assert_equal(wanted, adapter_of(small, large, thin_copy(large, 2), inputs, tmp_path / "plain"))
+    assert_equal(wanted, adapter_of(small, large, pruned_copy(large, 2), inputs, tmp_path / "plain"))
 
 
 def test_trainer(tmp_path):
@@ -102,7 +104,7 @@ def test_trainer(tmp_path):
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * 4
     for given in (large, shapes_of(large)):
         args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
-        thin = thin_copy(large, 2)
+        thin = pruned_copy(large, 2)
         torch.manual_seed(0)
         BridgeTrainer(plug(small_model("llama", "lora"), given), args, thin, "paper", train_dataset=rows).train()
         adapters.append(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
@@ -112,7 +114,7 @@ def test_trainer(tmp_path):
 
 def test_errors(tmp_path):
     small, large = small_model("llama", "lora"), BACKBONES["llama"].build(**LARGE["llama"])
-    shapes, thin = shapes_of(large), thin_copy(large, 2)
+    shapes, thin = shapes_of(large), pruned_copy(large, 2)
     batches, projections = [BACKBONES["llama"].inputs(padding="none")], Projections("least_squares")
     call = lambda: plug(small, shapes, projections, batches=batches)  # noqa: E731
     refuses("`large` .='LlamaForCausalLM'. must have weights, and is on.*least squares", ValueError, call)
@@ -124,11 +126,11 @@ def test_errors(tmp_path):
 
     refuses("`plugged` .='LlamaForCausalLM'. must have weights.*a delta bridge runs it", ValueError, held)
     refuses("`plugged` .*must have weights", ValueError, lambda: bridge(plugged, thin, ladder=True)(**batches[0]))
-    thin_copy(large, 2).save_pretrained(tmp_path)
+    pruned_copy(large, 2).save_pretrained(tmp_path)
     refuses(
         "`large` .*must have the shapes",
         ValueError,
-        lambda: ThinModel.from_pretrained(tmp_path, small.get_base_model()),
+        lambda: PrunedModel.from_pretrained(tmp_path, small.get_base_model()),
     )
     wider = shapes_of(BACKBONES["llama"].build(**{**LARGE["llama"], "hidden_size": 2 * large.config.hidden_size}))
-    refuses("`large` .*must have the shapes", ValueError, lambda: ThinModel.from_pretrained(tmp_path, wider))
+    refuses("`large` .*must have the shapes", ValueError, lambda: PrunedModel.from_pretrained(tmp_path, wider))

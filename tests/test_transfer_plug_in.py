@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_peft_ext import BottleneckConfig
-from hf_peft_ext.transfer import PlugInSettings, importance, plug_in
-from hf_peft_ext.transfer.result import Measured
-from hf_peft_ext.transfer.stages import Stages
-from hf_peft_ext.transfer.task import Classification, Ranking, task_for
+from hf_peft_ext.transfer import PlugInSettings, importance
+from hf_peft_ext.transfer.run import plug_in
+from hf_peft_ext.transfer.run.pipeline import Stages
+from hf_peft_ext.transfer.run.result import Measured
+from hf_peft_ext.transfer.run.task import Classification, Ranking, task_for
 
 from .backbones import BACKBONES, SPECIAL
 from .test_transfer_fold import LARGE, refuses
@@ -112,7 +113,7 @@ def test_classification_with_bottlenecks(tokenizer, tmp_path):
 @pytest.mark.slow
 def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     """Stopped in front of each stage in turn, it ends with the same tensors as in one go, and does no stage twice."""
-    from hf_peft_ext.transfer import stages
+    from hf_peft_ext.transfer.run import pipeline as stages
 
     run(tokenizer, tmp_path / "one", refine="module")
     for name in ("importance", "plug", "refine"):
@@ -134,7 +135,7 @@ def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
 
 def test_scale_is_the_one_with_most_right_answers(monkeypatch):
     """Though the answers are likelier at another; of as many, the likeliest, and of the same, the smallest."""
-    from hf_peft_ext.transfer import scales
+    from hf_peft_ext.transfer.refine import module_scale as scales
 
     def choose(*rows):
         """A row for each scale, from 0 on: of two examples, the log-odds of the right answer."""

@@ -5,10 +5,11 @@ import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from hf_peft_ext.pruning import thin_copy
-from hf_peft_ext.quantized import keep_4bit_trainable
-from hf_peft_ext.transfer import MeZO, delta_bridge, fold, plug
-from hf_peft_ext.transfer.zeroth_order import trained
+from hf_peft_ext.model.quantization import keep_4bit_trainable
+from hf_peft_ext.pruning import pruned_copy
+from hf_peft_ext.transfer import MeZO, delta_bridge, plug
+from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer.refine.mezo import trained
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import slow, small_model
@@ -35,7 +36,7 @@ def in_4_bits(family, folder):
 @pytest.mark.parametrize("family", ["gpt2", slow("llama"), slow("bert"), slow("t5")])
 def test_delta_bridge(family, kind, tmp_path):
     inputs, large = BACKBONES[family].inputs(), in_4_bits(family, tmp_path / "large")
-    thin = thin_copy(large, 4)
+    thin = pruned_copy(large, 4)
     plugged = plug(small_model(family, kind), large).eval()
     before = [p.detach().clone() for p in large.parameters() if not p.requires_grad]
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_mezo(tmp_path):
 def test_a_packed_gpt2_is_cut_as_it_stands(tmp_path):
     """Its leaves are turned round when they are packed; those of the copy are not."""
     large = in_4_bits("gpt2", tmp_path)
-    whole = thin_copy(large, 1).model.eval()
+    whole = pruned_copy(large, 1).model.eval()
     inputs = BACKBONES["gpt2"].inputs()
     with torch.no_grad():
         torch.testing.assert_close(output(whole, inputs), output(large, inputs), atol=1e-5, rtol=1e-4)

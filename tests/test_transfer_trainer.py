@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
-from hf_peft_ext.pruning import thin_copy
+from hf_peft_ext.pruning import pruned_copy
 from hf_peft_ext.trainers import BridgeTrainer
-from hf_peft_ext.transfer import fold, plug
+from hf_peft_ext.transfer import plug
+from hf_peft_ext.transfer.map import bake as fold
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import LARGE, refuses, slow, small_model
@@ -18,7 +19,7 @@ ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 
 def models():
     large = BACKBONES["llama"].build(**LARGE["llama"])
-    thin = thin_copy(large, 2)
+    thin = pruned_copy(large, 2)
     torch.manual_seed(0)
     return plug(small_model("llama", "lora"), large), thin
 
@@ -66,7 +67,7 @@ def test_first_loss_is_the_plugged_models(tmp_path):
 def test_a_fresh_adapter_needs_no_small_model(tmp_path):
     """With nothing cut its gradient is that of the large model itself."""
     large = BACKBONES["llama"].build(**LARGE["llama"])
-    thin = thin_copy(large, 1)
+    thin = pruned_copy(large, 1)
     model = get_peft_model(large, LoraConfig(target_modules=["q_proj", "v_proj"]))
     args = TrainingArguments(
         str(tmp_path), max_steps=1, optim="sgd", report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0

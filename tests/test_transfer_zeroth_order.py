@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hf_peft_ext.transfer import MeZO, PlugInResult, fold, layer_scales
-from hf_peft_ext.transfer.result import Measured, gain_interval
-from hf_peft_ext.transfer.scales import at_scale, has_prefix
-from hf_peft_ext.transfer.zeroth_order import trained
+from hf_peft_ext.transfer import MeZO, PlugInResult, layer_scales
+from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer.refine.mezo import trained
+from hf_peft_ext.transfer.refine.module_scale import at_scale, has_prefix
+from hf_peft_ext.transfer.run.result import Measured, gain_interval
 
 from .backbones import BACKBONES, output
 from .methods import randomise

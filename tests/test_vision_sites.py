@@ -20,10 +20,10 @@ from hf_peft_ext import (
     Placement,
     UniPELTConfig,
 )
-from hf_peft_ext.sites import find_sites
-from hf_peft_ext.structure import layer_paths
-from hf_peft_ext.tuners import plan
-from hf_peft_ext.tuners.composed import attached
+from hf_peft_ext.attach import resolve as plan
+from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import layer_paths
 
 from .methods import randomise
 
@@ -92,7 +92,7 @@ def test_works_or_leaves_the_model_alone(name, method):
     result(model, inputs(name)).square().sum().backward()
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert not [n for n, p in own.items() if p.grad is None or not p.grad.any()]
-    assert {layer.site.layer for layer in attached(model)} >= set(range(len(layer_paths(build(name)))))
+    assert {layer.site.layer for layer in tuner_layers(model)} >= set(range(len(layer_paths(build(name)))))
 
 
 @pytest.mark.parametrize("name", ["swin", "donut", "segformer", "pvt_v2"])
@@ -120,11 +120,11 @@ def test_biases_along_the_last_axis(name):
     """A bias goes where features lie along the last axis: not to a convolution, nor to a norm of groups."""
     model = get_peft_model(build(name), BitFitConfig()).eval()
     seen = {}
-    for layer in attached(model):
+    for layer in tuner_layers(model):
         assert not isinstance(layer.host, (nn.GroupNorm, nn.Conv1d))
         layer.host.register_forward_hook(lambda host, _, y, at=layer: seen.update({at.site.host: y.shape[-1]}))
     result(model, inputs(name))
-    assert seen == {layer.site.host: layer.site.d_out for layer in attached(model)}
+    assert seen == {layer.site.host: layer.site.d_out for layer in tuner_layers(model)}
     convolutions = {path.rpartition(".")[2] for path in seen if "feature_extractor" in path}
     assert convolutions == (set() if name == "wav2vec2" else {"layer_norm"})
 
@@ -158,7 +158,7 @@ def test_gates_of_packed_patches(kind, caplog):
     with caplog.at_level(logging.WARNING, "hf_peft_ext"):
         model = get_peft_model(packed(kind), UniPELTConfig(bottleneck_size=4))
     assert caplog.messages == ["`prefix` at `attention` has no place in layers 0 to 1 of 4; the others have it."]
-    gates = {s.gate.pooling for layer in attached(model) for s in layer.sublayer_of.values() if s.gate}
+    gates = {s.gate.pooling for layer in tuner_layers(model) for s in layer.sublayer_of.values() if s.gate}
     assert gates == {"token"}
     ids = torch.tensor([[152] + [150] * 4 + [5] * 9, [152] + [150] * 8 + [5] * 5])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(48, 3 * 2 * 16)}
@@ -205,7 +205,7 @@ def test_prefixes_of_decoders_with_a_cache(model_type):
         model = T.AutoModelForSeq2SeqLM.from_config(T.AutoConfig.for_model("led", **sizes))
     model = get_peft_model(model, LayerPrefixConfig(num_virtual_tokens=3)).eval()
     randomise(model)
-    assert {layer.site.layer for layer in attached(model)} == ({0, 1} if model_type == "xglm" else {1, 2})
+    assert {layer.site.layer for layer in tuner_layers(model)} == ({0, 1} if model_type == "xglm" else {1, 2})
     ids = torch.arange(4, 12)[None]
     wanted = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..papers import PLUG_IN
-from ..placement import check
-from ..pruning import ThinModel
-from ..transfer import bridge, delta_bridge
-from ..transfer.fold import plain_state
+from hf_peft_ext.papers import PLUG_IN
+from hf_peft_ext.pruning import PrunedModel
+from hf_peft_ext.transfer import delta_bridge
+from hf_peft_ext.transfer.bridges.bridge import bridge
+from hf_peft_ext.transfer.map.bake import plain_state
+from hf_peft_ext.validation.checks import check
 
 TRAINED = "bridge.safetensors"
 
@@ -43,7 +44,7 @@ class BridgeTrainer(Trainer):
         self,
         plugged: PeftModel,
         args: TrainingArguments,
-        thin: ThinModel,
+        thin: PrunedModel,
         kind: Literal["delta", "paper"] = "delta",
         ladder: bool = False,
         cache: str | Path | None = None,

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..placement import check
-from ..sublayers import ProjectedPrefix
-from .secret import without_secrets
+from hf_peft_ext.sublayers import ProjectedPrefix
+from hf_peft_ext.trainers.redact import without_secrets
+from hf_peft_ext.validation.checks import check
 
 if TYPE_CHECKING:
     from transformers import Trainer as Base

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..losses import IGNORED, Averaging, TokenScores
+from hf_peft_ext.ranking.losses import IGNORED, Averaging, TokenScores
 
 Batch = Mapping[str, Tensor]  # as `DataCollatorForChoices` makes it
 

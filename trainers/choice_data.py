@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..choices import Example, collate, encode_choices
-from ..placement import check
-from ..rank_classification import Normalization, lengths
+from hf_peft_ext.ranking.classifier import Normalization, lengths
+from hf_peft_ext.ranking.encode import Example, collate, encode_choices
+from hf_peft_ext.validation.checks import check
 
 logger: Any = logging.get_logger(__name__)
 

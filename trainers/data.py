@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from ..hub_cards import DatasetRecord, TrainingRecord
-from .facts import dataset_record
-from .gates import GateLog
+from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
+from hf_peft_ext.trainers.gates import GateLog
+from hf_peft_ext.trainers.run_info import dataset_record
 
 
 class DataLog(GateLog):

@@ -6,8 +6,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy
 
-from ..tuners.gates import gate_means, gates
-from .checkpoint import AdapterCheckpoints
+from hf_peft_ext.attach.gates import gate_means, gates
+from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
 
 
 class GateLog(AdapterCheckpoints):

@@ -7,10 +7,10 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from .checkpoint import AdapterCheckpoints
-from .pushing import AdapterPushes
-from .scaling import LossScale
-from .terms import LossTerms
+from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
+from hf_peft_ext.trainers.loss_scaling import LossScale
+from hf_peft_ext.trainers.loss_terms import LossTerms
+from hf_peft_ext.trainers.pushing import AdapterPushes
 
 
 class AdapterTrainerMixin(AdapterPushes, LossTerms, LossScale):

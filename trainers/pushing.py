@@ -16,12 +16,12 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ..hub_cards import DatasetRecord, publishable, push_adapter, write_card
-from ..hub_cards.push import STAGES, explained
-from ..hub_cards.saving import home, published_cards, write_card_or_warn
-from ..registry import REGISTERED
-from .checkpoint import STATE, TRAINED
-from .recording import Recording
+from hf_peft_ext.hub_cards import DatasetRecord, publishable, push_adapter, write_card
+from hf_peft_ext.hub_cards.peft_integration import home, published_cards, write_card_or_warn
+from hf_peft_ext.hub_cards.push import STAGES, explained
+from hf_peft_ext.registry import REGISTERED
+from hf_peft_ext.trainers.checkpoint import STATE, TRAINED
+from hf_peft_ext.trainers.recording import Recording
 
 logger = logging.get_logger(__name__)
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..hub_cards import Result, TrainingRecord
-from ..hub_cards.metadata import check_metadata
-from ..hub_cards.places import local, without_places
-from ..hub_cards.told import quantization
-from ..papers import Paper
-from ..placement import check
-from .data import DataLog
-from .facts import hardware, hyperparameters, peak_memory, versions
-from .secret import command_line, without_secrets
+from hf_peft_ext.hub_cards import Result, TrainingRecord
+from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards.places import local, without_places
+from hf_peft_ext.hub_cards.told import quantization
+from hf_peft_ext.papers import Paper
+from hf_peft_ext.trainers.data import DataLog
+from hf_peft_ext.trainers.redact import command_line, without_secrets
+from hf_peft_ext.trainers.run_info import hardware, hyperparameters, peak_memory, versions
+from hf_peft_ext.validation.checks import check
 
 STEPS = 1000  # the median step is that of the last so many
 NOT_RESULTS = ("_runtime", "_per_second", "_time", "_timestamp", "_entropy", "_num_tokens")

@@ -7,7 +7,7 @@ try:
 except ImportError as error:
     raise ImportError("AdapterSFTTrainer needs TRL: pip install 'hf_peft_ext[trl]'") from error
 
-from .mixin import AdapterTrainerMixin
+from hf_peft_ext.trainers.mixin import AdapterTrainerMixin
 
 
 class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):

@@ -11,16 +11,16 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..hub_cards import TrainingRecord
-from ..losses import choice_loss, lm_loss, unlikelihood_loss
-from ..packing import bare, choice_token_scores, packs
-from ..papers import IA3
-from ..placement import check
-from ..tuners.composed import keep_4bit_trainable
-from .choice_batches import answers_alone, costs, loss_counts, right, scores, with_scores
-from .choice_data import COLUMNS, ChoiceRows, DataCollatorForChoices, check_rows
-from .tfew_arguments import TFewTrainingArguments
-from .trainer import AdapterTrainer
+from hf_peft_ext.attach.tuner import keep_4bit_trainable
+from hf_peft_ext.hub_cards import TrainingRecord
+from hf_peft_ext.papers import IA3
+from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
+from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
+from hf_peft_ext.trainers.choice_batches import answers_alone, costs, loss_counts, right, scores, with_scores
+from hf_peft_ext.trainers.choice_data import COLUMNS, ChoiceRows, DataCollatorForChoices, check_rows
+from hf_peft_ext.trainers.tfew_arguments import TFewTrainingArguments
+from hf_peft_ext.trainers.trainer import AdapterTrainer
+from hf_peft_ext.validation.checks import check
 
 
 class TFewTrainer(AdapterTrainer):

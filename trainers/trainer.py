@@ -2,7 +2,7 @@
 
 from transformers import Seq2SeqTrainer, Trainer
 
-from .mixin import AdapterTrainerMixin
+from hf_peft_ext.trainers.mixin import AdapterTrainerMixin
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, HfArgumentParser, PreTrainedConfig, T5Config
 
-from hf_peft_ext.pruning import thin_sizes
+from hf_peft_ext.pruning import pruned_sizes
 
 
 @dataclass
@@ -61,11 +61,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("large model", "reading") else "right")
     ratios: dict[str, list[float]] = {"width": [], "parameters": []}
     for pair in PAIRS:
-        whole = thin_sizes(pair.config, 1)
+        whole = pruned_sizes(pair.config, 1)
         table.add_row(pair.name, "untouched", *shape(whole.config), *millions(whole.parameters, whole.embeddings),
                       str(pair.large), f"{whole.parameters / 1e6 / pair.large:.2f}")  # fmt: skip
         for reading in ("width", "parameters"):
-            thin = thin_sizes(pair.config, arguments.r, reading)
+            thin = pruned_sizes(pair.config, arguments.r, reading)
             ratio = thin.parameters / 1e6 / pair.bridge
             ratios[reading].append(ratio)
             paper = (str(pair.bridge), f"{ratio:.2f}") if arguments.r == PAPER_R else ("", "")

@@ -30,9 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from hf_peft_ext.choices import Example, collate
-from hf_peft_ext.losses import TokenScores, choice_loss, lm_loss, token_scores, unlikelihood_loss
-from hf_peft_ext.packing import choice_token_scores
+from hf_peft_ext.ranking.encode import Example, collate
+from hf_peft_ext.ranking.losses import TokenScores, choice_loss, lm_loss, token_scores, unlikelihood_loss
+from hf_peft_ext.ranking.packing import choice_token_scores
 
 Scorer = Callable[[nn.Module, Mapping[str, Tensor]], TokenScores]
 

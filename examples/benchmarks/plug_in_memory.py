@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Column, Table
@@ -35,8 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig
 from hf_peft_ext.pruning.importance import peak_memory
-from hf_peft_ext.transfer import MeZO, Projections, ThinModel, bridge, delta_bridge, importance, plug, thin_copy
-from hf_peft_ext.transfer.zeroth_order import trained
+from hf_peft_ext.transfer import MeZO, Projections, PrunedModel, delta_bridge, importance, plug, pruned_copy
+from hf_peft_ext.transfer.refine.mezo import trained
 
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12}
 T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
@@ -122,8 +123,8 @@ class Case:
     def small(self) -> PeftModel:
         return get_peft_model(built(self.small_shape, self.device, self.dtype), lora(self.family))  # pyright: ignore
 
-    def thin(self, large: Any) -> ThinModel:
-        thin = ThinModel.from_pretrained(self.folder / "thin", large)
+    def thin(self, large: Any) -> PrunedModel:
+        thin = PrunedModel.from_pretrained(self.folder / "thin", large)
         thin.model.to(self.device, self.dtype)  # pyright: ignore
         return thin
 
@@ -178,7 +179,7 @@ def scored(kind: Any) -> Row:
 
 
 def cut(case: Case) -> int:
-    thin_copy(case.large(), R, "parameters")
+    pruned_copy(case.large(), R, "parameters")
     return 0
 
 
@@ -221,7 +222,7 @@ METHODS: dict[str, Row] = {
     "prefix": peft(lambda _: LayerPrefixConfig(num_virtual_tokens=30)),
     "LoRA, checkpointing": checkpointed,
     "ladder, r = 8": peft(lambda _: LadderConfig(r=8)),
-    "ladder, model / 16": peft(lambda _: LadderConfig(r=R, reading="parameters")),
+    "ladder, model / 16": peft(lambda _: LadderConfig(r=R, reduce="parameters")),
     "small model, LoRA": lambda case: case.step(case.small().train()),
     "importance, activation": scored("activation"),
     "importance, Fisher": scored("fisher"),
@@ -263,7 +264,7 @@ def prepare(args: Arguments, folder: Path) -> None:
     quietly()
     case = Case(args, folder)
     large = case.large()
-    thin_copy(large, R, "parameters").save_pretrained(folder / "thin")
+    pruned_copy(large, R, "parameters").save_pretrained(folder / "thin")
     if PACKED in args.methods:
         large.save_pretrained(folder / "large")
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

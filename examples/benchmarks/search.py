@@ -39,9 +39,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_peft_ext.design_space import DesignSpace
-from hf_peft_ext.trainers.search import RunArguments, SearchTask
-from hf_peft_ext.trainers.search.training import adapted, evaluate, train
+from hf_peft_ext.search import DesignSpace, RunArguments, SearchTask
+from hf_peft_ext.search.training import adapted, evaluate, train
 
 LIMIT = 128  # tokens of a row, at most
 MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"

@@ -47,16 +47,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from matplotlib.figure import Figure
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from rich.console import Console
-from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
-
-from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
-from hf_peft_ext.prompts import load_templates
-from hf_peft_ext.pruning import Importance, ThinModel, importance, thin_copy
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, layer_scales, plug
 from hf_peft_ext.transfer.bridge import kept_channels
 from hf_peft_ext.transfer.decisions import decide
 from hf_peft_ext.transfer.fit import fit, refine
@@ -66,6 +56,16 @@ from hf_peft_ext.transfer.result import Measured
 from hf_peft_ext.transfer.scales import at_scale, choose_scale
 from hf_peft_ext.transfer.task import Task, task_for
 from hf_peft_ext.tuners.side_network import cut_depth
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
+from hf_peft_ext.prompts import load_templates
+from hf_peft_ext.pruning import Importance, PrunedModel, importance, pruned_copy
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, layer_scales, plug
 from runs import (
     MINILM,
     RESULTS,
@@ -358,10 +358,10 @@ class Cell:
         batches = (self.task.batch(large, [row]) for row in self.train) if run.init == "least_squares" else None
         return plug(module, large, projections, batches=batches)
 
-    def thin(self, run: Run) -> ThinModel:
+    def thin(self, run: Run) -> PrunedModel:
         """The bridge of a run."""
         r, reading, kind, *_ = run.bridge.split()
-        return thin_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
+        return pruned_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
 
     def importance(self, kind: str) -> tuple[Importance, float]:
         """Of the large model's channels on the training rows, and the process time that it took."""
@@ -411,11 +411,11 @@ def small_of(
     (depth,) = depths(large)
     text = None if protocol.pair == "minilm" else reading(tokenizer, data)
     if text is None:
-        thin = thin_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
+        thin = pruned_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
     else:
         batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
         cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
-        thin = thin_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
+        thin = pruned_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
     layers = layer_map(depths(thin.model), [depth])
     kept = kept_channels(thin)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}

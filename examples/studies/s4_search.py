@@ -30,8 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import unipelt_low_resource as low
 from hf_peft_ext import BitFitConfig, S4Config
-from hf_peft_ext.design_space import DesignSpace
-from hf_peft_ext.trainers.search import (
+from hf_peft_ext.search import (
+    DesignSpace,
     DesignSpaceSearch,
     RunArguments,
     SearchResult,

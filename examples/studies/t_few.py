@@ -35,7 +35,6 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_peft_ext import RankClassifier, TFewConfig, UniPELTConfig
-from hf_peft_ext.choices import encode_choices
 from hf_peft_ext.prompts import (
     PromptedDataset,
     PromptTemplate,
@@ -43,6 +42,7 @@ from hf_peft_ext.prompts import (
     load_templates,
     with_demonstrations,
 )
+from hf_peft_ext.ranking.encode import encode_choices
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
 from runs import RESULTS, SMOLLM2, Row, append, check_protocol, exact_head, language_model, read, read_rows
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..placement import check
-from .chat import chat
-from .template import PromptTemplate
+from hf_peft_ext.prompts.chat import chat
+from hf_peft_ext.prompts.template import PromptTemplate
+from hf_peft_ext.validation.checks import check
 
 
 class PromptedDataset(Dataset[dict[str, Any]]):

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..packing import bare
-from ..placement import check
-from .chat import chat as as_chat
+from hf_peft_ext.prompts.chat import chat as as_chat
+from hf_peft_ext.ranking.packing import bare
+from hf_peft_ext.validation.checks import check
 
 Prompted = Mapping[str, Any]  # `prompt`, `choices` and `answer`
 

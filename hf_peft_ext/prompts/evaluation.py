@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import CLASSIFICATION
-from ..placement import check
-from ..rank_classification import RankClassifier
-from .chat import chat as as_chat
-from .dataset import check_templates
-from .demonstrations import context_length, with_demonstrations
-from .template import PromptTemplate
+from hf_peft_ext.prompts.chat import chat as as_chat
+from hf_peft_ext.prompts.dataset import check_templates
+from hf_peft_ext.prompts.demonstrations import context_length, with_demonstrations
+from hf_peft_ext.prompts.template import PromptTemplate
+from hf_peft_ext.ranking.classifier import RankClassifier
+from hf_peft_ext.ranking.metrics import CLASSIFICATION
+from hf_peft_ext.validation.checks import check
 
 
 @dataclass(frozen=True)

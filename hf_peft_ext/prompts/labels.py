@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..placement import check
-from .template import PromptTemplate
+from hf_peft_ext.prompts.template import PromptTemplate
+from hf_peft_ext.validation.checks import check
 
 
 def label_list_template(

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..placement import check
-from .template import PromptTemplate
+from hf_peft_ext.prompts.template import PromptTemplate
+from hf_peft_ext.validation.checks import check
 
 TASKS = Path(__file__).parent / "tasks"
 MAX_BYTES = 1_000_000

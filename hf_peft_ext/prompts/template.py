@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NoReturn
 
-from ..metrics import CLASSIFICATION
-from ..placement import check
-from .sandbox import parse, render
+from hf_peft_ext.prompts.sandbox import parse, render
+from hf_peft_ext.ranking.metrics import CLASSIFICATION
+from hf_peft_ext.validation.checks import check
 
 SEPARATOR = "|||"
 

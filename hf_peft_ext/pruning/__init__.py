@@ -1,11 +1,11 @@
 """Thin copies of models: which rows and columns matter, and a model made of those alone."""
 
-from .channels import Channels as Channels
-from .channels import find_channels as find_channels
-from .importance import Importance as Importance
-from .importance import importance as importance
-from .sizes import ThinSizes as ThinSizes
-from .sizes import thin_config as thin_config
-from .sizes import thin_sizes as thin_sizes
-from .thin import ThinModel as ThinModel
-from .thin import thin_copy as thin_copy
+from hf_peft_ext.pruning.channels import Channels as Channels
+from hf_peft_ext.pruning.channels import find_channels as find_channels
+from hf_peft_ext.pruning.importance import Importance as Importance
+from hf_peft_ext.pruning.importance import importance as importance
+from hf_peft_ext.pruning.prune import PrunedModel as PrunedModel
+from hf_peft_ext.pruning.prune import pruned_copy as pruned_copy
+from hf_peft_ext.pruning.sizes import ThinSizes as ThinSizes
+from hf_peft_ext.pruning.sizes import pruned_config as pruned_config
+from hf_peft_ext.pruning.sizes import pruned_sizes as pruned_sizes

@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..sites import Site, find_sites
-from ..structure import innermost, is_attention, is_norm, layer_of, layer_paths, leaf_size, own_modules, stacks
-from .sizes import sizes_of
+from hf_peft_ext.model.sites import Site, find_sites
+from hf_peft_ext.model.structure import (
+    innermost,
+    is_attention,
+    is_norm,
+    layer_of,
+    layer_paths,
+    leaf_size,
+    own_modules,
+    stacks,
+)
+from hf_peft_ext.pruning.sizes import sizes_of
 
 RESIDUAL = "residual"
 # Linear leaves outside the blocks that lead from the stream to as many channels again: poolers, transforms of heads.

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from ..placement import check
-from ..quantized import keep_4bit_trainable, plain_weight
-from ..sites import find_sites
-from ..structure import covers, innermost, leaf_size, own_modules
+from hf_peft_ext.model.quantization import keep_4bit_trainable, plain_weight
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import covers, innermost, leaf_size, own_modules
+from hf_peft_ext.validation.checks import check
 
 Kind = Literal["fisher", "activation", "magnitude"]
 Batch = Mapping[str, Tensor]
@@ -92,7 +92,7 @@ def importance(
         add_magnitudes(model, found)
     else:
         check("batches", batches, batches is not None, f"must be given for {kind}")
-        with untouched(model):
+        with frozen_eval(model):
             for batch in batches or ():
                 batch = {key: value.to(device) for key, value in batch.items()}
                 examples = len(next(iter(batch.values())))
@@ -240,7 +240,7 @@ def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[[str, Tensor
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, with all weights frozen; afterwards as it was."""
     keep_4bit_trainable(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..placement import check, check_positive
+from hf_peft_ext.validation.checks import check, check_positive
 
-Reading = Literal["width", "parameters"]
+Reduce = Literal["width", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
     return found
 
 
-def thinner(large: Sizes, family: Family, r: float, reading: Reading) -> Sizes:
+def thinner(large: Sizes, family: Family, r: float, reduce: Reduce) -> Sizes:
     """The sizes / s, rounded to the nearest, never below 1.
 
     Heads are kept or dropped whole, key and value heads together with the queries that share them, so `head_dim`
@@ -138,12 +138,12 @@ def thinner(large: Sizes, family: Family, r: float, reading: Reading) -> Sizes:
     stays one: Llama's config asks for it.
 
     Raises:
-        ValueError: `r` is below 1, or `reading` unknown.
+        ValueError: `r` is below 1, or `reduce` unknown.
     """
     check_positive("r", r)
     check("r", r, r >= 1, "must be at least 1: a thin model is not wider than the large one")
-    check("reading", reading, reading in get_args(Reading), f"must be one of {', '.join(get_args(Reading))}")
-    s = r if reading == "width" else math.sqrt(r)
+    check("reduce", reduce, reduce in get_args(Reduce), f"must be one of {', '.join(get_args(Reduce))}")
+    s = r if reduce == "width" else math.sqrt(r)
 
     def part(size: float) -> int:
         return max(1, round(size / s))
@@ -159,14 +159,14 @@ def thinner(large: Sizes, family: Family, r: float, reading: Reading) -> Sizes:
     return Sizes(width, heads, kv_heads, head_dim, part(large.ffn))
 
 
-def thin_config(config: PreTrainedConfig, r: float, reading: Reading = "width") -> PreTrainedConfig:
+def pruned_config(config: PreTrainedConfig, r: float, reduce: Reduce = "width") -> PreTrainedConfig:
     """The config of the thin model: a copy with the thin sizes, and without quantisation.
 
     Raises:
-        ValueError: `r` is below 1, `reading` unknown, or the architecture cannot be cut.
+        ValueError: `r` is below 1, `reduce` unknown, or the architecture cannot be cut.
     """
     family = family_of(config)
-    sizes = thinner(sizes_of(config), family, r, reading)
+    sizes = thinner(sizes_of(config), family, r, reduce)
     thin = copy.deepcopy(config)
     thin.hidden_size, thin.num_attention_heads = sizes.width, sizes.heads
     setattr(thin, family.ffn, sizes.ffn)
@@ -181,10 +181,10 @@ def thin_config(config: PreTrainedConfig, r: float, reading: Reading = "width") 
     return thin
 
 
-def thin_sizes(
+def pruned_sizes(
     config: PreTrainedConfig,
     r: float,
-    reading: Reading = "width",
+    reduce: Reduce = "width",
     model_class: type[PreTrainedModel] | None = None,
 ) -> ThinSizes:
     """How large a thin model would be, without building it: no weights are needed, and none are made.
@@ -192,13 +192,13 @@ def thin_sizes(
     Args:
         config: the large model's config.
         r: the factor; 1 gives the large model's own size.
-        reading: what r divides, every dimension ("width") or the number of parameters ("parameters").
+        reduce: what r divides, every dimension ("width") or the number of parameters ("parameters").
         model_class: class of the model; None for the language model of this architecture.
 
     Raises:
-        ValueError: `r` is below 1, `reading` unknown, or the architecture cannot be cut.
+        ValueError: `r` is below 1, `reduce` unknown, or the architecture cannot be cut.
     """
-    thin = thin_config(config, r, reading)
+    thin = pruned_config(config, r, reduce)
     with torch.device("meta"):
         model = model_class(thin) if model_class else language_model(thin)
     total = sum(p.numel() for p in model.parameters())

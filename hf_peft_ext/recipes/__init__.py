@@ -1,7 +1,7 @@
 """Recipes: a run of training as one YAML file, from the command line or from Python."""
 
-from .draft import RecipeError as RecipeError
-from .recipe import Recipe as Recipe
-from .runs import Outcome as Outcome
-from .runs import prepare as prepare
-from .runs import train as train
+from hf_peft_ext.recipes.recipe import Recipe as Recipe
+from hf_peft_ext.recipes.recipe_source import RecipeError as RecipeError
+from hf_peft_ext.recipes.run import Outcome as Outcome
+from hf_peft_ext.recipes.run import prepare as prepare
+from hf_peft_ext.recipes.run import train as train

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..placement import check
-from ..prompts import PromptTemplate, chat
-from .draft import RecipeError
-from .rows import Rows
+from hf_peft_ext.prompts import PromptTemplate, chat
+from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.recipe_source import RecipeError
+from hf_peft_ext.validation.checks import check
 
 
 @dataclass

@@ -9,7 +9,7 @@ import huggingface_hub
 import transformers
 from transformers import ProgressCallback, TrainerCallback
 
-from .draft import optional
+from hf_peft_ext.recipes.recipe_source import optional
 
 MINUTE = 60.0
 

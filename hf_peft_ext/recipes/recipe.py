@@ -11,13 +11,13 @@ import yaml
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig
 
-from ..hub_cards import is_as_written
-from ..metrics import GENERATION
-from ..trainers.checkpoint import last_checkpoint, missing
-from .draft import Draft, did_you_mean, optional
-from .keys import SECTIONS, ModelArguments, check_keys, known_keys, override
-from .rows import Rows
-from .tasks import CONFIGS, Task, task_of
+from hf_peft_ext.hub_cards import is_as_written
+from hf_peft_ext.ranking.metrics import GENERATION
+from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.recipe_schema import SECTIONS, ModelArguments, check_keys, known_keys, override
+from hf_peft_ext.recipes.recipe_source import Draft, did_you_mean, optional
+from hf_peft_ext.recipes.tasks import CONFIGS, Task, task_of
+from hf_peft_ext.trainers.checkpoint import last_checkpoint, missing
 
 FILE = "recipe.yaml"
 # rule -> the training arguments that it is for, as far as the task has them, and what must hold; None holds

@@ -12,16 +12,15 @@ from optuna.exceptions import OptunaError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from ..design_space import DesignSpace
-from ..metrics import CLASSIFICATION, classification_metrics
-from ..placement import check, check_count
-from ..trainers.search import DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
-from . import runs
-from .data import Classification
-from .draft import Draft, RecipeError, did_you_mean, split_override
-from .keys import ModelArguments, fields_of, fits
-from .recipe import checked
-from .tasks import TASKS, Task
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics
+from hf_peft_ext.recipes import run as runs
+from hf_peft_ext.recipes.data import Classification
+from hf_peft_ext.recipes.recipe import checked
+from hf_peft_ext.recipes.recipe_schema import ModelArguments, fields_of, fits
+from hf_peft_ext.recipes.recipe_source import Draft, RecipeError, did_you_mean, split_override
+from hf_peft_ext.recipes.tasks import TASKS, Task
+from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
+from hf_peft_ext.validation.checks import check, check_count
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECTIONS = ("model", "tasks", "space", "training", "search")

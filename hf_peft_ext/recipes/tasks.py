@@ -10,12 +10,12 @@ from typing import Any
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .. import trainers
-from ..metrics import CLASSIFICATION, GENERATION, Metric
-from ..tuners.tfew import TFewConfig
-from .data import Classification, Instruction, Ranking, Sequences
-from .draft import optional
-from .rows import Rows
+from hf_peft_ext import trainers
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, Metric
+from hf_peft_ext.recipes.data import Classification, Instruction, Ranking, Sequences
+from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.recipe_source import optional
+from hf_peft_ext.tuners.ia3.config import TFewConfig
 
 
 @dataclass(frozen=True)

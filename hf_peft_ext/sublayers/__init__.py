@@ -3,11 +3,11 @@
 A sub-layer knows nothing of models, adapters or peft. `tuners` attaches it to a module of the base model.
 """
 
-from .additive import Additive as Additive
-from .bias import Bias as Bias
-from .bottleneck import Bottleneck as Bottleneck
-from .gate import Gate as Gate
-from .low_rank import LowRank as LowRank
-from .prefix import Prefix as Prefix
-from .prefix import ProjectedPrefix as ProjectedPrefix
-from .prefix import Projection as Projection
+from hf_peft_ext.sublayers.additive import Additive as Additive
+from hf_peft_ext.sublayers.bias import Bias as Bias
+from hf_peft_ext.sublayers.bottleneck import Bottleneck as Bottleneck
+from hf_peft_ext.sublayers.gate import Gate as Gate
+from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
+from hf_peft_ext.sublayers.prefix import Prefix as Prefix
+from hf_peft_ext.sublayers.prefix import ProjectedPrefix as ProjectedPrefix
+from hf_peft_ext.sublayers.prefix import Projection as Projection

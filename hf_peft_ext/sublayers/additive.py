@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gate import Gate
+from hf_peft_ext.sublayers.gate import Gate
 
 
 class Additive(nn.Module, ABC):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .additive import Additive, cast, gate_of
-from .gate import Gate
+from hf_peft_ext.sublayers.additive import Additive, cast, gate_of
+from hf_peft_ext.sublayers.gate import Gate
 
 
 class Bottleneck(Additive):

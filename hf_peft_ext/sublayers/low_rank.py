@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additive import Additive, cast, gate_of
-from .gate import Gate
+from hf_peft_ext.sublayers.additive import Additive, cast, gate_of
+from hf_peft_ext.sublayers.gate import Gate
 
 
 class LowRank(Additive):

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .additive import cast
-from .gate import Gate
+from hf_peft_ext.sublayers.additive import cast
+from hf_peft_ext.sublayers.gate import Gate
 
 
 class Prefix(nn.Module):
@@ -22,7 +22,7 @@ class Prefix(nn.Module):
         n_tokens: number of prefix vectors.
         d_k: width of a key head.
         d_v: width of a value head.
-        counts_positions: whether relative positions (T5's) count the prefix, so that keys stand n_tokens further on.
+        shift_positions: whether relative positions (T5's) count the prefix, so that keys stand n_tokens further on.
             AdapterHub's library has it so.
     """
 
@@ -33,10 +33,10 @@ class Prefix(nn.Module):
         d_k: int,
         d_v: int,
         gate: Gate | None = None,
-        counts_positions: bool = False,
+        shift_positions: bool = False,
     ):
         super().__init__()
-        self.counts_positions = counts_positions
+        self.shift_positions = shift_positions
         self.keys = nn.Parameter(torch.empty(heads, n_tokens, d_k))
         self.values = nn.Parameter(torch.empty(heads, n_tokens, d_v))
         self.gate = gate
@@ -91,9 +91,9 @@ class ProjectedPrefix(Prefix):
         d_v: int,
         projection: Projection,
         gate: Gate | None = None,
-        counts_positions: bool = False,
+        shift_positions: bool = False,
     ):
-        super().__init__(heads, n_tokens, d_k, d_v, gate, counts_positions)
+        super().__init__(heads, n_tokens, d_k, d_v, gate, shift_positions)
         del self.keys, self.values
         self.projection = projection
         self.shape = (heads, n_tokens, d_k, d_v)
@@ -109,7 +109,7 @@ class ProjectedPrefix(Prefix):
     def fold(self) -> Prefix:
         """The plain prefix with the same vectors, on the same device and in the same type."""
         weight = self.last.weight
-        prefix = Prefix(*self.shape, gate=self.gate, counts_positions=self.counts_positions).to(
+        prefix = Prefix(*self.shape, gate=self.gate, shift_positions=self.shift_positions).to(
             weight.device, weight.dtype
         )
         with torch.no_grad():

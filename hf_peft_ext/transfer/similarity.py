@@ -34,10 +34,10 @@ from peft import PeftModel
 from rich.table import Table
 from torch import Tensor
 
-from ..placement import check, check_count
-from ..structure import stacks
-from .contributions import Batch, base_states, deltas, shuffled
-from .projections import Order, layer_map
+from hf_peft_ext.model.structure import stacks
+from hf_peft_ext.transfer.map.projections import Order, layer_map
+from hf_peft_ext.transfer.residual_deltas import Batch, base_states, deltas, shuffled
+from hf_peft_ext.validation.checks import check, check_count
 
 PAPERS = 0.75
 

@@ -2,23 +2,23 @@
 
 from peft import PeftType
 
-from ..registry import register, replace_tuner
-from .bitfit import BitFitConfig as BitFitConfig
-from .bottleneck import BottleneckConfig as BottleneckConfig
-from .composed import ComposedModel as ComposedModel
-from .composed import fold_prefixes as fold_prefixes
-from .config import ComposedConfig as ComposedConfig
-from .gates import fix_gates as fix_gates
-from .gates import gate_values as gate_values
-from .ia3 import IA3Model
-from .ladder import LadderConfig as LadderConfig
-from .ladder import LadderModel as LadderModel
-from .ladder import prune_ladder as prune_ladder
-from .layer_prefix import LayerPrefixConfig as LayerPrefixConfig
-from .mam import MAMConfig as MAMConfig
-from .s4 import S4Config as S4Config
-from .tfew import TFewConfig as TFewConfig
-from .unipelt import UniPELTConfig as UniPELTConfig
+from hf_peft_ext.attach.config import ComposedConfig as ComposedConfig
+from hf_peft_ext.attach.gates import fix_gates as fix_gates
+from hf_peft_ext.attach.gates import gate_values as gate_values
+from hf_peft_ext.attach.tuner import ComposedModel as ComposedModel
+from hf_peft_ext.attach.tuner import merge_prefix_projections as merge_prefix_projections
+from hf_peft_ext.registry import register, replace_tuner
+from hf_peft_ext.tuners.bitfit import BitFitConfig as BitFitConfig
+from hf_peft_ext.tuners.bottleneck import BottleneckConfig as BottleneckConfig
+from hf_peft_ext.tuners.ia3.config import TFewConfig as TFewConfig
+from hf_peft_ext.tuners.ia3.tuner import IA3Model
+from hf_peft_ext.tuners.ladder.tuner import LadderConfig as LadderConfig
+from hf_peft_ext.tuners.ladder.tuner import LadderModel as LadderModel
+from hf_peft_ext.tuners.ladder.tuner import prune_ladder as prune_ladder
+from hf_peft_ext.tuners.layer_prefix import LayerPrefixConfig as LayerPrefixConfig
+from hf_peft_ext.tuners.mam import MAMConfig as MAMConfig
+from hf_peft_ext.tuners.s4.config import S4Config as S4Config
+from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, S4Config, ComposedConfig):
     register(config.method, config, ComposedModel)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..placement import Placement, check
-from .config import PlacedConfig
+from hf_peft_ext.attach.config import PlacedConfig
+from hf_peft_ext.attach.placement import Placement
+from hf_peft_ext.validation.checks import check
 
 # style -> its sites, and the paper's defaults
 STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..placement import Placement
-from .config import PrefixedConfig
+from hf_peft_ext.attach.config import PrefixedConfig
+from hf_peft_ext.attach.placement import Placement
 
 
 @dataclass

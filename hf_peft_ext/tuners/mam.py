@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..placement import Placement, check_count
-from .config import PrefixedConfig
+from hf_peft_ext.attach.config import PrefixedConfig
+from hf_peft_ext.attach.placement import Placement
+from hf_peft_ext.validation.checks import check_count
 
 
 @dataclass

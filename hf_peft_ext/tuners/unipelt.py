@@ -4,17 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from ..placement import (
-    LEAF_SITES,
-    GatePooling,
-    Placement,
-    check,
-    check_count,
-    check_dropout,
-    check_names,
-    check_positive,
-)
-from .config import PrefixedConfig
+from hf_peft_ext.attach.config import PrefixedConfig
+from hf_peft_ext.attach.placement import LEAF_SITES, GatePooling, Placement
+from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_names, check_positive
 
 METHODS = ("adapter", "prefix", "lora", "bitfit")
 

@@ -1,3 +1,0 @@
-"""Import of adapters that AdapterHub's library has saved: checkpoint -> filled sites -> config and state of peft."""
-
-from .load import from_adapterhub as from_adapterhub

@@ -1,0 +1,139 @@
+"""A placement says which sub-layer sits at which site of which layers, and whether a gate scales it.
+
+Every method of this package is a list of placements; `ComposedConfig` takes such a list as it is.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from transformers.activations import ACT2FN
+
+from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_positive, is_number
+
+GatePooling = Literal["auto", "mean", "mean_padded", "token"]
+
+# Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_`
+# forms name cross-attention alone.
+LEAF_SITES = ("query", "key", "value", "mixer_input", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
+SITES: dict[str, tuple[str, ...]] = {
+    "bottleneck": (
+        *("after_attention", "after_ffn", "after_residual"),
+        *("parallel_attention", "parallel_ffn", "parallel_residual"),
+    ),
+    "low_rank": LEAF_SITES,
+    "prefix": ("attention",),
+    "bias": ("bias",),
+}
+# The arguments of a sub-layer that a user sets; the model gives the others.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
+    "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
+    "prefix": ("num_virtual_tokens", "encoder_hidden_size", "shift_positions"),
+    "bias": (),
+}
+
+
+@dataclass
+class Placement:
+    """One sub-layer at one site of some layers.
+
+    Args:
+        sublayer: "bottleneck", "low_rank", "prefix" or "bias".
+        site: where it sits (`SITES` lists what goes where):
+            - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
+              "after_residual" (sequential, reads what the block has after residual and norm), "parallel_attention",
+              "parallel_ffn", "parallel_residual" (beside the FFN too, but reads the residual stream in front of the
+              FFN's norm; only in models that have one there);
+            - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
+              "mixer_input", the projection that stands for "query", "key" and "value" in layers without attention
+              (Mamba's `in_proj`), where a branch at one of these goes as well;
+            - prefix: "attention"; bias: "bias".
+        layers: indices of the layers, encoder before decoder; None for all.
+        gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
+            "auto" (token where attention is causal, else mean).
+        options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
+            `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
+            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `shift_positions`
+            (True: T5's relative positions count the prefix, as in AdapterHub's library; it is then needed in every
+            layer of a stack).
+
+    Raises:
+        ValueError: a value is out of its range, or an option unknown.
+    """
+
+    sublayer: str
+    site: str
+    layers: list[int] | None = None
+    gate: GatePooling | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check("sublayer", self.sublayer, self.sublayer in SITES, f"must be one of {', '.join(SITES)}")
+        sites = SITES[self.sublayer]
+        known = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"
+        check("site", self.site, known, f"must be a site of `{self.sublayer}`: {', '.join(sites)}")
+        poolings = get_args(GatePooling)
+        rule = f"must be None or one of {', '.join(poolings)}"
+        check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
+        check("gate", self.gate, self.gate is None or self.sublayer != "bias", "must be None: a bias reads no input")
+        if self.layers is not None:
+            self.layers = list(self.layers)
+            for layer in self.layers:
+                check("layers", layer, type(layer) is int and layer >= 0, "must hold layer indices of 0 or more")
+        unknown = self.options.keys() - set(OPTIONS[self.sublayer])
+        if unknown:
+            raise ValueError(
+                f"`options` of `{self.sublayer}` has no {', '.join(f'`{key}`' for key in sorted(unknown))}; "
+                f"it has {', '.join(OPTIONS[self.sublayer]) or 'none'}."
+            )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        # None stands for "not given" where there is another way to say it
+        o = {key: value for key, value in self.options.items()
+             if value is not None or key not in ("r", "reduction_factor", "encoder_hidden_size")}  # fmt: skip
+        for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size"}:
+            check_count(key, o[key])
+        for key in o.keys() & {"reduction_factor", "alpha"}:
+            check_positive(key, o[key])
+        if "dropout" in o:
+            check_dropout("dropout", o["dropout"])
+        if "activation" in o:
+            known = isinstance(o["activation"], str) and o["activation"] in ACT2FN
+            check("activation", o["activation"], known, "must be an activation of transformers")
+        if "shift_positions" in o:
+            counts = o["shift_positions"]
+            check("shift_positions", counts, isinstance(counts, bool), "must be True or False")
+        if "scaling" in o:
+            number = is_number(o["scaling"])
+            check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')
+        if "init" in o:
+            number = is_number(o["init"]) and cast(float, o["init"]) >= 0
+            check("init", o["init"], number or o["init"] == "lora", 'must be a number of 0 or more, or "lora"')
+        if "init_lora_weights" in o:
+            init = o["init_lora_weights"]
+            check("init_lora_weights", init, init is True or init == "gaussian", 'must be True or "gaussian"')
+        if self.sublayer == "bottleneck":
+            one = ("r" in o) != ("reduction_factor" in o)
+            check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
+        if self.sublayer == "low_rank":
+            check(
+                "r", self.options.get("r", 8), self.options.get("r", 8) is not None, "must be a positive whole number"
+            )
+
+    @classmethod
+    def of(cls, value: "Placement | Mapping[str, Any]") -> "Placement":
+        """A placement from itself or from its JSON form."""
+        if isinstance(value, Placement):
+            return value
+        if not isinstance(value, Mapping):
+            raise TypeError(f"`placements` must hold placements or dictionaries, not {type(value).__name__}.")
+        unknown = value.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown or not {"sublayer", "site"} <= value.keys():
+            raise ValueError(
+                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate` and "
+                f"`options`."
+            )
+        return cls(**value)

@@ -1,0 +1,95 @@
+"""`hf-peft-ext push`: an adapter's folder to the Hub, from the command line."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import typer
+from peft.utils import CONFIG_NAME
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hf_peft_ext.hub_cards.card import write_card
+from hf_peft_ext.hub_cards.peft_integration import CARD, full_id, published_cards
+from hf_peft_ext.hub_cards.push import check_adapter, check_files, check_request, explained, publishable, push_adapter
+
+WEIGHTS = ".safetensors"
+
+
+def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> None:
+    """Carry out the command; `hf_peft_ext_cli` says what its arguments are.
+
+    Raises:
+        typer.Exit: the folder was refused or the push failed, which has been said.
+    """
+    console, errors = Console(), Console(stderr=True)
+    try:
+        check_request(repo_id, options)
+        check_adapter(folder, publishable(folder))
+        if dry_run:
+            console.print(rehearsed(folder, repo_id, options))
+            return
+        with explained(folder, repo_id, options):
+            repo_id = full_id(repo_id)
+            published = published_cards(repo_id, options["revision"])
+        renew_cards(folder, repo_id, published)
+        console.print(contents(folder, publishable(folder)))
+        info = push_adapter(folder, repo_id, **options)
+    except (ValueError, OSError) as error:
+        errors.print(" ".join(str(error).split()), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(info.pr_url or info.commit_url, markup=False, soft_wrap=True)
+
+
+def rehearsed(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
+    """What would go, found out by doing all but the sending on a copy, so that it refuses what the push refuses."""
+    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS)]
+    with copied(folder, weights) as copy:
+        try:
+            renew_cards(copy, repo_id, {})
+            files = sorted([*publishable(copy), *weights])  # which are links there
+            check_files(copy, files, options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(folder))) from error
+        return contents(copy, files, beside=folder)
+
+
+@contextmanager
+def copied(folder: Path, weights: Sequence[str]) -> Iterator[Path]:
+    """A copy of what may be pushed, with links for the weights, under the same name, which a card can show."""
+    with TemporaryDirectory() as place:
+        copy = Path(place, folder.resolve().name)
+        copy.mkdir()
+        for name in publishable(folder):
+            source, target = (folder / name).resolve(), copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source) if name in weights else shutil.copyfile(source, target)
+        yield copy
+
+
+def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> None:
+    """The cards of the adapters in a folder, below it only where there is one already: not in plain checkpoints."""
+    for file in publishable(folder):
+        card = PurePath(file).parent / CARD
+        if PurePath(file).name == CONFIG_NAME and (file == CONFIG_NAME or (folder / card).exists()):
+            inside = None if file == CONFIG_NAME else card.parent.as_posix()
+            text = published.get(card.as_posix())
+            write_card(folder / card.parent, repo_id=repo_id, subfolder=inside, published=text)
+
+
+def contents(folder: Path, files: Sequence[str], beside: Path | None = None) -> Table:
+    """What goes, with sizes, and what stays, in the folder or, where that is a copy, in the one that it is of."""
+    table = Table(box=None, show_header=False)
+    for file in files:
+        table.add_row("push", Text(file), f"{(folder / file).stat().st_size:,} bytes")
+    home = beside or folder
+    everything = (Path(parent, name) for parent, _, names in os.walk(home) for name in names)
+    for name in sorted(file.relative_to(home).as_posix() for file in everything):
+        if name not in files:
+            table.add_row("keep", Text(name), "", style="dim")
+    return table

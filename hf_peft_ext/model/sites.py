@@ -1,0 +1,127 @@
+"""Finds the modules of a model that sub-layers read and change.
+
+A transformer is one or more stacks of blocks; a block has attention modules, with their query, key, value and output
+leaves, and a feed-forward network with input and output leaves. `find_sites` says where each of these is.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_peft_ext.model.block_sites import BlockSites
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.site import Act as Act
+from hf_peft_ext.model.site import Site as Site
+from hf_peft_ext.model.structure import (
+    attention_leaves,
+    innermost,
+    is_bypassed,
+    is_norm,
+    key_shape,
+    layer_of,
+    layer_paths,
+    leaf_size,
+    prefix_act,
+)
+from hf_peft_ext.validation.module_patterns import SECONDS, matching
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All sites of a model, layer by layer. Empty where no stack of blocks is found.
+
+    A layer may have no attention: of hybrid models some have a mixer of another kind (linear attention, Mamba, a short
+    convolution), of Mamba and RWKV all, and Nemotron-H has layers that are an FFN alone. In such a layer
+
+    - "after_attention" and "parallel_attention" mean the mixer: behind it, beside it;
+    - "query", "key" and "value" are found where the mixer has separate leaves for them; else "mixer_input" is its
+      widest projection of the hidden states, whole (Mamba's `in_proj`, Qwen3-Next's `in_proj_qkvz`);
+    - there is no "attention", where prefixes go.
+
+    Leaves whose weight a kernel reads without calling them, as Mamba's `dt_proj`, are no sites. A module that several
+    layers share (Zamba) has the same host in all of them.
+    """
+    blocks = (BlockSites(model, path, layer) for layer, path in enumerate(layer_paths(model)))
+    sites = [site for block in blocks for site in block.find()] + list(bias_sites(model))
+    first = {path: path for path, _ in model.named_modules()}  # each module once, by its first path
+    known = {id(module): path for path, module in model.named_modules()}
+    hosts = {s.host: s.host if s.host in first else known[id(model.get_submodule(s.host))] for s in sites}
+    return [site if hosts[site.host] == site.host else replace(site, host=hosts[site.host]) for site in sites]
+
+
+def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str | list[str]]) -> list[Site]:
+    """The sites, with those named in `overrides` put where the user says.
+
+    Args:
+        overrides: site name -> modules, as peft's `target_modules` names them (a regular expression for the whole
+            path, or a list of endings).
+
+    Raises:
+        ValueError: no module matches, or what matches cannot be such a site.
+    """
+    layers, modules = layer_paths(model), dict(own_modules(model))
+    until = time.process_time() + SECONDS
+    for name, pattern in overrides.items():
+        hosts = matching(pattern, filter(None, modules), until)
+        if not hosts:
+            raise ValueError(f"`sites` (={{{name!r}: {pattern!r}}}) matches no module of {type(model).__name__}.")
+        kept = [site for site in sites if not site.serves(name)]
+        sites = kept + [user_site(name, path, modules, layer_of(path, layers), sites) for path in hosts]
+    return sites
+
+
+def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | None, sites: list[Site]) -> Site:
+    """The site `name` at the module `path`, with what is known of its layer."""
+    module: Any = modules[path]
+    if layer is None:
+        layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
+    known = [site for site in sites if site.layer == layer and site.attention]
+    near = next((site for site in known if site.host == path), known[0] if known else None)
+    common: dict[str, Any] = {
+        "layer": layer,
+        "causal": near.causal if near else True,
+        "attention": near.attention if near else "",
+        "of_encoder": near.of_encoder if near else False,
+    }
+    if name.removeprefix("cross_") == "attention":
+        return user_attention(name, path, module, common)
+    sizes = [size for _, child in own_modules(module, path) if (size := leaf_size(child))]
+    if is_norm(module):
+        sizes = [(len(module.weight), len(module.weight))]
+    if not sizes:
+        raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which has no linear leaf to take widths from.")
+    (d_in, _), (_, d_out) = sizes[0], sizes[-1]
+    if name.startswith(("after_", "cross_after_", "bias")):
+        act: Act = "norm" if name == "after_residual" and is_norm(module) else "output"
+        return Site(name, host=path, act=act, d_in=d_out, d_out=d_out, **common)
+    return Site(name, host=path, act="input", d_in=d_in, d_out=d_out, **common)
+
+
+def user_attention(name: str, path: str, attention: nn.Module, common: dict[str, Any]) -> Site:
+    leaves = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
+    sizes = {role: size for role, size in leaves.items() if size}
+    heads, d_k, d_v = key_shape(attention, sizes)
+    act = prefix_act(attention)
+    if not (act and heads):
+        raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it does not use "
+                         "transformers' AttentionInterface.")  # fmt: skip
+    d = sizes["query" if "query" in sizes else "fused"][0]
+    return Site(name, host=path, act=act, d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **common)
+
+
+def bias_sites(model: nn.Module) -> Iterator[Site]:
+    """The biases of the model below its head; where it has none, a place for one on each linear leaf of the blocks."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    start = next((name for name, module in model.named_modules() if module is backbone), "")
+    layers = layer_paths(model)
+    leaves = [(path, module) for path, module in own_modules(backbone, start) if leaf_size(module) or is_norm(module)]
+    leaves = [(path, module) for path, module in leaves if path == start or not is_bypassed(model, path)]
+    biases = {path: b for path, m in leaves if isinstance(b := getattr(innermost(m), "bias", None), nn.Parameter)}
+    for path, module in leaves:
+        size, layer = leaf_size(module), layer_of(path, layers)
+        if path in biases:
+            yield Site("bias", layer, path, "output", 0, biases[path].numel())
+        elif not biases and size and layer is not None:
+            yield Site("bias", layer, path, "output", 0, size[1])

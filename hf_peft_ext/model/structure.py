@@ -1,0 +1,265 @@
+"""Reads a model's structure: its stacks of blocks, its attention modules, linear leaves and norms.
+
+What the module tree cannot tell stands in the tables at the top.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_peft_ext.model.calls import code_of, parameters
+from hf_peft_ext.model.calls import own_modules as own_modules
+
+# What a leaf of an attention module does, by its name.
+ROLES = {
+    "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
+              "project_q", "q_head"},
+    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head"},
+    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj", "project_v", "v_head"},
+    "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value"},
+    "latent": {"kv_b_proj"},
+    "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj", "attention_out",
+               "post_proj"},
+}  # fmt: skip
+# The leaf of a gated feed-forward network that carries the gate, by its name.
+FFN_GATES = {"gate_proj", "wi_0", "w1"}
+# Fused projections whose rows go group by group: the queries that share a key, that key, its value. All others are
+# taken to hold all queries, then all keys, then all values.
+FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
+# Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
+WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
+# Norms whose channels are the second axis, not the last.
+WITHOUT_FEATURES = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# Names of the cache among the arguments of a forward: "cache" since transformers 5.24, "past_key_values" before.
+CACHES = ("cache", "past_key_values", "layer_past")
+# Names of what a mixer keeps from token to token instead.
+STATES = (*CACHES, "cache_params", "state")
+# What the code of softmax attention names.
+SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "scaled_dot_product_attention"}
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of blocks, encoder before decoder: the outermost ones that have attention somewhere, or whose blocks
+    all have a norm and some a mixer that keeps a state (Mamba, RWKV). Of lists of stages, the stages' own lists.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if (has_attention(module) and not of_stacks(module)) or is_recurrent(module):
+            found.append(name)
+            yield name, module
+
+
+def has_attention(module: nn.Module) -> bool:
+    return any(is_attention(m) for m in module.modules())
+
+
+def is_recurrent(stack: nn.ModuleList) -> bool:
+    """Whether a list holds blocks that mix tokens by a state alone."""
+    mixes = any(takes_state(m) and is_mixer(m) for m in stack.modules() if not isinstance(m, nn.ModuleList))
+    return mixes and not has_attention(stack) and all(any(map(is_norm, block.modules())) for block in stack)
+
+
+def of_stacks(stack: nn.ModuleList) -> bool:
+    """Whether the blocks are stacks themselves, as in ALBERT's groups and Swin's stages: all their attention lies in
+    lists of nothing but blocks of one class, each with attention.
+    """
+    return all(is_stage(block) for block in stack)
+
+
+def is_stage(block: nn.Module) -> bool:
+    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inner = [
+        m for m in lists if all(map(has_attention, m)) and len({type(b) for b in m}) == 1 and not is_attention(m[0])
+    ]
+    inside = {id(m) for stack in inner for m in stack.modules()}
+    attentions = [m for m in block.modules() if is_attention(m)]
+    return bool(attentions) and all(id(m) in inside for m in attentions)
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of all blocks; a block's place in the list is its layer index."""
+    return [f"{name}.{index}" for name, stack in stacks(model) for index in range(len(stack))]
+
+
+def layer_of(path: str, layers: list[str]) -> int | None:
+    return next((i for i, layer in enumerate(layers) if covers((layer,), path)), None)
+
+
+def leaf_size(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear leaf, quantised or not, wrapped by a tuner or not; None for other modules."""
+    module = innermost(module)
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    for d_in, d_out in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if hasattr(module, d_in) and hasattr(module, d_out):
+            return getattr(module, d_in), getattr(module, d_out)
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises the features of each token, which lie along the last axis."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, WITHOUT_FEATURES) or getattr(module, "data_format", "") == "channels_first":
+        return False
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def is_attention(module: nn.Module) -> bool:
+    """An attention module owns a fused projection, or a query and a value, or a query and the latent of both."""
+    roles = attention_leaves(module)
+    return "fused" in roles or ("query" in roles and ("value" in roles or "latent" in roles))
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a module mixes tokens by other means than softmax attention: linear attention, a state space, a short
+    convolution. It owns linear leaves, and a convolution along time or an argument for its state.
+    """
+    if not any(leaf_size(child) for child in module.children()):
+        return False
+    stateful = takes_state(module) or any(isinstance(child, nn.Conv1d) for child in module.children())
+    return stateful and not (is_attention(module) and attends(module))
+
+
+def takes_state(module: nn.Module) -> bool:
+    return not parameters(module).isdisjoint(STATES)
+
+
+def is_bypassed(model: nn.Module, leaf: str) -> bool:
+    """Whether the weight of a leaf is read past it: its owner never calls it, or is a mixer, whose kernels take it."""
+    path, _, name = leaf.rpartition(".")
+    owner = model.get_submodule(path)
+    code = code_of(type(owner))
+    return name in code.read and (name not in code.called or is_mixer(owner))
+
+
+def attends(attention: nn.Module) -> bool:
+    """Whether an attention module takes a softmax over keys, as far as its code tells; linear attention does not."""
+    words = code_of(type(attention)).words
+    return not (takes_state(attention) and words and not words & SOFTMAX)
+
+
+def attention_leaves(module: nn.Module) -> dict[str, str]:
+    """Role -> name of the linear leaves directly in an attention module."""
+    leaves = [name for name, child in module.named_children() if leaf_size(child)]
+    return {role: name for role, names in ROLES.items() for name in leaves if name.lower() in names}
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module inside the tuners that have wrapped it."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def has_final_norm(model: nn.Module, stack: str) -> bool:
+    """Whether a norm stands beside the stack or above it. A stack without one normalises after each residual."""
+    backbone = getattr(model, "base_model_prefix", None)  # above it is the head, which may have a norm of its own
+    while stack and stack != backbone:
+        stack = stack.rpartition(".")[0]
+        children = model.get_submodule(stack).named_children()
+        if any(is_norm(child) and "emb" not in name for name, child in children):
+            return True
+    return False
+
+
+def covers(roots: tuple[str, ...], name: str) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def is_of(module: nn.Module, families: set[str]) -> bool:
+    """Whether a module's class, or one that it inherits from, is of these architectures: "bloom" for
+    transformers.models.bloom.modeling_bloom.
+    """
+    return any(cls.__module__.rpartition("modeling_")[2] in families for cls in type(module).__mro__)
+
+
+def is_cross(path: str) -> bool:
+    """Whether an attention module, by its path in the block, is cross-attention."""
+    return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
+
+
+def source_of(module: nn.Module) -> ModuleType | None:
+    """The Python module in which the forward of a module is written."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return sys.modules.get(owner.__module__)
+
+
+def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
+    """How a prefix gets into an attention module: through transformers' AttentionInterface, which the module hands its
+    keys, values and keywords, or else through its cache. None if neither is possible.
+    """
+    source, parameters = source_of(attention), inspect.signature(attention.forward).parameters
+    if is_of(attention, WITHOUT_PREFIX):
+        return None
+    if hasattr(source, "ALL_ATTENTION_FUNCTIONS") and hasattr(source, "eager_attention_forward"):
+        takes_keywords = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        return "attention" if takes_keywords and hasattr(attention, "config") else None
+    forward = inspect.unwrap(type(attention).forward)
+    updates = "update" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "cache" if updates and any(name in parameters for name in CACHES) else None
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among the arguments (or the outputs) of a forward, by any of its names; None if there is none."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)
+
+
+def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Number of key and value heads, and the widths of a key and of a value; (0, 0, 0) if unknown.
+
+    Args:
+        sizes: role -> size, of the module's leaves (and of its output, wherever that is).
+    """
+    if "latent" in sizes:
+        d_nope, d_rope, d_v = (width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
+        return (sizes["latent"][1] // (d_nope + d_v), d_nope + d_rope, d_v) if d_nope and d_v else (0, 0, 0)
+    d_k = width(attention, *HEAD_WIDTHS)
+    if "key" in sizes and "value" in sizes and d_k:
+        heads = sizes["key"][1] // d_k
+        return (heads, d_k, sizes["value"][1] // heads) if heads else (0, 0, 0)
+    if "fused" in sizes and "output" in sizes and d_k:
+        queries = 0 if "query" in sizes else sizes["output"][0]
+        return (sizes["fused"][1] - queries) // (2 * d_k), d_k, d_k
+    return 0, 0, 0
+
+
+def is_causal(attention: nn.Module) -> bool:
+    """Whether tokens must not see later ones. True where nothing tells, which never lets a gate look ahead."""
+    bidirectional = prefix_act(attention) == "cache" and getattr(attention, "is_decoder", True) is False
+    return bool(getattr(attention, "is_causal", not bidirectional))
+
+
+def width(attention: nn.Module, *names: str) -> int:
+    """The first of these attributes that the module has, or its config; 0 if neither has one."""
+    owners = (attention, getattr(attention, "config", None))
+    return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)
+
+
+def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Role -> its rows, in a projection of width d_out that makes several at once.
+
+    Args:
+        shape: number of key and value heads, and the widths of a key and of a value.
+    """
+    heads, d_k, d_v = shape
+    rows = torch.arange(d_out, device="cpu")  # also for models without data
+    if "latent" in attention_leaves(attention):  # head by head, what of the key has no position, and the value
+        key, value = rows.view(heads, -1).split([d_out // heads - d_v, d_v], dim=1)
+        return {"key": key.flatten(), "value": value.flatten()}
+    if is_of(attention, {"codegen"}):  # four parts: queries, values, keys
+        query, value, key = rows.view(4, 3, -1).unbind(1)
+        return {"query": query.flatten(), "key": key.flatten(), "value": value.flatten()}
+    if is_of(attention, FUSED_BY_GROUP):
+        rows = rows.view(heads, -1, d_k)
+        return {"query": rows[:, :-2].flatten(), "key": rows[:, -2].flatten(), "value": rows[:, -1].flatten()}
+    query, key, value = rows.split([d_out - 2 * heads * d_k, heads * d_k, heads * d_k])
+    return {"query": query, "key": key, "value": value}

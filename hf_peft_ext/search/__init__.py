@@ -1,0 +1,22 @@
+"""S4's design spaces, and the search through them: sample architectures, train and compare them, narrow the space."""
+
+from hf_peft_ext.search.compare import Comparison as Comparison
+from hf_peft_ext.search.compare import compare as compare
+from hf_peft_ext.search.space import DesignSpace as DesignSpace
+
+try:
+    from hf_peft_ext.search.report import write_report as write_report
+    from hf_peft_ext.search.result import Decision as Decision
+    from hf_peft_ext.search.result import SearchResult as SearchResult
+    from hf_peft_ext.search.search import DesignSpaceSearch as DesignSpaceSearch
+    from hf_peft_ext.search.stopping import LowestShare as LowestShare
+    from hf_peft_ext.search.training import RunArguments as RunArguments
+    from hf_peft_ext.search.training import SearchTask as SearchTask
+    from hf_peft_ext.search.training import share_trunk as share_trunk
+    from hf_peft_ext.search.trial_queue import Record as Record
+    from hf_peft_ext.search.trial_queue import Run as Run
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "matplotlib"):
+        raise
+    said = f"A search needs {error.name}: pip install 'hf_peft_ext[search]'."
+    raise ModuleNotFoundError(said, name=error.name) from error

@@ -1,0 +1,68 @@
+"""The report of a search: one HTML page that needs nothing else, and a CSV beside it."""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_peft_ext.attach.config import PlacedConfig
+from hf_peft_ext.search.figures import architecture_figure, stage_figure, svg
+from hf_peft_ext.search.result import SearchResult
+
+PAGE, RUNS = "report.html", "runs.csv"
+
+
+def write_report(result: SearchResult, folder: str | Path) -> Path:
+    """Write the page and the table of all runs into a folder; the search may still be running.
+
+    Returns:
+        The page.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    result.to_csv(folder / RUNS)
+    page = folder / PAGE
+    page.write_text(render(result), encoding="utf-8")
+    return page
+
+
+def render(result: SearchResult) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(
+        result=result,
+        stages=[stage(result, name) for name in result.stages],
+        architecture=architecture(result),
+        cost=cost(result),
+        tasks=result.tasks,
+        mean=mean,
+    )
+
+
+def stage(result: SearchResult, name: str) -> dict[str, Any]:
+    """What the page tells of a stage."""
+    decision = next((decision for decision in result.decisions if decision.stage == name), None)
+    scores, records = result.scores(name), result.of(name)
+    figure = svg(stage_figure(scores, decision), f"{result.study_name} {name}") if scores else ""
+    return {"name": name, "decision": decision, "scores": scores, "records": records, "figure": figure}
+
+
+def architecture(result: SearchResult) -> str:
+    """What was found, drawn; nothing while the search goes on."""
+    if result.found is None or not isinstance(result.config, PlacedConfig):
+        return ""
+    return svg(architecture_figure(result.config, result.protocol["layers"]), f"{result.study_name} found")
+
+
+def cost(result: SearchResult) -> dict[str, Any]:
+    """What the search took so far."""
+    states = [record.state for record in result.records]
+    return {
+        "states": {state: states.count(state) for state in dict.fromkeys(states)},
+        "seconds": sum(record.seconds or 0 for record in result.records),
+        "workers": len({record.worker for record in result.records if record.worker}),
+        "seeds": sorted({record.run.seed for record in result.records}),
+    }

@@ -1,0 +1,1 @@
+"""Bridges: small models on which an adapter for the large one is trained."""

@@ -1,0 +1,1 @@
+"""Maps the tensors of a small model's adapter into a large model."""

@@ -1,0 +1,164 @@
+"""The linear projections that carry an adapter from one width to another, and its layers from one depth to another.
+
+W_plug (small -> large) and W_down (large -> bridge) of "Parameter-efficient Tuning for Large Language Model without
+Calculating Its Gradients" (EMNLP 2023, section 2). The paper leaves open which sides of a module get them and how they
+begin; `Projections` has an argument for each.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_peft_ext.validation.checks import check, check_count
+
+Side = Literal["read", "write"]
+Init = Literal["orthogonal", "slice", "least_squares"]
+Order = Literal["interleaved", "tiled"]
+Space = tuple[str, int | None]  # "residual", or what lies inside a layer ("query", "ffn"), and the layer
+
+RESIDUAL = "residual"
+
+
+class Dense(nn.Module):
+    """y = W x,  W: (d_to, d_from), with orthonormal columns (or rows, where they are fewer) at the start."""
+
+    def __init__(self, d_from: int, d_to: int):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(d_to, d_from)))
+
+    def forward(
+        self,
+        x: Tensor,  # shape: (*, d_from)
+    ) -> Tensor:  # shape: (*, d_to)
+        return F.linear(x, self.weight)
+
+
+class Slice(nn.Module):
+    """y = x[index], or where y is the wider one y[index] = x, and 0 elsewhere.
+
+    Args:
+        index: the channels of the wider one that the narrower one has.
+    """
+
+    index: Tensor
+
+    def __init__(self, d_from: int, d_to: int, index: Tensor | None = None):
+        super().__init__()
+        index = torch.arange(min(d_from, d_to)) if index is None else index
+        rule = f"must hold {min(d_from, d_to)} channels out of {max(d_from, d_to)}"
+        check("index", len(index), len(index) == min(d_from, d_to), rule)
+        self.d_to, self.widens = d_to, d_to >= d_from
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,  # shape: (*, d_from)
+    ) -> Tensor:  # shape: (*, d_to)
+        if not self.widens:
+            return x.index_select(-1, self.index)
+        return x.new_zeros(*x.shape[:-1], self.d_to).index_copy(-1, self.index, x)
+
+
+class Projections(nn.Module):
+    """One projection for each side of each space.
+
+    The residual stream is one space through all layers; what lies inside a layer (the channels of its queries, of its
+    FFN) is a space of that layer's own. A side is what a tensor of the adapter does with the space: LoRA's A reads
+    the residual stream, its B writes to the queries. From small to large, W reads by x_small = W^T x_large and writes
+    by x_large = W x_small, so that with orthonormal columns and both sides alike the small model's own delta comes
+    out: (W B)(A W^T) (W x) = W B A x.
+
+    Args:
+        init: "orthogonal" (at random, read and write alike) or "slice" (the small one's channels are some of the
+            large one's, those of `index`, or else the first) or "least_squares" (between states of both models on the
+            batches that `plug` is given; in a first trial a good fit of states did not make a useful module).
+        sides: which sides are projected so: "both", "read" or "write"; the other one is a slice.
+        trainable: whether the projections are trained with the module.
+        index: for slices, space -> the channels of the wider model that the narrower one has.
+
+    Raises:
+        ValueError: a value is not among the known ones.
+    """
+
+    def __init__(
+        self,
+        init: Init = "orthogonal",
+        sides: Literal["both", "read", "write"] = "both",
+        trainable: bool = True,
+        index: Mapping[Space, Tensor] | None = None,
+    ):
+        super().__init__()
+        check("init", init, init in get_args(Init), f"must be one of {', '.join(get_args(Init))}")
+        check("sides", sides, sides in ("both", "read", "write"), "must be one of both, read, write")
+        self.init, self.sides, self.trainable, self.index = init, sides, trainable, index or {}
+        self.of = nn.ModuleDict()
+
+    def between(self, space: Space, side: Side, d_from: int, d_to: int) -> nn.Module:
+        """The projection of a side of a space, made when it is first asked for."""
+        name = key_of(space, side)
+        if name not in self.of:
+            self.of[name] = self._start(space, side, d_from, d_to)
+        return self.of[name]
+
+    def _start(self, space: Space, side: Side, d_from: int, d_to: int) -> nn.Module:
+        if self.init == "slice" or self.sides not in ("both", side):
+            return Slice(d_from, d_to, self.index.get(space))
+        dense = Dense(d_from, d_to)
+        other = key_of(space, "write" if side == "read" else "read")
+        if isinstance(twin := self.of[other] if other in self.of else None, Dense):
+            dense.weight.data.copy_(twin.weight)
+        return dense.requires_grad_(self.trainable)
+
+
+def key_of(space: Space, side: Side) -> str:
+    name, layer = space
+    return f"{name}_{side}" if layer is None else f"{name}_{layer}_{side}"
+
+
+def least_squares(
+    x: Tensor,  # shape: (tokens, d_from)
+    y: Tensor,  # shape: (tokens, d_to)
+    ridge: float = 1e-2,
+) -> Tensor:  # shape: (d_to, d_from)
+    """W = C_yx (C_xx + lambda I)^-1 on centred x and y: the W that makes W x nearest to y.
+
+    Args:
+        ridge: lambda, as a share of the mean variance of x.
+    """
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    c_xx, c_yx = x.T @ x, y.T @ x
+    weight = ridge * c_xx.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.solve(c_xx + weight * torch.eye(len(c_xx), dtype=x.dtype, device=x.device), c_yx.T).T
+
+
+def layer_map(small: list[int], large: list[int], order: Order = "interleaved") -> list[int]:
+    """Which layer of the small model each layer of the large one takes its module from.
+
+    Stack by stack, encoder before decoder. Interleaved, layer i of n takes floor(i n_small / n): neighbours share one,
+    and any ratio of depths will do; tiled, it takes i mod n_small.
+
+    Args:
+        small, large: the depth of each stack.
+
+    Raises:
+        ValueError: the models do not have as many stacks, or the order is unknown.
+    """
+    check("order", order, order in get_args(Order), f"must be one of {', '.join(get_args(Order))}")
+    rule = f"must be as many stacks of layers as the large model has, {len(large)}"
+    check("small", small, len(small) == len(large), rule)
+    found: list[int] = []
+    for first, (n_small, n_large) in zip(starts(small), zip(small, large, strict=True), strict=True):
+        check_count("depth", n_small)
+        source: Callable[[int], int] = (
+            (lambda i, n=n_small, m=n_large: i * n // m) if order == "interleaved" else (lambda i, n=n_small: i % n)
+        )
+        found += [first + source(i) for i in range(n_large)]
+    return found
+
+
+def starts(depths: list[int]) -> list[int]:
+    """The index of the first layer of each stack."""
+    return [sum(depths[:i]) for i in range(len(depths))]

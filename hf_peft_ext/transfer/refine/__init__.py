@@ -1,0 +1,1 @@
+"""Refines a plugged adapter: scales, zeroth-order steps, distillation."""

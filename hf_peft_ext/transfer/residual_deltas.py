@@ -1,0 +1,120 @@
+"""What an adapter adds to the residual stream in each layer, on the inputs that the layer has with it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hf_peft_ext.model.structure import stacks
+
+Batch = Mapping[str, Tensor]
+
+
+def base_states(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+    """The output of each block of the untouched model, a row for each token or text."""
+    with frozen_eval(model), model.disable_adapter():
+        found = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
+    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+
+
+def deltas(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+    """What the active adapter adds in each block to what the block gives on the same input without it."""
+    found = []
+    for batch in batches:
+        with frozen_eval(model):
+            with_it = calls(model, batch)
+            with torch.no_grad(), model.disable_adapter():
+                without = [call.again() for call in with_it]
+        pairs = zip(with_it, without, strict=True)
+        found.append([rows_of(call.output - base, call.mask, by_text) for call, base in pairs])
+    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+
+
+class Call(NamedTuple):
+    """One call of a block, and which of its tokens are no padding."""
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    mask: Tensor
+
+    def again(self) -> Tensor:
+        return first(self.block.forward(*self.args, **self.kwargs))
+
+
+def calls(model: PeftModel, batch: Batch) -> list[Call]:
+    """The call of each block in one forward pass, layer by layer."""
+    base: Any = model.get_base_model()
+    blocks = [block for _, stack in stacks(base) for block in stack]
+    encoder = len(next(stacks(base))[1]) if base.config.is_encoder_decoder else 0
+    labels, seen = batch.get("labels"), {}
+
+    def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        output = first(output)
+        mask = batch.get("attention_mask")
+        if len(seen) >= encoder > 0:
+            mask = batch.get("decoder_attention_mask", labels != -100 if labels is not None else None)
+        if mask is None or mask.shape != output.shape[:2]:
+            mask = torch.ones(output.shape[:2])
+        seen[block] = Call(block, args, kwargs, output, mask.bool().cpu())
+
+    handles = [block.register_forward_hook(after, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            device = next(base.parameters()).device
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[block] for block in blocks]
+
+
+def rows_of(output: Tensor, mask: Tensor, by_text: bool) -> Tensor:
+    """The tokens that are no padding, one a row, or their mean over each text, in double precision."""
+    output = output.double().cpu()
+    if not by_text:
+        return output[mask]
+    weights = mask.unsqueeze(-1).double()
+    return (output * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def frozen_eval(model: PeftModel) -> Iterator[None]:
+    """The model in evaluation; afterwards trained, and trainable, as it was: peft thaws what it enables again."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def shuffled(model: PeftModel, generator: torch.Generator) -> Iterator[None]:
+    """The model with an untrained adapter: the entries of each of its tensors in random order."""
+    tuner: Any = model.base_model
+    prefix, name = tuner.prefix, model.active_adapter
+    own = [p for key, p in model.named_parameters() if prefix in key and f".{name}" in key]
+    before = [p.detach().clone() for p in own]
+    with torch.no_grad():
+        for p in own:
+            order = torch.randperm(p.numel(), generator=generator)
+            p.copy_(p.flatten()[order.to(p.device)].view_as(p))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(own, before, strict=True):
+                p.copy_(value)

@@ -1,0 +1,1 @@
+"""Runs plug-in transfer from end to end and records what was done."""

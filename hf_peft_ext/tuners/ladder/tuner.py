@@ -1,0 +1,205 @@
+"""Ladder side-tuning: a thin network beside the backbone, trained without a gradient through the backbone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn, cast, get_args
+
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from hf_peft_ext.attach.checked_loading import check_complete
+from hf_peft_ext.attach.config import RegisteredConfig, layer_list
+from hf_peft_ext.attach.tuner import aligned, check_adapter_name, check_loaded, unload_auxiliary
+from hf_peft_ext.model.quantization import keep_4bit_trainable
+from hf_peft_ext.pruning import Importance
+from hf_peft_ext.pruning.sizes import Reduce
+from hf_peft_ext.tuners.ladder.build import side_networks
+from hf_peft_ext.tuners.ladder.layer import NAME, Ladder
+from hf_peft_ext.validation.checks import check, check_positive
+
+
+@dataclass
+class LadderConfig(RegisteredConfig):
+    """Ladder side-tuning: thin blocks beside a frozen backbone take its hidden states in, and give the output instead.
+
+    Sung et al. 2022 (https://arxiv.org/abs/2206.06522), with the defaults of its code: r = 8, T = 0.1, a rung at every
+    block. The backbone runs without gradients; only the side network, its projections and the head keep activations.
+    Its output goes through the model's own frozen head, or a classifier that is trained (`modules_to_save`).
+
+    - Side blocks begin as the backbone's, pruned to 1 / r of their width.
+    - The code divides the width of each head and keeps their number; here heads are kept or dropped whole.
+    - The untrained adapter is not the base model: its projections are random, as in the paper.
+
+    Args:
+        r: by how much the side network is thinner, at least 1.
+        reduce: what r divides: every dimension ("width", the paper), or the number of parameters ("parameters").
+        layers_to_keep: index or indices of the blocks that get a rung, encoder before decoder; None for all.
+        temperature: T in the gates sigmoid(alpha / T).
+        target_modules: must be None; kept because tools of peft's ecosystem read it.
+
+    Raises:
+        ValueError: a field is unknown, or its value breaks a rule.
+    """
+
+    method = "ladder"
+
+    r: float = field(default=8, metadata={"help": "By how much the side network is thinner."})
+    reduce: Reduce = field(default="width", metadata={"help": 'What r divides: "width" or "parameters".'})
+    layers_to_keep: list[int] | int | None = field(default=None, metadata={"help": "Blocks that get a rung."})
+    temperature: float = field(default=0.1, metadata={"help": "Temperature of the gates."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Must be None."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("r", self.r)
+        check("r", self.r, self.r >= 1, "must be at least 1")
+        choices = get_args(Reduce)
+        check("reduce", self.reduce, self.reduce in choices, f"must be one of {', '.join(choices)}")
+        check_positive("temperature", self.temperature)
+        self.layers_to_keep = layer_list(self.layers_to_keep, "layers_to_keep")
+        rule = "must be None: a ladder stands beside whole blocks; see `layers_to_keep`"
+        check("target_modules", self.target_modules, not self.target_modules, rule)
+
+
+class LadderModel(BaseTuner):
+    """Attaches the side networks of a `LadderConfig` to a model."""
+
+    prefix = "side_"  # begins the name of `Ladder.side_of`; transformers looks for it when it loads
+    tuner_layer_cls = Ladder
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Attach the side networks of an adapter. Whatever fails, the model is left as it was.
+
+        Raises:
+            ValueError: the architecture cannot be cut to a thin one, a layer does not exist, or the adapter's name is
+                one that a part of the model has.
+        """
+        config = cast(LadderConfig, self.peft_config[adapter_name])
+        check_adapter_name(adapter_name)
+        keep_4bit_trainable(model)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._sides = side_networks(model, config)
+        before = ladders(model)
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        kwargs.pop("state_dict", None)  # the config says everything; peft would look for its own key format
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
+        except BaseException:
+            for ladder in ladders(model):
+                ladder.drop(adapter_name)
+                if ladder not in before:
+                    ladder.remove()
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
+            raise
+        finally:
+            del self._sides
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
+        return key in self._sides
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        side = self._sides[current_key]
+        if not hasattr(target, NAME):
+            target.add_module(NAME, Ladder(side.host, side.role))
+        getattr(target, NAME).put(adapter_name, side.network, side.kept)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            ValueError: there are several: only one side network can give the output.
+        """
+        single = isinstance(adapter_name, str) or len(adapter_name) <= 1
+        check("adapter_name", adapter_name, single, "must be a single one: only one side network can give the output")
+        super().set_adapter(adapter_name, inference_mode)
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        host, mark, part = key.partition(f".side_of.{adapter_name}.")
+        return f"{host}.side_of.{part}" if mark else key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
+        check_loaded(found, adapter_name)
+        check_complete(cls, model, adapter_name, found)
+        return found
+
+    # What a ladder cannot do, and taking it off
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        check("adapter_names", names, names is None, "must be None: a ladder reads whole batches")
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
+        raise ValueError("A ladder is a network of its own, which no weight of the base model equals; use `unload`.")
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge)
+        for ladder in ladders(self.model):
+            ladder.remove()
+        unload_auxiliary(self)
+        return self.model
+
+
+def prune_ladder(model: nn.Module, importance: Importance, adapter_name: str = "default") -> None:
+    """Let the side blocks of a ladder begin anew, as the backbone pruned by other scores than its weights' magnitude.
+
+    The paper prunes by Fisher scores from 1,024 labelled examples. The projections stay as they are.
+
+    Args:
+        model: a model with a ladder.
+        importance: `hf_peft_ext.pruning.importance` of the base model, taken before it got an adapter.
+        adapter_name: whose side network.
+
+    Raises:
+        ValueError: the model has no ladder of that name, or the scores are not of this model.
+    """
+    found = [ladder for ladder in ladders(model) if adapter_name in ladder.side_of]
+    check("adapter_name", adapter_name, bool(found), "is no ladder of this model")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = cast(Any, model).peft_config[adapter_name]
+    for ladder, side in zip(found, side_networks(base, config, importance).values(), strict=True):
+        ladder.side_of[adapter_name].init_from(side.network)
+
+
+def ladders(model: nn.Module) -> list[Ladder]:
+    """The ladders in a model, one for each backbone."""
+    return [module for module in model.modules() if isinstance(module, Ladder)]

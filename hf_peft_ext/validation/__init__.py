@@ -1,0 +1,1 @@
+"""Checks of values, of configs from files and of patterns that name modules."""

@@ -1,0 +1,220 @@
+"""What a saved adapter says of itself: its config, and the names and shapes in its safetensors header."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError, safe_open
+
+from hf_peft_ext.attach.config import RegisteredConfig
+from hf_peft_ext.hub_cards.markdown import cell, ranges
+from hf_peft_ext.validation.checks import check
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = re.compile(r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)")
+LADDER = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
+PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
+# In which dimension of which tensor a sub-layer's size stands.
+SIZES = {
+    **{"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")},
+    "side.up.weight": (1, "d"),
+    **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
+}
+SITE_NAMES = {
+    "after_attention": "after attention",
+    "after_ffn": "after the FFN",
+    "after_residual": "after the FFN and its residual",
+    "parallel_attention": "beside attention",
+    "parallel_ffn": "beside the FFN",
+    "parallel_residual": "beside the FFN, from the residual stream",
+    "attention": "keys and values of attention",
+    "query": "query projection",
+    "key": "key projection",
+    "value": "value projection",
+    "attention_output": "output projection of attention",
+    "ffn_input": "input projection of the FFN",
+    "ffn_gate": "gate projection of the FFN",
+    "ffn_output": "output projection of the FFN",
+    "trained": "linear leaves and norms",
+    "blocks": "beside the blocks",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file.
+
+    Args:
+        key: its name there.
+        shape: its shape.
+        host: path of the module that it belongs to.
+        sublayer: what it is a part of: a sub-layer of ours, a stock method, or "saved whole".
+        site: where that sits.
+        rest: its name inside the sub-layer.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    host: str
+    sublayer: str
+    site: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the architecture table; each field is Markdown."""
+
+    sublayer: str
+    site: str
+    layers: str
+    size: str
+    gate: str
+    parameters: int
+
+
+class SavedAdapter:
+    """An adapter's folder, read without loading a weight.
+
+    Args:
+        folder: where `save_pretrained` wrote it.
+
+    Raises:
+        ValueError: the folder has no config or no safetensors, or one of them cannot be read.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            check("folder", str(folder), (self.folder / name).is_file(), f"holds no {name}; save an adapter there")
+        stored = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        kind = stored.get("peft_type") if isinstance(stored, dict) else None
+        known = kind in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}
+        check("peft_type", kind, known, f"in {CONFIG} must be a type that this peft knows")
+        self.config: Any = PeftConfig.from_pretrained(str(folder))
+        self.method = str(kind).lower()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether loading it needs this package."""
+        return isinstance(self.config, RegisteredConfig)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with, for types of peft's own."""
+        return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].rstrip("_")
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        try:
+            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+                return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
+        except SafetensorError as error:
+            raise ValueError(f"`folder` (={str(self.folder)!r}) holds an {WEIGHTS} that is none: {error}.") from error
+
+    def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if self.is_ours and (found := OURS.fullmatch(path)) and (place := PLACE.fullmatch(found["place"])):
+            return Tensor(key, shape, found["host"], place["sublayer"], place["site"], found["rest"])
+        if self.is_ours and (found := LADDER.fullmatch(path)):
+            return Tensor(key, shape, found["host"], "ladder", "blocks", f"side.{found['rest']}")
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if not self.is_ours and part.startswith(self.prefix)), None)
+        if at:
+            return Tensor(key, shape, ".".join(parts[:at]), self.method, parts[at - 1], ".".join(parts[at:]))
+        if parts[0] in ("prompt_embeddings", "base_model"):  # in no module of the model
+            return Tensor(key, shape, "", self.method, parts[-1], path)
+        return Tensor(key, shape, ".".join(parts[:-1]), "saved whole", parts[-2] if len(parts) > 1 else path, path)
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return (self.folder / WEIGHTS).stat().st_size
+
+    def rows(self) -> list[Row]:
+        """The architecture: one row for each sub-layer at each site."""
+        places: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            places[tensor.sublayer, tensor.site].append(tensor)
+        order = ("bottleneck", "prefix", "low_rank", "bias")
+        ranked = sorted(places, key=lambda p: (p[0] == "saved whole", order.index(p[0]) if p[0] in order else 9))
+        return [self._row(*place, places[place]) for place in ranked]
+
+    def _row(self, sublayer: str, site: str, tensors: list[Tensor]) -> Row:
+        sizes: dict[str, set[int]] = defaultdict(set)
+        for tensor in tensors:
+            if tensor.rest in SIZES:
+                dimension, name = SIZES[tensor.rest]
+                sizes[name].add(tensor.shape[dimension])
+        return Row(
+            sublayer=sublayer.replace("_", " ") if self.is_ours or sublayer == "saved whole" else sublayer.upper(),
+            site=self._site(sublayer, site, tensors),
+            layers=self._rungs() if sublayer == "ladder" else layers(tensor.host for tensor in tensors),
+            size=", ".join(f"{name} = {ranges(values)}" for name, values in sizes.items()),
+            gate=self._gate(sublayer, site) if any(t.rest.startswith("gate.") for t in tensors) else "",
+            parameters=sum(prod(tensor.shape) for tensor in tensors),
+        )
+
+    def _rungs(self) -> str:
+        kept = self.config.layers_to_keep
+        return "all" if kept is None else ranges(set(kept))
+
+    def _site(self, sublayer: str, site: str, tensors: list[Tensor]) -> str:
+        bare = site.removeprefix("cross_")
+        if self.is_ours and sublayer != "saved whole" and bare in SITE_NAMES:
+            name = SITE_NAMES[bare]
+            if bare == site:
+                return name
+            crossed = name.replace("attention", "cross-attention")
+            return crossed if crossed != name else f"{name} of cross-attention"
+        return ", ".join(cell(name) for name in sorted({t.host.rpartition(".")[2] or site for t in tensors}))
+
+    def _gate(self, sublayer: str, site: str) -> str:
+        chosen = {p.gate for p in self.config.to_placements() if p.sublayer == sublayer and p.gate
+                  and (p.site in (site, site.removeprefix("cross_")) or site == "target")}  # fmt: skip
+        return ", ".join(sorted(str(pooling).replace("_", " ") for pooling in chosen))
+
+    def labels(self) -> int | None:
+        """How many classes the saved head has; None where no head was saved."""
+        heads = [t.shape[0] for t in self.tensors if t.sublayer == "saved whole" and len(t.shape) == 2
+                 and re.search(r"(^|\.)(classifier|score|classification_head|logits_proj)\.", t.key)]  # fmt: skip
+        return min(heads, default=None)
+
+
+def layers(hosts: Iterable[str]) -> str:
+    """Which layers modules lie in, stack by stack: the first number in a path counts the layers of its stack."""
+    stacks: dict[str, set[int]] = defaultdict(set)
+    outside = False
+    for host in hosts:
+        if found := re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", host):
+            stacks[found[1] or ""].add(int(found[2]))
+        else:
+            outside = True
+    sides = {
+        stack: next((s for s in ("encoder", "decoder") if s in stack.split(".")), cell(stack)) for stack in stacks
+    }
+    ordered = sorted(stacks, key=lambda stack: sides[stack] == "decoder")
+    named = [f"{sides[s]} {ranges(stacks[s])}" if len(stacks) > 1 else ranges(stacks[s]) for s in ordered]
+    return ", ".join([*named, *(["outside the layers"] if outside else [])])
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a name has the form of an id on the Hub."""
+    try:
+        validate_repo_id(name)  # pyright: ignore[reportArgumentType]
+    except HFValidationError:
+        return False
+    return bool(name)
