@@ -24,8 +24,8 @@ class TFewTrainingArguments(TrainingArguments):
             parameter, as in the paper, where the vectors of (IA)^3 have 1. What begins at zero, as half of LoRA does,
             then moves at a thousandth of the rate: False is better for it (or `optim="adamw_torch"`).
             transformers' own `optim="adafactor"` is False, whatever `optim_args` says.
-        lm_weight, choice_weight, unlikelihood_weight: weights of the three losses in `hf_peft_ext.ranking.losses`. With
-            the last two at 0, only the right choices are trained (the paper does so for dozens of choices).
+        lm_weight, choice_weight, unlikelihood_weight: weights of the losses in `hf_peft_ext.ranking.losses`. With the
+            last two at 0, only the right choices are trained (the paper does so for dozens of choices).
         power: of the length that divides a choice's log-probability in the choice loss; 0 for none.
         epsilon: of the unlikelihood loss; 0.01 in the code of the paper.
         average: "token", over all tokens of a step as in the code of the paper, or "example", as the paper writes it.

@@ -34,13 +34,13 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import transformers
-from hf_peft_ext.transfer.task import task_for
 from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import HfArgumentParser
 
 import plug_in
 from hf_peft_ext.transfer import Projections, fold, module_similarity, plug
+from hf_peft_ext.transfer.run.task import task_for
 from hf_peft_ext.transfer.similarity import PAPERS
 from runs import RESULTS, Row, append, read, read_rows
 

@@ -47,15 +47,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from hf_peft_ext.transfer.bridge import kept_channels
-from hf_peft_ext.transfer.decisions import decide
-from hf_peft_ext.transfer.fit import fit, refine
-from hf_peft_ext.transfer.plugging import depths
-from hf_peft_ext.transfer.projections import layer_map
-from hf_peft_ext.transfer.result import Measured
-from hf_peft_ext.transfer.scales import at_scale, choose_scale
-from hf_peft_ext.transfer.task import Task, task_for
-from hf_peft_ext.tuners.side_network import cut_depth
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -66,6 +57,15 @@ from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
 from hf_peft_ext.prompts import load_templates
 from hf_peft_ext.pruning import Importance, PrunedModel, importance, pruned_copy
 from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, layer_scales, plug
+from hf_peft_ext.transfer.bridges.bridge import kept_channels
+from hf_peft_ext.transfer.map.plug import depths
+from hf_peft_ext.transfer.map.projections import layer_map
+from hf_peft_ext.transfer.refine.distillation import decide
+from hf_peft_ext.transfer.refine.module_scale import at_scale, choose_scale
+from hf_peft_ext.transfer.refine.training_loop import fit, refine
+from hf_peft_ext.transfer.run.result import Measured
+from hf_peft_ext.transfer.run.task import Task, task_for
+from hf_peft_ext.tuners.ladder.network import cut_depth
 from runs import (
     MINILM,
     RESULTS,
