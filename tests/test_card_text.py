@@ -5,6 +5,7 @@ into links, stops at code: so all that strangers write must be in code.
 """
 
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -323,7 +324,7 @@ def test_a_record_of_other_types_is_refused(adapter, tmp_path, text):
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     """With whole numbers where others may stand, and what is no number where a run diverged."""
-    record = replace(full_record(), train_time=245, gates={"0.x": 1}, results=[Result("loss", float("inf"), 0)])
+    record = replace(full_record(), train_time=245, gates={"0.x": 1}, results=[Result("loss", math.nan, 0)])
     record.save(tmp_path)
     assert TrainingRecord.load(tmp_path) == record
 

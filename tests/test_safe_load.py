@@ -214,9 +214,9 @@ def test_is_trainable(tmp_path):
     refused(tmp_path / "prompt", "`is_trainable` .* must be False", is_trainable=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, tmp_path):
-    """A file in half precision, or a model: as in stock peft."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype, tmp_path):
+    """A file in half or double precision, and a model: as in stock peft."""
     for config in (METHODS["unipelt"](), STOCK_METHODS["lora"]()):
         saved(tmp_path, config)
         reweigh(tmp_path, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
@@ -516,6 +516,7 @@ BAD_FIELDS = [
     ({"r": "8"}, "`r` \\(='8'\\) must be of type int"),
     ({"r": True}, "`r` \\(=True\\) must be of type int"),
     ({"lora_dropout": "0"}, "`lora_dropout` \\(='0'\\) must be of type float"),
+    ({"lora_dropout": 1.0}, "`lora_dropout` \\(=1.0\\) must lie in \\[0, 1\\)"),
     ({"use_dora": 1}, "`use_dora` \\(=1\\) must be of type bool"),
     ({"target_modules": {"q_proj": 1}}, "`target_modules` .* must be of type"),
     ({"target_modules": ["x"] * 5000}, "`target_modules` .* must have at most 4096 entries"),
@@ -591,13 +592,35 @@ def test_names_on_the_stock_way(name, tmp_path):
 def test_tokens_beyond_the_vocabulary(tmp_path):
     saved(tmp_path, TrainableTokensConfig(token_indices=[1, 2, 3]))
     assert_equal_to_stock(tmp_path, BACKBONES["llama"])
-    refused(rewrite(tmp_path, token_indices=[1, 2, 60]), "`token_indices` .* must be rows of")
+    for row in (60, -1):
+        refused(rewrite(tmp_path, token_indices=[1, 2, row]), "`token_indices` .* must be rows of")
+
+
+def test_a_key_that_stands_there_twice(tmp_path):
+    """Python's reader of JSON takes the last one, others the first."""
+    path = saved(tmp_path, STOCK_METHODS["lora"]()) / CONFIG
+    path.write_text(path.read_text().replace("{", '{"r": 4, ', 1))
+    refused(tmp_path, "is not strict JSON: a key stands there twice")
+
+
+def test_floats_that_are_stored_as_whole_numbers(tmp_path):
+    saved(tmp_path, STOCK_METHODS["lora"]())
+    reweigh(tmp_path, lambda tensors: tensors.update({k: t.long() for k, t in list(tensors.items())[:1]}))
+    refused(tmp_path, "is of type I64, but its config implies torch.float32")
+
+
+def test_a_header_that_is_longer_than_the_file(tmp_path):
+    """By one byte; the length itself takes eight."""
+    path = saved(tmp_path, STOCK_METHODS["lora"]()) / WEIGHTS
+    size = path.stat().st_size
+    path.write_bytes((size - 7).to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(tmp_path, f"has a header of {size - 7} bytes, but the file has {size}")
 
 
 def test_prompts_of_another_model(tmp_path):
     saved(tmp_path, STOCK_METHODS["prefix_tuning"]())
     refused(rewrite(tmp_path, num_layers=1), "`num_layers` \\(=1\\) must be 2, as in this model")
-    refused(rewrite(tmp_path, num_layers=2, num_transformer_submodules=9), "`num_transformer_submodules` \\(=9\\)")
+    refused(rewrite(tmp_path, num_layers=2, num_transformer_submodules=3), "`num_transformer_submodules` \\(=3\\)")
 
 
 def test_another_size_of_model(tmp_path):
@@ -692,8 +715,14 @@ def test_a_refusal_after_building_puts_all_back(method, further, tmp_path):
 def test_a_head_that_the_file_cannot_hold_is_not_copied(tmp_path):
     """Copying modules with their data would allocate what a config asks for."""
     saved(tmp_path, STOCK_METHODS["lora"]())
-    rewrite(tmp_path, modules_to_save=["layers"])
+    rewrite(tmp_path, modules_to_save=["mlp"])
     base = BACKBONES["llama"].build()
-    with pytest.raises(ValueError, match=r"does not fit|lacks tensors"), Largest() as ours:
+    with pytest.raises(ValueError, match=r"lacks tensors: .*mlp"), Largest() as ours:
         load_adapter(base, tmp_path)
-    assert ours.numel < max(p.numel() for p in base.model.layers.parameters())
+    assert ours.numel < base.model.layers[0].mlp.up_proj.weight.numel()
+
+
+@pytest.mark.parametrize("method", ["unipelt", "lora_branch"])
+def test_what_the_file_does_not_hold(method, tmp_path):
+    """Which rows of a fused projection a branch acts on is no tensor of the file, and has its values nevertheless."""
+    assert_equal_to_stock(saved(tmp_path, METHODS[method](), "gpt2"), BACKBONES["gpt2"])

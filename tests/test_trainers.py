@@ -549,7 +549,7 @@ def test_four_bits(tmp_path):
     assert losses(resumed) == losses(whole)
     assert len(set(losses(whole).values())) == 4
     assert whole.filled_record().quantization == "4-bit NF4, double quantisation"
-    assert whole.filled_record().base_model == str(tmp_path / "base")
+    assert whole.filled_record().base_model == "./base"  # no folders of this machine
 
 
 def test_a_second_training_starts_its_sums_anew(tmp_path):
