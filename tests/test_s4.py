@@ -295,7 +295,8 @@ def test_what_is_saved_is_solved(tmp_path, monkeypatch):
     """The file holds groups and placements; loading, safe loading too, solves nothing, and is equal to the bit."""
     config = S4Config(budget=0.1)
     model = get_peft_model(bert(8), config)
-    assert config.placements is None  # it can be used for another model
+    other = get_peft_model(bert(4), config).peft_config["default"]  # it can be used for another model
+    assert (other.groups, config.groups) == ([[0], [1], [2], [3]], [[0], [1, 2, 3], [4, 5, 6], [7]])
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["groups"] == [[0], [1, 2, 3], [4, 5, 6], [7]]

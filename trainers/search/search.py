@@ -1,5 +1,6 @@
 """The search through a design space, S0 to S4: sample, train, compare, narrow, stage by stage."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,10 +17,13 @@ from torch import nn
 from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
+from .fingerprint import check_same
+from .progress import LineAMinute
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
 from .trial_queue import Queue, Record, Run, only_new_garbage
 
+MODELS = "models"  # under which weights, config and metric of each task are noted
 FINISHED = ("done", "stopped", "failed")
 
 
@@ -53,7 +57,7 @@ class DesignSpaceSearch:
         space: the first stage.
         args: how each run trains.
         storage: a database's URL; by default a SQLite file. "postgresql+psycopg://user@host/name" for many machines.
-        study_name: the search's name in it. Searches of other settings, data or spaces need another.
+        study_name: the search's name in it. Searches of other settings, data, spaces, models or metrics need another.
         n_models: models sampled under each constraint.
         seed: of the samples. Model i under every constraint trains with `seed` + i.
         pruner: one of Optuna's, to stop hopeless runs early: it sees, after each epoch of each task, the mean score
@@ -62,7 +66,7 @@ class DesignSpaceSearch:
         progress: whether to show a bar.
 
     Raises:
-        ValueError: a value breaks a rule, or the study holds runs of other settings.
+        ValueError: a value breaks a rule, or the study holds runs of other settings, weights or metrics.
     """
 
     def __init__(
@@ -101,12 +105,18 @@ class DesignSpaceSearch:
         for name, value in (there or {}).items():
             rule = f"is {value!r} in the study {self.queue.study.study_name!r}; choose another `study_name`"
             check(name, protocol.get(name), protocol.get(name) == value, rule)
+        models = {name: task.fingerprint() for name, task in self.tasks.items()}
+        if (known := self.queue.noted(MODELS)) is None:  # of an earlier version, which did not note it
+            self.queue.note(MODELS, models)
+        else:
+            check_same(self.queue.study.study_name, known, models)
 
     def search(self) -> SearchResult:
         """Works until the last stage is decided. Other workers may do the same at the same time."""
         space = self.space
         with self._progress() as bars, only_new_garbage():
             while not space.finished:
+                check_feasible(space)
                 self._work(space, bars)
                 space = space.narrow(self._decide(space).winner)
         model = next(iter(self.tasks.values())).model
@@ -132,7 +142,8 @@ class DesignSpaceSearch:
 
     def _progress(self) -> Progress:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
-        return Progress(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
+        kind = Progress if sys.stderr.isatty() else LineAMinute
+        return kind(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
 
     def _work(self, space: Space, bars: Progress) -> None:
         """Bars for the stage and for the search as a whole, whose length is a guess until the groups are chosen."""
@@ -205,8 +216,15 @@ class DesignSpaceSearch:
 
 def stages_ahead(space: Space) -> Iterator[Space]:
     """The stages after this one, if the last constraint wins at each."""
-    while not (space := space.narrow(space.constraints()[-1])).finished:
+    while (names := space.constraints()) and not (space := space.narrow(names[-1])).finished:
         yield space
+
+
+def check_feasible(space: Space) -> None:
+    """Raise where no model can keep to any constraint of a stage, such as under a budget that is too small."""
+    if not space.constraints():
+        reason = next(iter(getattr(space, "left_out", {}).values()), "there is no constraint")
+        raise ValueError(f"`space` has no model for stage {space.stage!r}: {reason}")
 
 
 def plain(config: PeftConfig) -> dict[str, Any]:
