@@ -144,7 +144,11 @@ def test_figures(study, tmp_path):
     assert max(len(figures.WAYS), len(figures.CHANGES)) <= 12
     assert {key[0] for key in figures.WAYS.values()} < set(study.CONDITIONS)
     usual = {"module": "lora", "init": "slice", "bridge": figures.R_16}
-    runs = [("untouched", 0.5, "", {}), ("delta", 0.6, "0.55", usual), ("delta", 0.8, "", usual | {"bridge": figures.R_4})]
+    runs = [
+        ("untouched", 0.5, "", {}),
+        ("delta", 0.6, "0.55", usual),
+        ("delta", 0.8, "", usual | {"bridge": figures.R_4}),
+    ]
     runs += [("delta", 0.4, "", usual | {"init": "orthogonal"}), ("fresh", 0.7, "", usual | {"init": ""})]
     blank = {"task": "sst2", "seed": "0", "module": "", "init": "", "bridge": ""}
     rows = [blank | {"condition": name, "accuracy": str(x), "safe": safe} | more for name, x, safe, more in runs]
