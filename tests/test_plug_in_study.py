@@ -29,7 +29,7 @@ QUICK = "--tasks sst2 --seeds 0 --k 12 --dev_rows 6 --test_rows 8 --steps 2 --br
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(STUDIES)
-    for name in ("runs", "plug_in"):
+    for name in ("runs", "plug_in", "plug_in_figures"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import plug_in
 
@@ -134,6 +134,34 @@ def test_heads_are_logistic_regressions(study, answers):
     wanted_p = torch.from_numpy(wanted.predict_proba(((x - x.mean(0)) / x.std(0)).numpy())).float()
     torch.testing.assert_close(logits[:, seen].softmax(-1), wanted_p, atol=1e-4, rtol=1e-3)
     assert set(logits.argmax(-1).tolist()) <= set(seen)
+
+
+def test_figures(study, tmp_path):
+    """At most a dozen rows each; gains are over the untouched model of the same seed; a choice that a condition does
+    not have is no variant of it, and without variants there is no second figure.
+    """
+    figures = sys.modules["plug_in_figures"]
+    assert max(len(figures.WAYS), len(figures.CHANGES)) <= 12
+    assert {key[0] for key in figures.WAYS.values()} < set(study.CONDITIONS)
+    usual = {"module": "lora", "init": "slice", "bridge": figures.R_16}
+    runs = [
+        ("untouched", 0.5, "", {}),
+        ("delta", 0.6, "0.55", usual),
+        ("delta", 0.8, "", usual | {"bridge": figures.R_4}),
+    ]
+    runs += [("delta", 0.4, "", usual | {"init": "orthogonal"}), ("fresh", 0.7, "", usual | {"init": ""})]
+    blank = {"task": "sst2", "seed": "0", "module": "", "init": "", "bridge": ""}
+    rows = [blank | {"condition": name, "accuracy": str(x), "safe": safe} | more for name, x, safe, more in runs]
+    found = figures.gains(rows)
+    assert found[("delta", "lora", "slice", figures.R_16), "sst2"] == [pytest.approx(10)]
+    assert figures.gains(rows, "safe") == {(("delta", "lora", "slice", figures.R_16), "sst2"): [pytest.approx(5)]}
+    assert figures.changed(found, "delta", "W_plug orthogonal", "sst2") == [pytest.approx(-10)]
+    assert figures.changed(found, "fresh", "W_plug orthogonal", "sst2") == []
+    figures.draw(rows, tmp_path / "figure.png")
+    assert not figures.draw_variants(rows[:2], tmp_path / "variants.png")
+    assert figures.draw_variants(rows, tmp_path / "variants.png")
+    assert (tmp_path / "figure.png").exists()
+    assert (tmp_path / "variants.png").exists()
 
 
 def test_table(study):

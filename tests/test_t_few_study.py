@@ -89,3 +89,19 @@ def test_report(monkeypatch, options, tmp_path):
     assert "| zero-shot |  | 50.0 |" in table
     assert "| (IA)3 LM | (IA)3 LM+LN | 2 | +15.0 | 5.0 | 0.205 |" in table
     assert "| (IA)3 | LM+LN | 2 | 0.10 | 6.0e+03 | 1.0e+03 | 1 kB | 80.0 |" in table
+
+
+def test_figures(monkeypatch, options, tmp_path):
+    """Tasks that lack one of the three ways have no row; what a loss adds is over pairs of task and seed."""
+    study = run(monkeypatch, [*options, "--report"])
+    figures = sys.modules["t_few_figures"]
+    assert len(figures.STEPS) <= 12
+    zero, shown, t_few = figures.WAYS.values()
+    scores = {("sst2", zero): {-1: 50.0}, ("sst2", shown): {0: 55.0}, ("sst2", t_few): {0: 60.0, 1: 70.0}}
+    scores |= {("rte", zero): {-1: 50.0}, ("sst2", ("(IA)3", "LM+LN")): {0: 61.0, 1: 68.0, 2: 10.0}}
+    assert figures.added(scores, ("(IA)3", "LM+LN"), t_few) == [-1.0, 2.0]
+    study["draw"](scores, tmp_path / "figure.png")
+    assert study["draw_variants"](scores, tmp_path / "variants.png")
+    assert not figures.draw_variants({}, tmp_path / "none.png")
+    assert (tmp_path / "figure.png").exists()
+    assert not (tmp_path / "none.png").exists()

@@ -47,7 +47,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
@@ -66,6 +65,7 @@ from hf_peft_ext.transfer.refine.training_loop import fit, refine
 from hf_peft_ext.transfer.run.result import Measured
 from hf_peft_ext.transfer.run.task import Task, task_for
 from hf_peft_ext.tuners.ladder.network import cut_depth
+from plug_in_figures import draw, draw_variants
 from runs import (
     MINILM,
     RESULTS,
@@ -190,7 +190,9 @@ def main(study: Study, protocol: Protocol) -> None:
     rows = read_rows(file)
     (folder / "table.md").write_text(table(rows), encoding="utf-8")
     draw(rows, folder / "figure.png")
-    console.print(f"Written: {file}, table.md and figure.png")
+    with_variants = draw_variants(rows, folder / "variants.png")
+    figures = "figure.png and variants.png" if with_variants else "and figure.png"
+    console.print(f"Written: {file}, table.md, {figures}")
 
 
 def runs(study: Study) -> list[Run]:
@@ -526,25 +528,6 @@ def gain(rows: list[Row], column: str, base: dict[tuple[str, str], float]) -> st
 def spread(values: list[float], factor: float) -> str:
     values = [factor * value for value in values]
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def draw(rows: list[Row], file: Path) -> None:
-    """A panel a task; a dot for each seed, a bar for the mean, a line for the untouched model."""
-    tasks, found = sorted({row["task"] for row in rows}), by_condition(rows)
-    figure = Figure(figsize=(3 * len(tasks) + 2, 0.28 * len(found) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
-        for place, (name, group) in enumerate(found.items()):
-            values = [100 * float(row["accuracy"]) for row in group if row["task"] == task]
-            if values:
-                axes.scatter(values, [place] * len(values), s=14, color="C0", alpha=0.5, linewidths=0)
-                axes.scatter(mean(values), place, s=120, marker="|", color="C0")
-                if name == "untouched":
-                    axes.axvline(mean(values), color="0.7", linewidth=0.8, zorder=0)
-        axes.set_title(f"{task}, accuracy", fontsize=10)
-    panels[0].set_yticks(range(len(found)), list(found), fontsize=8)
-    panels[0].invert_yaxis()
-    figure.savefig(file, dpi=100)
 
 
 if __name__ == "__main__":

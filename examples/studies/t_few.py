@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from scipy.stats import ttest_rel
@@ -45,6 +44,7 @@ from hf_peft_ext.prompts import (
 from hf_peft_ext.ranking.encode import encode_choices
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
 from runs import RESULTS, SMOLLM2, Row, append, check_protocol, exact_head, language_model, read, read_rows
+from t_few_figures import draw, draw_variants
 
 SHOTS = 32  # where T-Few has no split of its own
 SPLITS = {"sst2": ("sst2", "sst2_tfew"), "hellaswag": ("h-swag", "hellaswag")}  # task -> its name there, its rows
@@ -126,7 +126,9 @@ def main(study: Study, protocol: Protocol) -> None:
     scores = read_scores(read_rows(runs))
     (study.output / "table.md").write_text(table(scores, read_rows(runs)), encoding="utf-8")
     draw(scores, study.output / "figure.png")
-    console.print(f"Written: {study.output / 'table.md'} and figure.png beside it.")
+    with_variants = draw_variants(scores, study.output / "variants.png")
+    figures = "figure.png and variants.png" if with_variants else "figure.png"
+    console.print(f"Written: {study.output / 'table.md'}, and beside it {figures}.")
 
 
 def missing(study: Study, runs: Path) -> Iterator[Run]:
@@ -334,27 +336,6 @@ def costs(rows: list[Row]) -> list[str]:
     for name, (each, trained, kept, accuracy) in PAPER.items():
         lines.append(f"| *paper: {name}* | | | | {trained:.1e} | {each:.1e} | {kept} | {accuracy} |")
     return lines
-
-
-def draw(scores: Scores, file: Path) -> None:
-    """A panel a task: a dot for each seed, a bar for their mean, a line where zero-shot is."""
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = list(figure.subplots(2, 4, sharey=True).flat)
-    for axes, task in zip(panels, TASKS, strict=False):
-        for place, condition in enumerate(CONDITIONS):
-            values = list(scores[task, condition].values())
-            color = f"C{['zero-shot', 'in-context', *METHODS].index(condition[0])}"
-            axes.scatter(values, [place] * len(values), s=16, color=color, alpha=0.6, linewidths=0)
-            if values:
-                axes.scatter(mean(values), place, s=140, marker="|", color=color)
-        for value in scores[task, ("zero-shot", "")].values():
-            axes.axvline(value, color="0.8", zorder=0)
-        axes.set_title(f"{task}, accuracy in %", fontsize=10)
-    panels[0].set_yticks(range(len(CONDITIONS)), [" ".join(filter(None, condition)) for condition in CONDITIONS])
-    panels[0].invert_yaxis()
-    for axes in panels[len(TASKS) :]:
-        axes.remove()
-    figure.savefig(file, dpi=100)
 
 
 if __name__ == "__main__":
