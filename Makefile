@@ -1,11 +1,14 @@
-# Everything runs in .venv, made at the first use. Another Python: make demo PYTHON=python3.12
+# Everything runs in .venv, made at the first use, with the versions of constraints.txt, which were tested together.
+#   Another Python: make demo PYTHON=python3.12. Another set: make demo CONSTRAINTS=my.txt, or CONSTRAINTS= for none.
 # On Linux, torch as PyPI has it brings gigabytes of CUDA along; for a machine without a GPU:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+TORCH ?= $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo train test test-slow check clean
+.PHONY: help demo train test test-slow test-newest test-oldest constraints check clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -25,11 +28,23 @@ SLOW ?= tests
 test-slow: .venv/.test  ## the slow tests: make test-slow SLOW="tests/test_search.py"
 	$(BIN)/python -m pytest -m slow $(SLOW)
 
-check: .venv/.dev  ## style, types, imports
+test-newest: .venv-newest/.test  ## the fast tests with the newest versions that pyproject.toml allows, in .venv-newest
+	.venv-newest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-newest/bin/python tools/versions.py record
+
+test-oldest: .venv-oldest/.test  ## the fast tests with the oldest ones, in .venv-oldest
+	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-oldest/bin/python tools/versions.py record
+
+constraints: .venv/.dev  ## write what is installed in .venv into constraints.txt; after a test-newest that passed: FROM=.venv-newest
+	$(or $(FROM),.venv)/bin/python tools/versions.py constraints
+
+check: .venv/.dev  ## style, types, imports, versions that were never run
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python tools/versions.py check
 
 clean:  ## remove results, caches and build files; .venv stays
 	rm -rf results build dist .pytest_cache .ruff_cache .import_linter_cache
@@ -38,17 +53,34 @@ clean:  ## remove results, caches and build files; .venv stays
 # The stamps: .venv/.NAME is younger than pyproject.toml once the extras of NAME are installed.
 .venv/.demo: EXTRAS = demo
 .venv/.train: EXTRAS = demo,trl
-.venv/.test: EXTRAS = test,quantized,trl,demo,studies,search
+.venv/.test: EXTRAS = test
 .venv/.dev: EXTRAS = dev
 
-.venv/.demo .venv/.train .venv/.test .venv/.dev: pyproject.toml | .venv/.torch
+.venv/.demo .venv/.train .venv/.test .venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/.torch
 	@echo "Installing hf_peft_ext[$(EXTRAS)] into .venv ..."
-	@$(BIN)/python -m pip install -qq -e ".[$(EXTRAS)]"
+	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
 # first and alone, so that nothing else chooses which torch it is
 .venv/.torch:
 	@echo "Installing $(firstword $(TORCH)) into .venv ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq $(TORCH)
+	@$(BIN)/python -m pip install --disable-pip-version-check -qq $(TORCH)
+	@touch $@
+
+# Upgraded at each call, as what is newest changes; torch stays what TORCH says.
+.PHONY: .venv-newest/.test
+.venv-newest/.test:
+	@echo "Installing the newest of everything into .venv-newest ..."
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install -qq --upgrade pip
+	@.venv-newest/bin/python -m pip install -qq $(TORCH)
+	@.venv-newest/bin/python -m pip install -qq --upgrade --upgrade-strategy eager -e ".[dev]" $(firstword $(TORCH))
+
+.venv-oldest/.test: pyproject.toml
+	@echo "Installing the oldest of everything into .venv-oldest ..."
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install -qq $(TORCH)
+	@.venv-oldest/bin/python tools/versions.py oldest .venv-oldest/oldest.txt
+	@.venv-oldest/bin/python -m pip install -qq -c .venv-oldest/oldest.txt -e ".[test]" $(firstword $(TORCH))
 	@touch $@

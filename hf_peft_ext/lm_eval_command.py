@@ -1,16 +1,13 @@
 """`hf-peft-ext lm-eval`: lm-evaluation-harness, with the adapters of this package known to it."""
 
 import sys
+from collections.abc import Sequence
 
 import typer
 
-OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-
-def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness; what follows goes to its own command line.
-
-    hf-peft-ext lm-eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks hellaswag
+def lm_eval(arguments: Sequence[str]) -> None:
+    """Run lm-evaluation-harness with arguments of its own.
 
     Raises:
         typer.Exit: lm-evaluation-harness is not installed.
@@ -20,5 +17,5 @@ def lm_eval(context: typer.Context) -> None:
     except ModuleNotFoundError as error:
         typer.echo(f"lm-evaluation-harness is needed: pip install lm-eval ({error}).", err=True)
         raise typer.Exit(1) from error
-    sys.argv = ["lm_eval", *context.args]
+    sys.argv = ["lm_eval", *arguments]
     cli_evaluate()

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,6 +33,7 @@ ALLOWED = (
     *("training_record.json", "trainer_state.json", *TOKENIZER),
 )
 DENIED = ("optimizer*", "scheduler*")  # whatever their format
+REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # what git takes
 # what a trainer keeps in a run's folder beside the adapter: checkpoints, one that is being written, pushes under way
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 UNFINISHED, STAGES = "unfinished", "hub"
@@ -113,19 +114,13 @@ def push_adapter(
             metadata are invalid; `revision` does not go with `create_pr`. Nothing has been pushed.
         PushError: the Hub could not be reached, or refused.
     """
-    files = publishable(folder)
-    check_adapter(folder, files)
-    rule = "must be None with `create_pr`: a pull request is opened against the main branch"
-    check("revision", revision, not create_pr or revision in (None, "main"), rule)
-    secrets = [text.encode() for text in (token, get_token()) if isinstance(text, str) and text]
-    for name in files:
-        check_content(Path(folder, name), name, secrets)
-    for name, text in {"commit_message": commit_message, "commit_description": commit_description}.items():
-        check(name, "...", not holds_token((text or "").encode(), secrets), "must not hold an access token")
-    warn_of_local_base(folder, files)
-    api = HfApi(token=token, library_name="hf_peft_ext")
     options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
+    files = publishable(folder)
+    check_request(repo_id, options)
+    check_files(folder, files, options, token)
+    warn_of_local_base(folder, files)
+    api = HfApi(token=token, library_name="hf_peft_ext")
     with explained(folder, repo_id, options):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision not in (None, "main") and not revision.startswith("refs/pr/"):
@@ -162,6 +157,31 @@ def command(folder: str | Path, repo_id: str, options: dict[str, Any]) -> str:
         if value:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
+
+
+def check_request(repo_id: str, options: Mapping[str, Any]) -> None:
+    """Raise where no repository has such an id, or the revision does not go with the pull request."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"`repo_id` (={repo_id!r}) must be an id on the Hub, such as 'user/name': {said}.") from error
+    check("repo_id", repo_id, bool(repo_id), "must be an id on the Hub, such as 'user/name'")
+    revision, rule = options["revision"], "must be None with `create_pr`: a pull request is opened against main"
+    check("revision", revision, not options["create_pr"] or revision in (None, "main"), rule)
+    check("revision", revision, revision is None or bool(REVISION.fullmatch(revision)), "must be a name of a branch")
+
+
+def check_files(
+    folder: str | Path, files: list[str], options: Mapping[str, Any], token: str | bool | None = None
+) -> None:
+    """Raise where the files are no adapter's, one is not what its name says, or a token would go with them."""
+    check_adapter(folder, files)
+    secrets = [text.encode() for text in (token, get_token()) if isinstance(text, str) and text]
+    for name in files:
+        check_content(Path(folder, name), name, secrets)
+    for name in ("commit_message", "commit_description"):
+        check(name, "...", not holds_token((options[name] or "").encode(), secrets), "must not hold an access token")
 
 
 def check_adapter(folder: str | Path, files: list[str]) -> None:

@@ -1,9 +1,12 @@
 """`hf-peft-ext push`: an adapter's folder to the Hub, from the command line."""
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import typer
 from peft.utils import CONFIG_NAME
@@ -12,69 +15,61 @@ from rich.table import Table
 from rich.text import Text
 
 from .card import write_card
-from .push import PushError, check_adapter, explained, publishable, push_adapter
+from .push import check_adapter, check_files, check_request, explained, publishable, push_adapter
 from .saving import CARD, full_id, published_cards
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="The folder of a saved adapter.", exists=True, file_okay=False)
-]
-RepoId = Annotated[
-    str, typer.Argument(metavar="REPO_ID", help='The repository: "user/name", or "name" for one of your own.')
-]
-Revision = Annotated[
-    str | None, typer.Option(help='A branch, made if it is missing, or an open pull request, "refs/pr/1".')
-]
-Private = Annotated[
-    bool, typer.Option("--private", help="Make a new repository private. One that exists stays as it is.")
-]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request; needs no right to write.")]
-Message = Annotated[str | None, typer.Option(help="The commit's first line.", show_default="Upload adapter")]
-Description = Annotated[str | None, typer.Option(help="What else the commit or the pull request says.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would go and what would stay.")]
+WEIGHTS = ".safetensors"
 
 
-def push(
-    folder: Folder,
-    repo_id: RepoId,
-    revision: Revision = None,
-    private: Private = False,
-    create_pr: CreatePr = False,
-    commit_message: Message = None,
-    commit_description: Description = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Push a saved adapter to the Hub.
+def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> None:
+    """Carry out the command; `hf_peft_ext_cli` says what its arguments are.
 
-    Writes its card (README.md, keeping what you have edited) and uploads, in one commit, the files on a list:
-    weights as safetensors, their configuration, the tokenizer, card and figures, recipe, training record and
-    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden
-    files. A file that holds an access token stops the push.
-
-    Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token: it would stay in the
-    shell's history. After a lost connection run the same command again; weights that have arrived are not sent twice.
-
-    For example: `hf-peft-ext push out my-adapter`, or, to propose a change to somebody else's adapter,
-    `hf-peft-ext push out their-team/their-adapter --create-pr --commit-message "Trained for longer"`.
+    Raises:
+        typer.Exit: the folder was refused or the push failed, which has been said.
     """
     console, errors = Console(), Console(stderr=True)
-    options: dict[str, Any] = {"revision": revision, "private": private or None, "create_pr": create_pr}
-    options |= {"commit_message": commit_message, "commit_description": commit_description}
     try:
-        if not dry_run:
-            check_adapter(folder, publishable(folder))
-            with explained(folder, repo_id, options):
-                repo_id = full_id(repo_id)
-                published = published_cards(repo_id, revision)
-            renew_cards(folder, repo_id, published)
-        files = publishable(folder)
-        console.print(contents(folder, files))
+        check_request(repo_id, options)
+        check_adapter(folder, publishable(folder))
         if dry_run:
+            console.print(rehearsed(folder, repo_id, options))
             return
+        with explained(folder, repo_id, options):
+            repo_id = full_id(repo_id)
+            published = published_cards(repo_id, options["revision"])
+        renew_cards(folder, repo_id, published)
+        console.print(contents(folder, publishable(folder)))
         info = push_adapter(folder, repo_id, **options)
-    except (ValueError, PushError) as error:
-        errors.print(str(error), style="red", markup=False, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        errors.print(" ".join(str(error).split()), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(info.pr_url or info.commit_url, markup=False, soft_wrap=True)
+
+
+def rehearsed(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
+    """What would go, found out by doing all but the sending on a copy, so that it refuses what the push refuses."""
+    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS)]
+    with copied(folder, weights) as copy:
+        try:
+            renew_cards(copy, repo_id, {})
+            files = sorted([*publishable(copy), *weights])  # which are links there
+            check_files(copy, files, options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(folder))) from error
+        return contents(copy, files, beside=folder)
+
+
+@contextmanager
+def copied(folder: Path, weights: Sequence[str]) -> Iterator[Path]:
+    """A copy of what may be pushed, with links for the weights, under the same name, which a card can show."""
+    with TemporaryDirectory() as place:
+        copy = Path(place, folder.resolve().name)
+        copy.mkdir()
+        for name in publishable(folder):
+            source, target = (folder / name).resolve(), copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source) if name in weights else shutil.copyfile(source, target)
+        yield copy
 
 
 def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> None:
@@ -87,13 +82,14 @@ def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> Non
             write_card(folder / card.parent, repo_id=repo_id, subfolder=inside, published=text)
 
 
-def contents(folder: Path, files: list[str]) -> Table:
-    """What goes, with sizes, and what stays."""
+def contents(folder: Path, files: Sequence[str], beside: Path | None = None) -> Table:
+    """What goes, with sizes, and what stays, in the folder or, where that is a copy, in the one that it is of."""
     table = Table(box=None, show_header=False)
     for file in files:
         table.add_row("push", Text(file), f"{(folder / file).stat().st_size:,} bytes")
-    everything = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    for name in sorted(file.relative_to(folder).as_posix() for file in everything):
+    home = beside or folder
+    everything = (Path(parent, name) for parent, _, names in os.walk(home) for name in names)
+    for name in sorted(file.relative_to(home).as_posix() for file in everything):
         if name not in files:
             table.add_row("keep", Text(name), "", style="dim")
     return table

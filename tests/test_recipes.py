@@ -24,6 +24,7 @@ from hf_peft_ext.metrics import CLASSIFICATION, exact_match
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 from hf_peft_ext.recipes.draft import Draft, split_override
 from hf_peft_ext.recipes.keys import NOT_IN_RECIPES, known_keys
+from hf_peft_ext.recipes.progress import LineAMinute
 
 from .backbones import BACKBONES
 from .test_training import tokenizer
@@ -412,6 +413,15 @@ def test_a_card_that_cannot_be_written_is_told(models, tmp_path, peft_type):
 
 # what is wrong
 
+COUNTS = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+NUMBERS = {
+    "learning_rate": 0, "weight_decay": -1, "max_grad_norm": -1, "adam_beta1": 2, "seed": -1, "max_steps": -3,
+    "dataloader_num_workers": -2,
+}  # fmt: skip
+MEANT = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+    "steps": "max_steps", "wd": "weight_decay", "out": "output_dir",
+}  # fmt: skip
 WRONG = {
     "learning_rat=1": r"line: `learning_rat` is not a key of a recipe; did you mean `training.learning_rate`\?",
     "training.sede=1": "`training.sede` is not a key of `training` for UNIPELT and SEQ_CLS; did you mean .*seed`",
@@ -445,6 +455,13 @@ WRONG = {
     "resume_from_checkpoint=nowhere": r"resume_from_checkpoint` \(='nowhere'\) must be a complete checkpoint",
     "resume_from_checkpoint=true": "resume_from_checkpoint` needs a complete checkpoint, and .*out holds none",
     "exclude_modules=3": r"`peft.exclude_modules` \(=3\) must be list\[str\] \| str \| None, not int",
+    **{f"{name}=0": rf"`training.{name}` \(=0\) must be 1 or more" for name in COUNTS},
+    **{f"{name}={value}": rf"`training.{name}` .*{value}.*(must|>=|between)" for name, value in NUMBERS.items()},
+    "num_train_epochs=-1": r"`training.num_train_epochs` \(=-1\) must be above 0, or `max_steps` must be",
+    "output_dir=README.md/out": r"`training.output_dir` \(='README.md/out'\) must lie where files can be written",
+    **{f"{word}=1": rf"did you mean `training.{key}`\?" for word, key in MEANT.items()},
+    "training.lr=1": r"`training.lr` is not a key .*; did you mean `training.learning_rate`\?",
+    "base_model=x": r"did you mean `model.model_name_or_path`\?",
     "quantization={load_in_4bits: true}": r"did you mean `quantization.load_in_4bit`\?",
 }
 
@@ -453,8 +470,13 @@ WRONG = {
 def test_wrong_changes(change, models, tmp_path):
     """The error names the key, where it stands and the nearest right one, with exit code 2 and nothing written."""
     model = [] if "model" in change else [f"model={{model_name_or_path: {models['bert']}}}"]
-    result = run("examples/recipes/unipelt.yaml", *model, *(["output_dir=" + str(tmp_path / "out")]), *FAST, change)
+    steps = ["max_steps=-1"] if "num_train_epochs" in change else []
+    out = f"output_dir={tmp_path / 'out'}"
+    recipe = ["examples/recipes/unipelt.yaml", *model, out, *FAST, *steps, change]
+    dry = ["--dry-run"] if change.endswith("=0") else []  # which refuses what the run refuses
+    result = run(*recipe, *dry)
     assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1
     assert re.search(WRONG[change], result.stderr), result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -477,6 +499,44 @@ def test_wrong_files(text, tmp_path):
     result = run(tmp_path / "r.yaml")
     assert result.exit_code == 2
     assert re.search(FILES[text], result.stderr), result.stderr
+
+
+def test_a_checkpoint_of_another_shape(models, tmp_path):
+    """Resuming from it is one line that names the field and a weight, not a traceback."""
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
+    path = classification(models, tmp_path, rows)
+    recipe = [path, "peft={peft_type: LORA, task_type: SEQ_CLS, r: 2}", "disable_tqdm=true", "save_strategy=steps"]
+    succeed(*recipe, "max_steps=1", "save_steps=1")
+    changes = ["peft.r=4", f"output_dir={tmp_path / 'other'}"]
+    result = run(*recipe, *changes, f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}", "max_steps=2")
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(r"Error `resume_from_checkpoint` \(='.*'\) must hold the adapter .*lora_A.*\n", result.stderr)
+
+
+def test_no_rows_and_no_steps(models, tmp_path):
+    """What trains nothing is refused and saves nothing."""
+    rows = [{"text": "w1", "label": 0, "s": "a"}, {"text": "w2", "label": 1, "s": "a"}]
+    path = classification(models, tmp_path, rows)
+    result = run(path, "dataloader_drop_last=true", "per_device_train_batch_size=4", "disable_tqdm=true")
+    assert result.exit_code == 2, result.output
+    assert "`training.dataloader_drop_last` (=True) trains nothing: 2 rows do not fill one" in result.stderr
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    result = run(path, f"data_files={tmp_path / 'rows.csv'}")
+    assert result.exit_code == 2, result.output
+    assert "must hold rows" in result.stderr or "cannot be loaded" in result.stderr
+
+
+def test_progress_without_a_terminal(models, tmp_path, monkeypatch):
+    """Lines in place of bars, which come to a file as one long line; with `disable_tqdm` neither."""
+    rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
+    path = classification(models, tmp_path, rows)
+    monkeypatch.setattr(LineAMinute.__init__, "__defaults__", (0.0, *LineAMinute.__init__.__defaults__[1:]))
+    result = run(path, "max_steps=2", "report_to=none", "disable_tqdm=false")
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"step (\d) of 2", result.stderr) == ["1", "2"]
+    assert "it/s" not in result.stderr
+    assert "step" not in run(path, "max_steps=2", "report_to=none", "disable_tqdm=true").stderr
 
 
 def test_no_file(tmp_path):

@@ -326,6 +326,46 @@ def test_dry_run(hub, tmp_path):
     assert not hub.log
 
 
+REFUSED = {
+    "no adapter": ("ann/tiny", "must hold adapter_config.json and adapter_model.safetensors"),
+    "pickle": ("ann/tiny", "holds an adapter_model.safetensors that is none"),
+    "token": ("ann/tiny", "holds an access token"),
+    "licence": ("ann/tiny", r"`license` \(='mine'\)"),
+    "id": ("ann/tiny/x", r"`repo_id` \(='ann/tiny/x'\) must be an id on the Hub"),
+    "words": ("'ann tiny'", r"`repo_id` \(='ann tiny'\) must be an id on the Hub"),
+    "revision": ("ann/tiny --create-pr --revision dev", "`revision`"),
+    "branch": ("ann/tiny --revision 'a b'", r"`revision` \(='a b'\) must be"),
+    "message": (f"ann/tiny --commit-message hf_{'Ab1' * 10}", "must not hold an access token"),
+}
+
+
+@pytest.mark.parametrize("dry", ["--dry-run", ""])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_refuses_what_the_push_refuses(case, dry, hub, tmp_path):
+    """Both say so in one line, the dry run without a request; nothing is pushed."""
+    folder = tmp_path / "out"
+    adapter().save_pretrained(str(folder))
+    if case == "no adapter":
+        (folder / "adapter_config.json").unlink()
+    if case == "pickle":
+        (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04pickled")
+    if case == "token":
+        (folder / "training_record.json").write_text(f'{{"command": "x hf_{"Ab1" * 10}"}}')
+    if case == "licence":
+        (folder / "README.md").write_text("---\nlicense: mine\n---\n")
+    before = contents(folder)
+    arguments, rule = REFUSED[case]
+    code, text = run(f"hf-peft-ext push {folder} {arguments} {dry}")
+    assert code == 1, text
+    assert re.search(rule, text), text
+    assert "Traceback" not in text
+    assert (str(folder) in text) == ("`folder`" in text)
+    if dry:
+        assert contents(folder) == before
+        assert not hub.log
+    assert not hub.repos
+
+
 def test_command_opens_a_pull_request(hub, tmp_path):
     adapter().save_pretrained(str(tmp_path / "out"))
     code, text = run(

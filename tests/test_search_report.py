@@ -95,9 +95,8 @@ def test_architecture_is_drawn_layer_by_layer(finished):
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A search of S4's space on a tiny BERT, as a YAML file, in a folder of its own."""
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
-    BertTokenizerFast(str(vocabulary)).save_pretrained(tmp_path / "model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "model")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=11, **sizes)).save_pretrained(tmp_path / "model")
     rows = [f"{word} film,{label},{split}" for split in ("train", "test") for word, label in
@@ -167,6 +166,29 @@ def test_report_of_nothing(file):
     assert done.exit_code == 2
     assert "`storage` (='sqlite:///search.db') must name a file that exists." in done.output
     assert not (file.parent / "search.db").exists()
+
+
+WRONG = {
+    "search.storage=sqlite:///broken.db": r"`search.storage` \(='sqlite:///broken.db'\) cannot be used: file is not a",
+    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name a file)",
+    "search.output_dir=broken.db": r"`search.output_dir` \(='broken.db'\) must lie where files can be written",
+    "space.budget=1e-7": r"`space` has no model for stage 'S0': .*budget",
+    "lr=1": r"`lr` is not a section of a search .*; did you mean `training.learning_rate`\?",
+    "training.epochs=1": r"`training.epochs` is not a key of `training`; did you mean `num_train_epochs`\?",
+    "n_models=1": r"did you mean `search.n_models`\?",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("command", [[], ["report"]], ids=["search", "report"])
+def test_wrong_changes(command, change, file):
+    """One line and exit code 2; a folder that takes no files does not hold the command up."""
+    (file.parent / "broken.db").write_text("no database " * 100)
+    done = run(*command, "--config", "search.yaml", "--set", change)
+    assert done.exit_code == 2, done.output
+    assert len(done.stderr.splitlines()) == 1
+    wanted = "must name a file that exists" if command and "budget" in change else WRONG[change]
+    assert re.search(wanted, done.stderr), done.stderr
 
 
 @pytest.mark.slow

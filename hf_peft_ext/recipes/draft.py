@@ -17,7 +17,31 @@ class RecipeError(ValueError):
     """What is wrong in a recipe, and where; raised before a model is loaded or a file is written."""
 
 
-def optional(module: str, extra: str) -> Any:
+# words that people use for a key, which are not near it in letters
+ALIASES = {
+    **dict.fromkeys(("lr", "rate"), "learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "batch", "bs"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "test_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("grad_accum", "accumulation_steps", "gradient_accumulation"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("steps", "num_steps", "num_train_steps"), "max_steps"),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), "lr_scheduler_type"),
+    **dict.fromkeys(("grad_clip", "clip", "gradient_clipping"), "max_grad_norm"),
+    **dict.fromkeys(("warmup", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("out", "output", "output_folder", "save_dir"), "output_dir"),
+    **dict.fromkeys(("base_model", "model_name", "model_id", "pretrained"), "model_name_or_path"),
+    **dict.fromkeys(("method", "adapter"), "peft_type"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **dict.fromkeys(("dataset", "dataset_name"), "path"),
+    **dict.fromkeys(("file", "files", "train_file"), "data_files"),
+    **dict.fromkeys(("max_seq_length", "seq_length", "sequence_length"), "max_length"),
+    **dict.fromkeys(("db", "database"), "storage"),
+    **dict.fromkeys(("task",), "task_type"),
+}
+
+
+def optional(module: str, extra: str, what: str = "This recipe") -> Any:
     """A module that comes with an extra of this package.
 
     Raises:
@@ -26,13 +50,21 @@ def optional(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RecipeError(f"This recipe needs {module}: pip install 'hf_peft_ext[{extra}]'.") from error
+        raise RecipeError(f"{what} needs {module}: pip install 'hf_peft_ext[{extra}]'.") from error
 
 
 def did_you_mean(word: object, words: Iterable[str], prefix: str = "") -> str:
-    """The end of an error: the word that is nearest, as a question; nothing where none is near."""
-    near = difflib.get_close_matches(str(word), list(words), 1)
-    return f"; did you mean `{prefix}{near[0]}`?" if near else ""
+    """The end of an error: the word that is meant or nearest, as a question; nothing where none is near."""
+    near = nearest(word, words)
+    return f"; did you mean `{prefix}{near}`?" if near else ""
+
+
+def nearest(word: object, words: Iterable[str]) -> str | None:
+    """The word that another word for it means, else the one that is nearest in letters."""
+    known = list(words)
+    if ALIASES.get(str(word)) in known:
+        return ALIASES[str(word)]
+    return next(iter(difflib.get_close_matches(str(word), known, 1)), None)
 
 
 class Loader(yaml.SafeLoader):

@@ -1,6 +1,5 @@
 """Which keys a recipe has: those of the classes that its sections become; and what is said of any other."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +9,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import BitsAndBytesConfig
 
 from ..trainers.secret import is_secret
-from .draft import Draft, RecipeError, did_you_mean, split_override
+from .draft import Draft, RecipeError, did_you_mean, nearest, split_override
 from .tasks import CONFIGS, TASKS, task_of
 
 SECTIONS = ("model", "quantization", "peft", "data", "training", "metrics")
@@ -156,8 +155,8 @@ def _hint(section: str, key: str, known: dict[str, dict[str, Any]]) -> str:
             return f"; did you mean `{other}.{key}`?"
     here = did_you_mean(key, known.get(section, ()), f"{section}.")
     dotted = {name: f"{other}.{name}" for other in known for name in known[other]}
-    near = difflib.get_close_matches(key, dotted, 1)
-    return here or (f"; did you mean `{dotted[near[0]]}`?" if near else "")
+    near = nearest(key, dotted)
+    return here or (f"; did you mean `{dotted[near]}`?" if near else "")
 
 
 def fits(value: Any, kind: Any) -> bool:

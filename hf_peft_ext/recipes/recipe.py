@@ -1,5 +1,6 @@
 """A recipe: one run of training, from model to metrics, in the words of the Python arguments; checked at once."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,33 @@ from .rows import Rows
 from .tasks import CONFIGS, Task, task_of
 
 FILE = "recipe.yaml"
+# rule -> the training arguments that it is for, as far as the task has them, and what must hold; None holds
+TRAINING_RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "must be 1 or more": (
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams"),
+        ),
+        lambda value: value >= 1,
+    ),
+    "must be above 0": (
+        ("learning_rate", "logging_steps", "eval_steps", "save_steps"),
+        lambda value: 0 < value < math.inf,
+    ),
+    "must be 0 or more": (
+        (
+            *("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "adam_epsilon", "eval_delay"),
+            *("dataloader_num_workers", "label_smoothing_factor"),
+        ),
+        lambda value: 0 <= value < math.inf,
+    ),
+    "must lie in [0, 1)": (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1),
+    "must lie in [0, 2**32)": (("seed", "data_seed"), lambda value: 0 <= value < 2**32),
+    "must be 1 or more, or -1 to train by `num_train_epochs`": (
+        ("max_steps",),
+        lambda value: value == -1 or value >= 1,
+    ),
+}
 
 
 @dataclass
@@ -103,7 +131,21 @@ def _build(draft: Draft) -> dict[str, Any]:
     if sections["quantization"]:
         optional("bitsandbytes", "quantized")
         built["quantization"] = checked(draft, "quantization", BitsAndBytesConfig, sections["quantization"])
-    return {**built, "training": checked(draft, "training", task.training(), sections["training"])}
+    training = checked(draft, "training", task.training(), sections["training"])
+    check_training(draft, training)
+    return {**built, "training": training}
+
+
+def check_training(draft: Draft, args: Any) -> None:
+    """Raise a RecipeError for numbers that transformers takes and a run does not: it would fail, or train nothing."""
+    for rule, (names, holds) in TRAINING_RULES.items():
+        for name in names:
+            value = getattr(args, name, None)
+            if isinstance(value, int | float) and not holds(value):
+                raise draft.error(f"training.{name}", f"(={value!r}) {rule}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        rule = "must be above 0, or `max_steps` must be: nothing would be trained"
+        raise draft.error("training.num_train_epochs", f"(={args.num_train_epochs!r}) {rule}")
 
 
 def _resumed(draft: Draft) -> bool | str | None:

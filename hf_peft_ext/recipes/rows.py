@@ -83,7 +83,7 @@ class Rows(ABC):
         return self._draw(train, self.max_train_samples, seed), evaluated, labels
 
     def _split(self, split: str, key: str) -> Any:
-        datasets = optional("datasets", "trl")
+        datasets = optional("datasets", "train")
         builder = self.path or BUILDERS[Path(next(_files(self.data_files))).suffix]
         part = "train" if self.split_column else split  # a single table is read as "train"
         try:
@@ -92,6 +92,8 @@ class Rows(ABC):
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"`data.{key}` (={split!r}) of {self.title} cannot be loaded: {error}") from error
+        if len(rows) == 0:
+            raise RecipeError(f"`data.{key}` (={split!r}) of {self.title} must hold rows; it is empty.")
         self._check_columns(rows, [*([self.split_column] if self.split_column else []), *self.columns()])
         if self.split_column:
             names = [str(value) for value in rows[self.split_column]]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import transformers
 from accelerate import PartialState
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, GgufConfig, set_seed
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
 from ..metrics import CLASSIFICATION, classification_metrics, generation_metrics
 from .draft import RecipeError
@@ -67,6 +68,10 @@ def prepare(recipe: Recipe) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     with args.main_process_first(desc="tokens"):
         train, evaluated = (None if part is None else data.encode(part, tokenizer, labels) for part in rows)
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows[0]) < needed:
+        rule = f"trains nothing: {len(rows[0])} rows do not fill one batch of {needed}"
+        raise RecipeError(f"`training.dataloader_drop_last` (=True) {rule}.")
     model = load_model(recipe, source, labels, tokenizer)
     try:
         trainer = recipe.task.trainer()(
@@ -82,8 +87,14 @@ def prepare(recipe: Recipe) -> Any:
 
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
-    """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0."""
+    """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0.
+
+    Raises:
+        RecipeError: there was no step to train; nothing is saved.
+    """
     trained = trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
+    if trainer.state.global_step == 0:
+        raise RecipeError("`training` came to 0 steps: the rows to train on make no batch, so nothing was trained.")
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     folder = Path(recipe.training.output_dir)
@@ -132,7 +143,9 @@ def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if wanted.gguf_file is not None:
-        options |= {"gguf_file": wanted.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        options["gguf_file"] = wanted.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # before there was one, transformers always unpacked
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if recipe.quantization is not None:
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
     with loading(source):

@@ -1,12 +1,15 @@
 """A search in a file: base model, tasks, design space, training, queue; in YAML, checked at once."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from optuna.exceptions import OptunaError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from ..design_space import DesignSpace
@@ -117,7 +120,7 @@ class SearchRecipe:
             metric = classification_metrics({self.tasks[name].metric: CLASSIFICATION[self.tasks[name].metric]})
             tasks[name] = SearchTask(models[name], rows, scored, metric, DataCollatorWithPadding(tokenizer))
         settings = self.search
-        try:
+        with self.explained():
             space = DesignSpace.of(next(iter(models.values())), **{"task_type": "SEQ_CLS", **self.space})
             return DesignSpaceSearch(
                 tasks, space, self.training,
@@ -125,6 +128,16 @@ class SearchRecipe:
                 seed=settings.seed, heartbeat=settings.heartbeat, progress=progress,
                 pruner=LowestShare() if settings.early_stopping else None,
             )  # fmt: skip
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what is wrong with the space or the database, found in whatever stage, into a `RecipeError`."""
+        try:
+            yield
+        except (OptunaError, SQLAlchemyError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+            said = cause.orig if isinstance(cause, DBAPIError) else cause
+            raise RecipeError(f"`search.storage` (={self.search.storage!r}) cannot be used: {said}.") from error
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
@@ -139,7 +152,7 @@ def check_sections(draft: Draft) -> None:
     }
     for name, section in draft.sections.items():
         if name not in SECTIONS:
-            hint = did_you_mean(name, SECTIONS)
+            hint = name_hint(str(name), known)
             raise draft.error(str(name), f"is not a section of a search ({', '.join(SECTIONS)}){hint}")
         if section is not None and not isinstance(section, dict):
             raise draft.error(name, "must be a mapping of keys to values")
@@ -153,6 +166,15 @@ def check_sections(draft: Draft) -> None:
         if not isinstance(values, dict):
             raise draft.error(f"tasks.{name}", "must be a mapping of keys to values")
         check_keys(draft, f"tasks.{name}", values, fields_of(TaskArguments))
+
+
+def name_hint(name: str, known: dict[str, dict[str, Any]]) -> str:
+    """For what is no section: the key of that name in a section, else the nearest section, else the nearest key."""
+    for section, keys in known.items():
+        if name in keys:
+            return f"; did you mean `{section}.{name}`?"
+    near = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
+    return did_you_mean(name, SECTIONS) or next(filter(None, near), "")
 
 
 def check_keys(draft: Draft, section: str, values: dict[str, Any], keys: dict[str, Any]) -> None:

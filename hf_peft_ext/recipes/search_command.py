@@ -2,92 +2,74 @@
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .draft import RecipeError, optional
+from ..writable import check_writable
+from .draft import optional
+from .failures import one_line
+from .progress import no_bars
 
-HELP = """Search a design space for an architecture, S0 to S4, as a file says.
+if TYPE_CHECKING:
+    from ..trainers.search import SearchResult
+    from .search import SearchRecipe
 
-[cyan]model[/]     model_name_or_path, local_path, revision, dtype, attn_implementation
-[cyan]tasks[/]     a name for each, with the keys of a recipe's `data` for SEQ_CLS,
-          and metric: accuracy, f1 or matthews_correlation
-[cyan]space[/]     budget, num_groups, strategies, stack
-[cyan]training[/]  num_train_epochs, learning_rate, per_device_train_batch_size,
-          per_device_eval_batch_size, warmup_ratio, lr_scheduler_type,
-          weight_decay, max_grad_norm, bf16
-[cyan]search[/]    storage, study_name, n_models, seed, early_stopping, heartbeat,
-          output_dir
-
-The command is a worker. It may be started several times, at once or one after
-the other; all that was done stands in the database that `storage` names.
-
-\b
-  hf-peft-ext search --config examples/search.yaml
-  hf-peft-ext search --config examples/search.yaml --set search.n_models=4
-  hf-peft-ext search report --config examples/search.yaml
-"""
-
-app = typer.Typer(help=HELP, invoke_without_command=True, add_completion=False, rich_markup_mode="rich")
 out, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
-Config = Annotated[Path, typer.Option("--config", help="The search, a YAML file.", show_default=False)]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to it.")]
 
+def search(path: Path, changes: Sequence[str]) -> None:
+    """Work on a search until it is done; `hf_peft_ext_cli` says what the arguments are.
 
-@app.callback()
-def search(
-    context: typer.Context,
-    config: Annotated[Path | None, typer.Option("--config", help="The search, a YAML file.")] = None,
-    changes: Changes = None,
-) -> None:
-    if context.invoked_subcommand is not None:
-        return
-    if config is None:
-        raise typer.BadParameter("is missing", param_hint="--config")
+    Raises:
+        typer.Exit: something failed, which has been said. Failures of single runs are recorded in the search instead.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for programmers
-    try:
-        optional("optuna", "search")
-        from .search import SearchRecipe
-
-        wanted = SearchRecipe.read(config, changes or ())
-        worker = wanted.load()
-        result = worker.search()
-    except (RecipeError, RuntimeError, ValueError) as error:  # of runs they are recorded
-        errors.print(f"[bold red]Error[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
-    for decision in result.decisions:
-        tie = "  (a tie)" if decision.tie else ""
-        out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {decision.means[decision.winner]:.4f}{tie}")
-    folder = Path(wanted.search.output_dir)
-    write(result, folder)
-    result.config.save_pretrained(str(folder))
-    out.print(f"[cyan]config[/]  {folder / 'adapter_config.json'}")
+    with one_line(errors):
+        wanted = read(path, changes)
+        folder = Path(wanted.search.output_dir)
+        check_writable("search.output_dir", folder)
+        no_bars()
+        with wanted.explained():
+            result = wanted.load().search()
+        for decision in result.decisions:
+            tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
+            out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
+        write(result, folder)
+        result.config.save_pretrained(str(folder))
+        out.print(f"[cyan]config[/]  {folder / 'adapter_config.json'}")
 
 
-@app.command()
-def report(config: Config, changes: Changes = None) -> None:
-    """Write report.html and runs.csv of a search, finished or not."""
-    try:
-        optional("optuna", "search")
+def report(path: Path, changes: Sequence[str]) -> None:
+    """Write the report of a search, finished or not.
+
+    Raises:
+        typer.Exit: something failed, which has been said.
+    """
+    with one_line(errors):
+        wanted = read(path, changes)
+        check_writable("search.output_dir", wanted.search.output_dir)
         from ..trainers.search import SearchResult
-        from .search import SearchRecipe
 
-        wanted = SearchRecipe.read(config, changes or ())
-        settings = wanted.search
-        result = SearchResult.load(settings.storage, settings.study_name)
-    except (RecipeError, ValueError) as error:
-        errors.print(f"[bold red]Error[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
-    write(result, Path(settings.output_dir))
+        with wanted.explained():
+            result = SearchResult.load(wanted.search.storage, wanted.search.study_name)
+        write(result, Path(wanted.search.output_dir))
 
 
-def write(result, folder: Path) -> None:
+def read(path: Path, changes: Sequence[str]) -> "SearchRecipe":
+    """The search of a file. Its module is imported here: it needs what comes with an extra."""
+    for module in ("optuna", "matplotlib"):
+        optional(module, "search", "A search")
+    from .search import SearchRecipe
+
+    return SearchRecipe.read(path, changes)
+
+
+def write(result: "SearchResult", folder: Path) -> None:
     from ..trainers.search import write_report
 
-    out.print(f"[cyan]report[/]  {write_report(result, folder)}")
+    out.print(f"[cyan]report[/]  {escape(str(write_report(result, folder)))}")

@@ -1,5 +1,6 @@
 """The search through a design space, S0 to S4: sample, train, compare, narrow, stage by stage."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from torch import nn
 from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
+from .progress import LineAMinute
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
 from .trial_queue import Queue, Record, Run, only_new_garbage
@@ -107,6 +109,7 @@ class DesignSpaceSearch:
         space = self.space
         with self._progress() as bars, only_new_garbage():
             while not space.finished:
+                check_feasible(space)
                 self._work(space, bars)
                 space = space.narrow(self._decide(space).winner)
         model = next(iter(self.tasks.values())).model
@@ -132,7 +135,8 @@ class DesignSpaceSearch:
 
     def _progress(self) -> Progress:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
-        return Progress(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
+        kind = Progress if sys.stderr.isatty() else LineAMinute
+        return kind(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
 
     def _work(self, space: Space, bars: Progress) -> None:
         """Bars for the stage and for the search as a whole, whose length is a guess until the groups are chosen."""
@@ -205,8 +209,15 @@ class DesignSpaceSearch:
 
 def stages_ahead(space: Space) -> Iterator[Space]:
     """The stages after this one, if the last constraint wins at each."""
-    while not (space := space.narrow(space.constraints()[-1])).finished:
+    while (names := space.constraints()) and not (space := space.narrow(names[-1])).finished:
         yield space
+
+
+def check_feasible(space: Space) -> None:
+    """Raise where no model can keep to any constraint of a stage, such as under a budget that is too small."""
+    if not space.constraints():
+        reason = next(iter(getattr(space, "left_out", {}).values()), "there is no constraint")
+        raise ValueError(f"`space` has no model for stage {space.stage!r}: {reason}")
 
 
 def plain(config: PeftConfig) -> dict[str, Any]:

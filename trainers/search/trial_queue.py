@@ -31,6 +31,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from ...placement import check
+from ...writable import check_writable
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "lost"]
 STATES: dict[TrialState, State] = {
@@ -286,6 +287,7 @@ def connect(url: str, heartbeat: int, create: bool = True) -> RDBStorage:
         file = Path(str(database.database))
         check("storage", url, file.parent.is_dir(), f"must lie in a folder that exists, unlike {file.parent}")
         check("storage", url, create or file.exists(), "must name a file that exists")
+        check_writable("storage", file.parent, url)  # else the lock would be waited for without end
     with FileLock(f"{database.database}.lock") if is_sqlite else nullcontext():  # of all, one makes the tables
         storage = RDBStorage(
             url,

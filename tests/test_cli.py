@@ -1,0 +1,152 @@
+"""The command line as a whole: what it imports, its version, and what each command says when something is wrong."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from typer.testing import CliRunner
+
+from hf_peft_ext.cli import app
+from hf_peft_ext.recipes.draft import RecipeError
+from hf_peft_ext.recipes.failures import one_line
+from hf_peft_ext.recipes.progress import LineAMinute
+from hf_peft_ext.trainers.search.progress import LineAMinute as SearchLines
+from hf_peft_ext.writable import check_writable
+
+HELPS = """
+import sys
+from hf_peft_ext_cli import app
+for words in ("--help", "--version", "train --help", "search --help", "search report --help", "push --help"):
+    app(words.split(), standalone_mode=False)
+print("imported:", [name for name in ("torch", "transformers", "peft", "hf_peft_ext", "yaml") if name in sys.modules])
+"""
+
+
+def test_help_imports_nothing_heavy():
+    """Help and version come without the package, whose import takes seconds."""
+    done = subprocess.run([sys.executable, "-c", HELPS], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+    assert all(command in done.stdout for command in ("train", "search", "push", "lm-eval", "report"))
+
+
+def test_importing_the_package_registers_the_methods():
+    """All of them, in a process that has not imported peft before."""
+    code = "import hf_peft_ext; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as t; print(t['UNIPELT'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("<class 'hf_peft_ext."), done.stderr
+
+
+def test_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.splitlines()[0] == f"hf_peft_ext {version('hf_peft_ext')}"
+    assert f"transformers {version('transformers')}" in result.output
+
+
+# folders
+
+
+def test_writable(tmp_path):
+    """A folder that can be made, or is there, passes and nothing is left of the attempt."""
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        check_writable("output_dir", folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside", "dangling", "dangling/inside", "x" * 300, "/proc/none/x"])
+def test_not_writable(place, tmp_path):
+    """A file or a dangling link where the folder should be or pass, a name too long, a system that takes no files."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"`output_dir` \(='.*'\) must lie where files can be written \(.*: .+\)\."):
+        check_writable("output_dir", tmp_path / place)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# errors
+
+
+class Said:
+    """In the place of a console."""
+
+    def __init__(self):
+        self.text = ""
+
+    def print(self, text):
+        self.text += text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RecipeError("a\n  b"), 2), (ValueError("a b"), 2), (OSError("a b"), 1), (RuntimeError("a\nb"), 1)],
+)
+def test_one_line(error, code):
+    import typer
+
+    said = Said()
+    with pytest.raises(typer.Exit) as left, one_line(said):
+        raise error
+    assert left.value.exit_code == code
+    assert said.text == "[bold red]Error[/] a b"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(AssertionError), one_line(Said()):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("missing", ["optuna", "matplotlib"])
+def test_a_search_without_its_extra(missing):
+    """The error says what to install, from Python and from the command line."""
+    code = f"import sys; sys.modules[{missing!r}] = None; "
+    for rest in (
+        "from hf_peft_ext.trainers import DesignSpaceSearch",
+        "from hf_peft_ext.cli import app; app(['search', '--config', 'x.yaml'])",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code + rest], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode != 0
+        assert f"needs {missing}: pip install 'hf_peft_ext[search]'." in done.stderr
+
+
+# progress
+
+
+def test_a_line_a_minute(capsys):
+    """At most one a minute, with step, loss and what is left; none of ranks other than 0."""
+    now = [0.0]
+    lines = LineAMinute(clock=lambda: now[0])
+    state = TrainerState(max_steps=100, global_step=20, is_world_process_zero=True)
+    told = (TrainingArguments(use_cpu=True), state, TrainerControl())
+    lines.on_train_begin(*told)
+    for step in range(1, 11):  # half a minute each; 20 were done before
+        now[0] += 30
+        state.global_step = 20 + step
+        lines.on_log(*told, logs={"loss": 0.5})
+        lines.on_step_end(*told)
+        lines.on_prediction_step(*told)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5
+    assert said[0] == "step 22 of 100, loss 0.5, 1 min, about 39 min left"
+    assert said[-1] == "step 30 of 100, loss 0.5, 5 min, about 35 min left"
+    now[0] += 60
+    lines.on_prediction_step(*told)
+    assert capsys.readouterr().err == "evaluating after step 30 of 100\n"
+    state.is_world_process_zero, now[0] = False, 1e6
+    lines.on_step_end(*told)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_a_minute_of_a_search(capsys):
+    now = [0.0]
+    for silent in (False, True):
+        with SearchLines(disable=silent, clock=lambda: now[0]) as lines:
+            stage = lines.add_task("S1", total=8, failed="")
+            for done in range(4):
+                now[0] += 40
+                lines.update(stage, completed=done, failed="1 failed" if done else "")
+        said = capsys.readouterr().err.splitlines()
+        assert said == ([] if silent else ["S1: 1 of 8 runs, 1 failed", "S1: 3 of 8 runs, 1 failed"])
