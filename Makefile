@@ -85,6 +85,11 @@ clean:  ## remove results, caches and build files; .venv stays
 	@echo "Installing the oldest of everything into .venv-oldest ..."
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install -qq $(TORCH)
+	@.venv-oldest/bin/python -m pip install -qq packaging
 	@.venv-oldest/bin/python tools/versions.py oldest .venv-oldest/oldest.txt
 	@.venv-oldest/bin/python -m pip install -qq -c .venv-oldest/oldest.txt -e ".[test]" $(firstword $(TORCH))
 	@touch $@
+
+.PHONY: gpu
+gpu: .venv/.test  ## what only a GPU can show, at most 12 minutes; writes examples/benchmarks/results/gpu/
+	$(BIN)/python examples/benchmarks/gpu.py $(GPU)

@@ -14,7 +14,7 @@ GatePooling = Literal["auto", "mean", "mean_padded", "token"]
 
 # Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_`
 # forms name cross-attention alone.
-LEAF_SITES = ("query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
+LEAF_SITES = ("query", "key", "value", "mixer_input", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
 SITES: dict[str, tuple[str, ...]] = {
     "bottleneck": (
         *("after_attention", "after_ffn", "after_residual"),
@@ -45,6 +45,8 @@ class Placement:
               "parallel_ffn", "parallel_residual" (beside the FFN too, but reads the residual stream in front of the
               FFN's norm; only in models that have one there);
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
+              "mixer_input", the projection that stands for "query", "key" and "value" in layers without attention
+              (Mamba's `in_proj`), where a branch at one of these goes as well;
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or

@@ -1,7 +1,8 @@
 """Quantised weights: reading them, and keeping them trainable."""
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 def plain_weight(module: nn.Module) -> Tensor:
     """The weight of a module as numbers, in the shape that the module's class says, dequantised where it is packed."""
     keep_4bit_trainable(module)  # a repacked weight cannot be read
+    weight: Any = getattr(module, "weight", None)
+    if type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8:
+        # peft's way moves the weight, which drops its scales; the first forward has put them into the module's state
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else cast(Any, module).state.SCB
+        return weight.detach().to(scales.dtype) * scales.to(weight.device).view(-1, 1) / 127
     return dequantize_module_weight(module).detach()
 
 

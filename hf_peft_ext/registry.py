@@ -6,6 +6,7 @@ report, which ask for `.value`.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -78,17 +79,20 @@ def extend(ours: Callable[..., Any]) -> Callable[..., Any]:
     """Have `PeftModel` use `ours` for adapters of this package, in place of its method of the same name.
 
     `ours` is called with peft's own method, the model and the arguments. Models with other adapters keep that method.
+    For a class method it is called with the class instead, whatever the adapter: its type is not known yet.
     """
     name = ours.__name__
-    stock = getattr(PeftModel, name)
+    held = inspect.getattr_static(PeftModel, name)
+    of_class = isinstance(held, classmethod)
+    stock = held.__func__ if of_class else held
     stock = getattr(stock, "stock", stock)  # of a module that is loaded again
 
     @functools.wraps(stock)
-    def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        if self.peft_type in REGISTERED:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if of_class or self.peft_type in REGISTERED:
             return ours(functools.partial(stock, self), self, *args, **kwargs)
         return stock(self, *args, **kwargs)
 
     vars(method)["stock"] = stock
-    setattr(PeftModel, name, method)
+    setattr(PeftModel, name, classmethod(method) if of_class else method)
     return ours

@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
@@ -76,13 +77,19 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
 def known_fields(config_cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says, checked against the fields of a config class.
 
-    Keys that are no fields are left out where they say nothing: other versions of peft have more, as null.
+    Other versions of peft and of this package have more fields. One that is no field here is left out where it is not
+    used: silently if it is null or empty, with a warning if it is false, which may be another value than its default.
 
     Raises:
         ValueError: a key is no field, or its value has another type, is too large, or is no finite number.
     """
     known, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
-    said = {k: v for k, v in given.items() if k not in IGNORED and (k in known or v not in (None, {}, []))}
+    said = {k: v for k, v in given.items() if k not in IGNORED and (k in known or says_something(k, v))}
+    unused = sorted(k for k, v in said.items() if k not in known and v is False)
+    if unused:
+        what = f"`{'`, `'.join(unused)}` (=False) are no fields of {config_cls.__name__}"
+        warnings.warn(f"{what} and were left out; the adapter may be of a later version.", stacklevel=2)
+    said = {k: v for k, v in said.items() if k not in unused}
     for name, value in said.items():
         if name not in known:
             refuse(name, value, f"is not a field of {config_cls.__name__}")
@@ -101,6 +108,11 @@ def known_fields(config_cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
                 if entry and not NAME.fullmatch(entry):
                     refuse(name, entry, "must name modules by letters, digits, '_', '-' and '.'")
     return said
+
+
+def says_something(name: str, value: Any) -> bool:
+    """Whether a field that is not known holds more than null or nothing."""
+    return name not in IGNORED and not (value is None or value in ("", [], {}))
 
 
 def type_name(hint: Any) -> str:

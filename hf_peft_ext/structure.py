@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .calls import code_of, parameters
+from .calls import own_modules as own_modules
 
 # What a leaf of an attention module does, by its name.
 ROLES = {
@@ -32,17 +34,26 @@ FFN_GATES = {"gate_proj", "wi_0", "w1"}
 FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
 # Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
 WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
+# Norms whose channels are the second axis, not the last.
+WITHOUT_FEATURES = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Names of the cache among the arguments of a forward: "cache" since transformers 5.24, "past_key_values" before.
 CACHES = ("cache", "past_key_values", "layer_past")
+# Names of what a mixer keeps from token to token instead.
+STATES = (*CACHES, "cache_params", "state")
+# What the code of softmax attention names.
+SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "scaled_dot_product_attention"}
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of blocks that have attention somewhere, encoder before decoder."""
+    """The lists of blocks, encoder before decoder: the outermost ones that have attention somewhere, or whose blocks
+    all have a norm and some a mixer that keeps a state (Mamba, RWKV). Of lists of stages, the stages' own lists.
+    """
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and has_attention(module) and not of_stacks(module):
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if (has_attention(module) and not of_stacks(module)) or is_recurrent(module):
             found.append(name)
             yield name, module
 
@@ -51,11 +62,27 @@ def has_attention(module: nn.Module) -> bool:
     return any(is_attention(m) for m in module.modules())
 
 
+def is_recurrent(stack: nn.ModuleList) -> bool:
+    """Whether a list holds blocks that mix tokens by a state alone."""
+    mixes = any(takes_state(m) and is_mixer(m) for m in stack.modules() if not isinstance(m, nn.ModuleList))
+    return mixes and not has_attention(stack) and all(any(map(is_norm, block.modules())) for block in stack)
+
+
 def of_stacks(stack: nn.ModuleList) -> bool:
-    """Whether the blocks are stacks themselves, as in ALBERT's groups: lists of nothing but blocks with attention."""
-    inner = [block if isinstance(block, nn.ModuleList) else next(block.children(), None) for block in stack]
-    lone = all(isinstance(block, nn.ModuleList) or len(list(block.children())) == 1 for block in stack)
-    return lone and all(isinstance(i, nn.ModuleList) and all(has_attention(m) for m in i) for i in inner)
+    """Whether the blocks are stacks themselves, as in ALBERT's groups and Swin's stages: all their attention lies in
+    lists of nothing but blocks of one class, each with attention.
+    """
+    return all(is_stage(block) for block in stack)
+
+
+def is_stage(block: nn.Module) -> bool:
+    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inner = [
+        m for m in lists if all(map(has_attention, m)) and len({type(b) for b in m}) == 1 and not is_attention(m[0])
+    ]
+    inside = {id(m) for stack in inner for m in stack.modules()}
+    attentions = [m for m in block.modules() if is_attention(m)]
+    return bool(attentions) and all(id(m) in inside for m in attentions)
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -79,7 +106,10 @@ def leaf_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises the features of each token, which lie along the last axis."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, WITHOUT_FEATURES) or getattr(module, "data_format", "") == "channels_first":
+        return False
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
 
 
@@ -87,6 +117,34 @@ def is_attention(module: nn.Module) -> bool:
     """An attention module owns a fused projection, or a query and a value, or a query and the latent of both."""
     roles = attention_leaves(module)
     return "fused" in roles or ("query" in roles and ("value" in roles or "latent" in roles))
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a module mixes tokens by other means than softmax attention: linear attention, a state space, a short
+    convolution. It owns linear leaves, and a convolution along time or an argument for its state.
+    """
+    if not any(leaf_size(child) for child in module.children()):
+        return False
+    stateful = takes_state(module) or any(isinstance(child, nn.Conv1d) for child in module.children())
+    return stateful and not (is_attention(module) and attends(module))
+
+
+def takes_state(module: nn.Module) -> bool:
+    return not parameters(module).isdisjoint(STATES)
+
+
+def is_bypassed(model: nn.Module, leaf: str) -> bool:
+    """Whether the weight of a leaf is read past it: its owner never calls it, or is a mixer, whose kernels take it."""
+    path, _, name = leaf.rpartition(".")
+    owner = model.get_submodule(path)
+    code = code_of(type(owner))
+    return name in code.read and (name not in code.called or is_mixer(owner))
+
+
+def attends(attention: nn.Module) -> bool:
+    """Whether an attention module takes a softmax over keys, as far as its code tells; linear attention does not."""
+    words = code_of(type(attention)).words
+    return not (takes_state(attention) and words and not words & SOFTMAX)
 
 
 def attention_leaves(module: nn.Module) -> dict[str, str]:
@@ -100,16 +158,6 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
-
-
-def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """named_modules, without what tuners have put in."""
-    yield prefix, model
-    if isinstance(model, BaseTunerLayer):
-        return
-    for name, child in model.named_children():
-        if not (isinstance(child, BaseTunerLayer) and not hasattr(child, "base_layer")):
-            yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
 def has_final_norm(model: nn.Module, stack: str) -> bool:

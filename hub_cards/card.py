@@ -13,6 +13,7 @@ from . import figures
 from .adapter import SavedAdapter, is_hub_id
 from .edits import Version, digest, read_text, split
 from .metadata import card_data, check_metadata
+from .places import without_places
 from .record import TrainingRecord
 from .sections import values
 from .stock import without_stock
@@ -121,7 +122,7 @@ def write_card(
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
-        made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()
+        made[RECIPE] = yaml_dump(without_places(record.recipe), sort_keys=False).encode()
     files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
     version.generated |= {BESIDE + name: hash for name, hash in files.items()}

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from math import sqrt
+from math import isfinite, nan, sqrt
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from ..placement import check
 from ..schema import fits, refuse, type_hints
@@ -129,9 +129,10 @@ class TrainingRecord:
     tags: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the record into the adapter's folder."""
+        """Write the record into the adapter's folder. Numbers that are not finite become null: JSON has none."""
         path = Path(folder) / FILE
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
+        path.write_text(content + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -181,6 +182,15 @@ class TrainingRecord:
         return read_as(cls, stored)
 
 
+def finite(value: Any) -> Any:
+    """A copy of JSON-like data with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def read_as(kind: Any, value: Any, name: str = "") -> Any:
     """What JSON holds as a field's type, dataclasses included; `name` is the field.
 
@@ -191,6 +201,7 @@ def read_as(kind: Any, value: Any, name: str = "") -> Any:
     if is_dataclass(of) and isinstance(value, list):
         return [read_as(of, entry, f"{name}[{i}]") for i, entry in enumerate(value)]
     if not (isinstance(kind, type) and is_dataclass(kind)):
+        value = with_nan(kind, value)
         if not fits(value, kind):
             refuse(name, value, f"in {FILE} must be of type {getattr(kind, '__name__', kind)}")
         return value
@@ -203,6 +214,18 @@ def read_as(kind: Any, value: Any, name: str = "") -> Any:
     check(name or FILE, missing, not missing, "must be there")
     inside, hints = f"{name}." if name else "", type_hints(kind)
     return kind(**{key: read_as(hints[key], entry, f"{inside}{key}") for key, entry in value.items()})
+
+
+def with_nan(kind: Any, value: Any) -> Any:
+    """NaN where a number was not finite when it was written."""
+    if kind is float:
+        return nan if value is None else value
+    of = get_args(kind)
+    if get_origin(kind) is list and isinstance(value, list):
+        return [with_nan(of[0], item) for item in value]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: with_nan(of[1], item) for key, item in value.items()}
+    return value
 
 
 def pooled(results: Sequence[Result]) -> Result:

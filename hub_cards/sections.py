@@ -9,6 +9,7 @@ from huggingface_hub.utils import yaml_dump
 from . import figures, methods
 from .adapter import SavedAdapter, is_hub_id
 from .metadata import base_model
+from .places import in_text, without_places
 from .record import DatasetRecord, Result, TrainingRecord
 from .snippet import base_class, ranks_choices, snippet
 from .text import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
@@ -50,8 +51,8 @@ def values(
         "datasets": datasets(record.datasets),
         "facts": facts(record, revision),
         "recipe": bool(record.recipe),
-        "arguments": as_yaml(record.recipe or record.hyperparameters),
-        "command": fenced(record.command, "bash") if record.command else None,
+        "arguments": as_yaml(without_places(record.recipe or record.hyperparameters)),
+        "command": fenced(in_text(record.command), "bash") if record.command else None,
         "versions": versions({"peft": adapter.config.peft_version} | record.versions),
         "citations": fenced("\n\n".join(filter(None, cited)), "bibtex") if any(cited) else None,
     }
@@ -98,12 +99,16 @@ def results(found: Sequence[Result]) -> str | None:
 
 
 def spread(found: Sequence[Result]) -> str | None:
-    """What stands behind ±."""
-    runs = {result.runs for result in found if result.spread is not None}
-    if not runs:
+    """What stands behind ±: of each method by itself, unless this adapter and all others ran as often."""
+    several = [result for result in found if result.spread is not None]
+    if not several:
         return None
-    counts = " to ".join(map(whole, sorted({min(runs), max(runs)})))
-    return f"Mean ± standard deviation over {counts} runs."
+    runs = {result.method: [r.runs for r in several if r.method == result.method] for result in several}
+    counted = {method: " to ".join(map(whole, sorted({min(n), max(n)}))) for method, n in runs.items()}
+    if "adapter" in counted and len(set(counted.values())) == 1:
+        return f"Mean ± standard deviation over {counted['adapter']} runs."
+    said = ", ".join(f"{COLUMNS.get(method) or code(method)} {count}" for method, count in counted.items())
+    return f"Mean ± standard deviation where there were several runs: {said}."
 
 
 def architecture(adapter: SavedAdapter) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 VOCAB, D, HEADS, LAYERS = 60, 32, 4, 2
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -127,3 +127,86 @@ BACKBONES = {
         },
     ),
 }
+
+GROUPED = {**PLAIN, "num_key_value_heads": 2, "num_hidden_layers": 4}
+LINEAR = {
+    **{**GROUPED, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HALF = ["linear_attention", "full_attention"] * 2
+# Models of which some layers, or all, mix tokens by other means than softmax attention. Those of them that this
+# version of transformers has.
+HYBRIDS = {
+    "qwen3_next": Backbone(
+        "decoder", "qwen3_next", {**LINEAR, **SPARSE, "shared_expert_intermediate_size": 32, "layer_types": HALF}
+    ),
+    "qwen3_5": Backbone("decoder", "qwen3_5_text", LINEAR),
+    "bamba": Backbone("decoder", "bamba", {**GROUPED, **MAMBA, "attn_layer_indices": [1, 3]}),
+    "jamba": Backbone(
+        "decoder",
+        "jamba",
+        {
+            **{**GROUPED, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1},
+            **{"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        },
+    ),
+    "kimi_linear": Backbone(
+        "decoder",
+        "kimi_linear",
+        {
+            **{**GROUPED, **SPARSE, "num_key_value_heads": HEADS, "layer_types": HALF, "num_experts_per_token": 2},
+            **{"kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8, "head_dim": 8},
+            **{"linear_head_dim": 8, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"] * 2},
+        },
+    ),
+    "granite_hybrid": Backbone(
+        "decoder",
+        "granitemoehybrid",
+        {
+            **{**GROUPED, **MAMBA, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+            "layer_types": HALF,
+        },
+    ),
+    "lfm2": Backbone("decoder", "lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"] * 2}),
+    "falcon_h1": Backbone("decoder", "falcon_h1", {**GROUPED, **MAMBA, "mamba_d_ssm": 64}),
+    "nemotron_h": Backbone(
+        "decoder",
+        "nemotron_h",
+        {
+            **{"hidden_size": D, "intermediate_size": 64, "num_attention_heads": HEADS, "num_key_value_heads": 2},
+            **{"head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2},
+            **{"chunk_size": 16, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+        },
+    ),
+    "recurrent_gemma": Backbone(
+        "decoder",
+        "recurrent_gemma",
+        {**GROUPED, "lru_width": D, "head_dim": 8, "block_types": ["recurrent", "attention"]},
+    ),
+    "zamba2": Backbone(
+        "decoder",
+        "zamba2",
+        {
+            **{**GROUPED, "num_key_value_heads": HEADS, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_state": 8},
+            **{"chunk_size": 16, "attention_head_dim": 16, "kv_channels": 8, "num_query_groups": HEADS},
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        },
+    ),
+    "mamba": Backbone("decoder", "mamba", {"hidden_size": D, "num_hidden_layers": 3, "state_size": 8}),
+    "mamba2": Backbone(
+        "decoder",
+        "mamba2",
+        {
+            **{"hidden_size": D, "num_hidden_layers": 3, "state_size": 8, "num_heads": 8, "head_dim": 8},
+            **{"n_groups": 2, "chunk_size": 16},
+        },
+    ),
+    "rwkv": Backbone(
+        "decoder",
+        "rwkv",
+        {"hidden_size": D, "num_hidden_layers": 3, "attention_hidden_size": D, "intermediate_size": 64},
+    ),
+}
+HYBRIDS = {name: family for name, family in HYBRIDS.items() if family.model_type in CONFIG_MAPPING}

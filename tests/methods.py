@@ -1,7 +1,7 @@
 """The methods; a row each. Every row runs the whole contract."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +12,16 @@ from hf_peft_ext import (
     BitFitConfig,
     BottleneckConfig,
     ComposedConfig,
+    LadderConfig,
     LayerPrefixConfig,
     MAMConfig,
     Placement,
     S4Config,
+    TFewConfig,
     UniPELTConfig,
 )
+
+from .backbones import BACKBONES
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,31 @@ class Method:
         config: makes its config.
         starts_as_base: whether the untrained adapter changes nothing.
         mergeable: whether it can be merged into the base model's weights.
+        mixes: whether the rows of one batch may have different adapters.
+        part: what the names of its tensors have before the adapter's name.
+        layers: the field that names the layers to adapt.
+        refused: families that it cannot be put on -> what the error says of them.
     """
 
     config: Callable[..., PeftConfig]
     starts_as_base: bool = False
     mergeable: bool = False
+    mixes: bool = True
+    part: str = "sublayer_of"
+    layers: str = "layers_to_transform"
+    refused: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, **kwargs: Any) -> PeftConfig:
         return self.config(**kwargs)
+
+    def owns(self, name: str, adapter: str = "default") -> bool:
+        """Whether a parameter is one of the adapter's."""
+        return f".{self.part}.{adapter}." in f"{name}."
+
+    def second(self, backbone: str) -> PeftConfig:
+        """Another config, of some of the layers; a ladder needs one in each stack."""
+        chosen = [1, 3] if self.part == "side_of" and BACKBONES[backbone].kind == "seq2seq" else [0, 1]
+        return self(**{self.layers: [1] if self.part == "side_of" and chosen == [0, 1] else chosen})
 
 
 def composed(**kwargs: Any) -> PeftConfig:
@@ -79,6 +100,18 @@ METHODS = {
     ),
     "composed": Method(composed),
 }
+# Methods that are no list of placements.
+OTHERS = {
+    "tfew": Method(TFewConfig, starts_as_base=True, mergeable=True, part="ia3_l"),
+    "ladder": Method(
+        lambda **kw: LadderConfig(r=4, **kw),
+        mixes=False,
+        part="side_of",
+        layers="layers_to_keep",
+        refused=dict.fromkeys(("albert", "bloom", "deepseek_v3", "falcon", "gpt_neox", "modernbert"), "cannot be cut"),
+    ),
+}
+ALL = METHODS | OTHERS
 
 
 def randomise(model: nn.Module, adapter: str = "default", seed: int = 0, std: float = 0.2) -> None:
@@ -86,5 +119,6 @@ def randomise(model: nn.Module, adapter: str = "default", seed: int = 0, std: fl
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f".{adapter}." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            if f".{adapter}." in f"{name}.":
+                around = 1.0 if ".ia3_l." in name else 0.0  # where it scales
+                parameter.copy_(around + torch.randn(parameter.shape, generator=generator) * std)

@@ -1,5 +1,6 @@
 """The benchmarks run, on little."""
 
+import csv
 import importlib.util
 import re
 import sys
@@ -85,3 +86,85 @@ def test_plug_in_memory(capsys, monkeypatch):
     assert found[module.FULL][2] == "1.00"
     full, ladder = (int(found[name][1]) for name in names[:2])
     assert float(found["ladder, r = 8"][2]) == pytest.approx(full / ladder, rel=0.05)
+
+
+def table(file):
+    with file.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.slow
+def test_scale(capsys, monkeypatch, tmp_path):
+    """All four costs, each beside LoRA's; memory in processes of their own."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = run("scale", "--quick", "--output", str(tmp_path))
+    assert "A long forward pass, 64 tokens" in capsys.readouterr().out
+    found = {part: table(tmp_path / f"scale_{part}.csv") for part in module.PARTS}
+    assert [row["method"] for row in found["idle"]] == list(module.METHODS)
+    assert [row["method"] for row in found["load"]] == list(module.METHODS)
+    for row in found["load"]:
+        ratio = float(row["load_adapter, s"]) / float(row["from_pretrained, s"])
+        assert float(row["ratio"]) == pytest.approx(ratio)
+    lora = next(row for row in found["length"] if row["method"] == module.LORA)
+    assert (lora["time / LoRA"], lora["peak / LoRA"]) == ("1.0", "1.0")
+    assert all(float(row["peak, MiB"]) > 0 for row in found["length"])
+    assert float(found["help"][-1]["seconds"]) > 0
+    assert "| prefix |" in (tmp_path / "scale_length.md").read_text(encoding="utf-8")
+
+
+def test_gpu_says_what_it_skips(capsys, monkeypatch, tmp_path):
+    """Without a GPU every row says so, and no process is started."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    module = run("gpu", "--output", str(tmp_path))
+    for name, part in module.PARTS.items():
+        rows = table(tmp_path / f"{name}.csv")
+        assert len(rows) == sum(map(len, part.jobs.values())) > 0
+        assert {row["error"] for row in rows} == {module.NO_CUDA}
+    assert [row["part"] for row in table(tmp_path / "seconds.csv")] == [*module.PARTS, "all"]
+
+
+@pytest.mark.slow
+def test_gpu_prefix_part(monkeypatch, tmp_path):
+    """One part end to end in its own process: prefix attention is the one written out, and bf16 costs it no more."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    run("gpu", "--smoke", "--parts", "prefix", "--output", str(tmp_path))
+    rows = [row for row in table(tmp_path / "prefix.csv") if "this version of" not in row.get("error", "")]
+    assert len(rows) >= 7  # transformers 5.15 has T5's attention in T5
+    for row in rows:
+        assert float(row["prefix moves by"]) > 0.01
+        assert max(float(row["float32"]), float(row["float32, gradient"])) < 1e-5
+        assert float(row["bf16"]) < 2 * float(row["bf16 without prefix"])
+
+
+def test_gpu_failures_cost_one_row(monkeypatch, tmp_path):
+    """A process that dies is followed by another for the rows behind; what is over when the time is says so."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("gpu")
+    args = module.Arguments(parts=["speed"], smoke=True, output=tmp_path)
+    started = module.Run(args, tmp_path)
+    calls = []
+
+    def process(name, job, names):
+        calls.append(names)
+        return ({}, "ended by SIGSEGV") if names[0] == "b" else ({names[0]: {"ms": 1.0}}, "")
+
+    monkeypatch.setattr(started, "process", process)
+    rows = started.job("speed", module.PARTS["speed"], "x", ["a", "b", "c"])
+    assert calls == [["a", "b", "c"], ["b", "c"], ["c"]]
+    assert [row.get("error") for row in rows] == [None, "ended by SIGSEGV", None]
+    started.end = 0.0
+    assert started.job("speed", module.PARTS["speed"], "x", ["a"])[0]["error"] == module.OUT_OF_TIME
+
+
+@pytest.mark.slow
+def test_gpu_smoke(monkeypatch, tmp_path):
+    """All parts run on the CPU with tiny models, but for what needs CUDA."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = run("gpu", "--smoke", "--minutes", "9", "--output", str(tmp_path))
+    for name in module.PARTS:
+        errors = {row.get("error") or "" for row in table(tmp_path / f"{name}.csv")}
+        assert {e for e in errors if "this version of transformers" not in e} <= {"", module.NO_CUDA}, name
+    reloaded = "reloaded, they differ by"
+    assert all(float(row[reloaded]) == 0 for row in table(tmp_path / "nf4.csv"))
+    assert {row["peak, GiB"] for row in table(tmp_path / "memory.csv")} == {module.NO_CUDA}

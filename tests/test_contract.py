@@ -8,11 +8,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from .backbones import BACKBONES, output
-from .methods import METHODS, randomise
+from .methods import ALL as METHODS
+from .methods import randomise
+from .test_safe_load import fingerprint
 
-every_method = pytest.mark.parametrize("method", METHODS)
-every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
-decoders = pytest.mark.parametrize("backbone", [name for name, b in BACKBONES.items() if b.kind != "encoder"])
+pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
+PAIRS = [(b, m) for m, method in METHODS.items() for b in BACKBONES if b not in method.refused]
+every_pair = pytest.mark.parametrize(("backbone", "method"), PAIRS)
+decoders = pytest.mark.parametrize(
+    ("backbone", "method"), [(b, m) for b, m in PAIRS if BACKBONES[b].kind != "encoder"]
+)
+refusals = pytest.mark.parametrize(
+    ("backbone", "method"), [(b, m) for m, method in METHODS.items() for b in method.refused]
+)
 
 
 def loss(result):
@@ -28,8 +36,7 @@ def tuned(method, backbone, **kwargs):
     return model.eval(), family.inputs()
 
 
-@every_method
-@every_backbone
+@every_pair
 def test_start_effect_and_disable(method, backbone):
     """Starts as the base model where the paper says so; with weights it acts; disabled it does not."""
     family = BACKBONES[backbone]
@@ -46,15 +53,14 @@ def test_start_effect_and_disable(method, backbone):
             assert torch.equal(output(model, inputs), base)
 
 
-@every_method
-@every_backbone
+@every_pair
 def test_trains_only_itself(method, backbone):
     """Every adapter weight gets a gradient (but for a pooler that the outputs leave out), no base weight does."""
     model, inputs = tuned(method, backbone)
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     loss(output(model, inputs)).backward()
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        n for n, _ in model.named_parameters() if "sublayer_of.default." in n
+        n for n, _ in model.named_parameters() if METHODS[method].owns(n)
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -64,13 +70,14 @@ def test_trains_only_itself(method, backbone):
             assert torch.equal(parameter, before[name])
 
 
-@every_method
-@every_backbone
+@every_pair
 def test_saves_exactly_itself(method, backbone, tmp_path):
     """The file holds adapter tensors only; reloaded, with or without low memory, the outputs are equal to the bit."""
     model, inputs = tuned(method, backbone)
     model.save_pretrained(tmp_path)
-    assert all(".sublayer_of." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert keys
+    assert all(METHODS[method].part in key.split(".") for key in keys)
     with torch.no_grad():
         expected = output(model, inputs)
         for low_cpu_mem_usage in (False, True):
@@ -79,8 +86,7 @@ def test_saves_exactly_itself(method, backbone, tmp_path):
             assert torch.equal(output(again, inputs), expected)
 
 
-@every_method
-@every_backbone
+@every_pair
 def test_unloads_to_the_base(method, backbone):
     """unload leaves no parameter, hook, config or changed output behind."""
     model, inputs = tuned(method, backbone)
@@ -91,13 +97,13 @@ def test_unloads_to_the_base(method, backbone):
         assert torch.equal(output(base, inputs), output(fresh, inputs))
     assert base.state_dict().keys() == fresh.state_dict().keys()
     for (name, module), other in zip(base.named_modules(), fresh.modules(), strict=True):
+        assert type(module) is type(other)
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             assert len(getattr(module, hooks)) == len(getattr(other, hooks)), name
 
 
-@every_method
-@every_backbone
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+@every_pair
 def test_gradient_checkpointing(method, backbone, reentrant):
     """The same gradients with and without checkpointing, of both kinds."""
     if backbone == "albert":
@@ -130,14 +136,23 @@ def test_gradient_checkpointing(method, backbone, reentrant):
         )
 
 
-@every_method
-@every_backbone
+def check_mixed(model, inputs, alone):
+    """One batch whose rows have the second adapter, the first and none."""
+    mixed = output(model, inputs, adapter_names=["other", "default", "__base__"])
+    for row, expected in enumerate(alone):
+        visible = inputs["attention_mask"][row].bool()
+        if "decoder_input_ids" in inputs:
+            visible = torch.ones_like(inputs["decoder_input_ids"][row]).bool()
+        torch.testing.assert_close(mixed[row][visible], expected[row][visible], rtol=1e-4, atol=1e-4)
+
+
+@every_pair
 def test_two_adapters(method, backbone):
     """A second adapter leaves the first as it is; each can be set and deleted; one batch can mix them."""
     model, inputs = tuned(method, backbone)
     with torch.no_grad():
         first = output(model, inputs)
-        model.add_adapter("other", METHODS[method](layers_to_transform=[0, 1]))
+        model.add_adapter("other", METHODS[method].second(backbone))
         randomise(model, "other", seed=7)
         model.eval()
         assert torch.equal(output(model, inputs), first)
@@ -146,20 +161,18 @@ def test_two_adapters(method, backbone):
         assert (second - first).abs().max() > 1e-3
         with model.disable_adapter():
             base = output(model, inputs)
-        mixed = output(model, inputs, adapter_names=["other", "default", "__base__"])
-        for row, alone in enumerate((second, first, base)):
-            visible = inputs["attention_mask"][row].bool()
-            if "decoder_input_ids" in inputs:
-                visible = torch.ones_like(inputs["decoder_input_ids"][row]).bool()
-            torch.testing.assert_close(mixed[row][visible], alone[row][visible], rtol=1e-4, atol=1e-4)
+        if METHODS[method].mixes:
+            check_mixed(model, inputs, (second, first, base))
+        else:
+            with pytest.raises(ValueError, match=r"`adapter_names` \(=\['other', 'default', '__ba.* must be None"):
+                output(model, inputs, adapter_names=["other", "default", "__base__"])
         assert torch.equal(output(model, inputs), second)
         model.delete_adapter("default")
         assert torch.equal(output(model, inputs), second)
         assert not any(".default" in name for name, _ in model.named_parameters())
 
 
-@every_method
-@every_backbone
+@every_pair
 def test_deepcopy(method, backbone):
     """A copy gives the same outputs and shares nothing with the original."""
     model, inputs = tuned(method, backbone)
@@ -170,7 +183,6 @@ def test_deepcopy(method, backbone):
         assert torch.equal(output(twin, inputs), expected)
 
 
-@every_method
 @decoders
 def test_no_token_sees_a_later_one(method, backbone):
     """Changing token t + 1 never changes the logits at t."""
@@ -185,9 +197,8 @@ def test_no_token_sees_a_later_one(method, backbone):
     assert (after[:, -1] - before[:, -1]).abs().max() > 1e-3
 
 
-@every_method
-@decoders
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@decoders
 def test_cached_generation_equals_uncached(method, backbone, attention):
     """Greedy and beam search give the same tokens with and without the cache, with padding on the left."""
     family = BACKBONES[backbone]
@@ -199,3 +210,28 @@ def test_cached_generation_equals_uncached(method, backbone, attention):
         with torch.no_grad():
             cached = model.generate(**inputs, **options, use_cache=True)
             assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@refusals
+def test_refused_families(backbone, method):
+    """A family that a method cannot be put on: an error that says why, and the model as it was."""
+    base = BACKBONES[backbone].build()
+    before = fingerprint(base)
+    with pytest.raises(ValueError, match=METHODS[method].refused[backbone]):
+        get_peft_model(base, METHODS[method]())
+    assert fingerprint(base) == before
+
+
+@every_pair
+def test_merging(backbone, method):
+    """Merged, it gives the same outputs; what cannot be merged says so, and goes on."""
+    model, inputs = tuned(method, backbone)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        if METHODS[method].mergeable:
+            merged = model.merge_and_unload(safe_merge=True)
+            torch.testing.assert_close(output(merged, inputs), expected, rtol=1e-3, atol=1e-3)
+        else:
+            with pytest.raises(ValueError, match=r"cannot be merged into weights|no weight of the base model equals"):
+                model.merge_and_unload()
+            assert torch.equal(output(model, inputs), expected)

@@ -1,6 +1,7 @@
 """Rare paths, each of which went wrong once: what a fresh reader of the code found."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_peft_ext import (
     fold_prefixes,
     gate_values,
 )
+from hf_peft_ext.structure import CACHES
 from hf_peft_ext.tuners.composed import attached
 
 from .backbones import BACKBONES, output
@@ -69,7 +71,8 @@ def test_mean_gates_with_a_static_cache():
     inputs = BACKBONES["llama"].inputs(padding="left")
     with torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=20)
-        static = model(**inputs, past_key_values=cache).logits
+        name = next(name for name in CACHES if name in inspect.signature(model.get_base_model().forward).parameters)
+        static = model(**inputs, **{name: cache}).logits
         torch.testing.assert_close(static, model(**inputs, use_cache=True).logits, rtol=1e-4, atol=1e-4)
 
 

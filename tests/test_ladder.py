@@ -95,16 +95,6 @@ def test_formula_of_an_encoder_decoder():
 
 
 @every_family
-def test_effect_and_disable(family):
-    model, inputs = laddered(family)
-    with torch.no_grad():
-        base = output(BACKBONES[family].build(), inputs)
-        assert (output(model, inputs) - base).abs().max() > 1e-2
-        with model.disable_adapter():
-            assert torch.equal(output(model, inputs), base)
-
-
-@every_family
 def test_trains_only_itself(family):
     """Every weight of the side network gets a gradient (in BERT the outputs leave the pooler out), no other does."""
     model, inputs = laddered(family)
@@ -174,20 +164,6 @@ def test_saves_exactly_itself(family, tmp_path):
 
 
 @every_family
-def test_unloads_to_the_base(family):
-    model, inputs = laddered(family)
-    fresh = BACKBONES[family].build()
-    with torch.no_grad():
-        output(model, inputs)
-        base = model.unload()
-        assert torch.equal(output(base, inputs), output(fresh, inputs))
-    assert base.state_dict().keys() == fresh.state_dict().keys()
-    for module, other in zip(base.modules(), fresh.modules(), strict=True):
-        assert len(module._forward_hooks) == len(other._forward_hooks)
-        assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
-
-
-@every_family
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_gradient_checkpointing(family, reentrant):
     """It changes no gradient, and stays on in the model's own settings."""
@@ -204,34 +180,6 @@ def test_gradient_checkpointing(family, reentrant):
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
     assert all(getattr(m, "gradient_checkpointing", True) for m in model.modules())
-
-
-@every_family
-def test_two_adapters(family):
-    """A second one, of another width and other layers, leaves the first as it is; each can be set and deleted."""
-    model, inputs = laddered(family)
-    with torch.no_grad():
-        first = output(model, inputs)
-        model.add_adapter("other", LadderConfig(r=2, layers_to_keep=[1, 3] if family == "t5" else [1]))
-        randomise(model, "other", seed=7)
-        model.eval()
-        assert torch.equal(output(model, inputs), first)
-        model.set_adapter("other")
-        second = output(model, inputs)
-        assert (second - first).abs().max() > 1e-3
-        model.delete_adapter("default")
-        assert torch.equal(output(model, inputs), second)
-        assert not any(".default" in name for name, _ in model.named_parameters())
-
-
-@every_family
-def test_deepcopy(family):
-    model, inputs = laddered(family)
-    with torch.no_grad():
-        expected = output(model, inputs)
-        twin = copy.deepcopy(model)
-        randomise(model, seed=3)
-        assert torch.equal(output(twin, inputs), expected)
 
 
 def test_starts_as_the_pruned_backbone():

@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig, load_adapter
 from hf_peft_ext.hub_cards import push_adapter
 from hf_peft_ext.patterns import matching
+from hf_peft_ext.safe_load import implied
 from hf_peft_ext.safe_load.config import ONLY, STOCK
 
 from .backbones import BACKBONES, SPECIAL, VOCAB, output
@@ -46,7 +47,11 @@ from .hub_server import STRANGER
 from .methods import METHODS, randomise
 
 # peft's advice on settings that are as they should be here
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    # 2026-11: peft 0.21's prefix tuning calls models by the name that transformers 5.24 gave up
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -86,7 +91,7 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape), tensor.requires_grad)).encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     for name, module in model.named_modules():
         hooks = [len(hooks) for key, hooks in sorted(vars(module).items()) if key.endswith("_hooks")]
         digest.update(repr((name, type(module), module.training, hooks, sorted(vars(module)))).encode())
@@ -430,7 +435,7 @@ def test_rank_of_three_million(method, tmp_path):
     """Stock peft allocates what the config asks for before it compares shapes (here a hundredth of it)."""
     saved(tmp_path, {**METHODS, **STOCK_METHODS}[method]())
     rewrite(tmp_path, r=30_000)
-    with pytest.raises(RuntimeError, match="size mismatch"), Largest() as stock:
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|has shape"), Largest() as stock:
         PeftModel.from_pretrained(BACKBONES["llama"].build(), tmp_path)
     assert stock.numel >= 30_000 * 32
     base = BACKBONES["llama"].build()
@@ -507,7 +512,7 @@ def test_fields_that_reach_beyond_the_adapter(field, tmp_path):
 
 
 BAD_FIELDS = [
-    ({"gatd": False}, "`gatd` \\(=False\\) is not a field of LoraConfig"),
+    ({"gatd": True}, "`gatd` \\(=True\\) is not a field of LoraConfig"),
     ({"r": "8"}, "`r` \\(='8'\\) must be of type int"),
     ({"r": True}, "`r` \\(=True\\) must be of type int"),
     ({"lora_dropout": "0"}, "`lora_dropout` \\(='0'\\) must be of type float"),
@@ -642,3 +647,53 @@ def test_arguments_of_a_wrong_kind(tmp_path):
         load_adapter(BACKBONES["llama"].build(), None)
     refused("/no/such/folder", "`id_or_path` .* is neither a folder nor an id on the Hub")
     refused(tmp_path, "has no adapter_config.json")
+
+
+# An adapter is built once, on the model itself
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora", "lora_ranks", "lora_modules_to_save", "ia3"])
+@pytest.mark.parametrize("further", [False, True], ids=["first", "second"])
+def test_no_copy_of_the_model_is_made(method, further, tmp_path, monkeypatch):
+    """What takes longest; a head that is larger than the file is copied without data first, as LM heads may be."""
+    make = {**METHODS, **STOCK_METHODS}[method]
+    saved(tmp_path, make())
+    model = get_peft_model(BACKBONES["llama"].build(), make()) if further else BACKBONES["llama"].build()
+
+    def fail(*_):
+        raise AssertionError("a copy was made")
+
+    monkeypatch.setattr(implied, "without_data", fail)
+    load_adapter(model, tmp_path, "second")
+
+
+@pytest.mark.parametrize("method", ["unipelt", "composed", "lora", "ia3"])
+@pytest.mark.parametrize("further", [False, True], ids=["first", "second"])
+def test_a_refusal_after_building_puts_all_back(method, further, tmp_path):
+    """The adapter was built without data already; modules, hooks, logits and the adapters' names are back."""
+    make, family = {**METHODS, **STOCK_METHODS}[method], BACKBONES["llama"]
+    saved(tmp_path, make())
+    model = get_peft_model(family.build(), make()).eval() if further else family.build()
+    with torch.no_grad():
+        logits = output(model, family.inputs())  # first: it may leave marks of its own
+        before = fingerprint(model)
+        modules = [id(module) for module in model.modules()]
+        for change in (lambda t: t.pop(sorted(t)[0]), lambda t: t.clear()):
+            reweigh(tmp_path, change)
+            with pytest.raises(ValueError, match=r"lacks tensors"):
+                load_adapter(model, tmp_path, "second")
+            assert [id(module) for module in model.modules()] == modules
+            assert fingerprint(model) == before
+            assert torch.equal(output(model, family.inputs()), logits)
+    saved(tmp_path, make())
+    assert list(load_adapter(model, tmp_path, "second").peft_config) == ["default"] * further + ["second"]
+
+
+def test_a_head_that_the_file_cannot_hold_is_not_copied(tmp_path):
+    """Copying modules with their data would allocate what a config asks for."""
+    saved(tmp_path, STOCK_METHODS["lora"]())
+    rewrite(tmp_path, modules_to_save=["layers"])
+    base = BACKBONES["llama"].build()
+    with pytest.raises(ValueError, match=r"does not fit|lacks tensors"), Largest() as ours:
+        load_adapter(base, tmp_path)
+    assert ours.numel < max(p.numel() for p in base.model.layers.parameters())

@@ -4,8 +4,11 @@ recorded, the base model stays as it was, and a search goes on where it stood. C
 import csv
 import dataclasses
 import gc
+import math
 import tracemalloc
 import weakref
+from contextlib import nullcontext
+from functools import partial
 from statistics import mean
 
 import optuna
@@ -17,6 +20,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
 from hf_peft_ext.trainers.search import LowestShare, SearchTask, share_trunk
+from hf_peft_ext.trainers.search.fingerprint import of_metric
 from hf_peft_ext.trainers.search.result import scores_of
 from hf_peft_ext.trainers.search.training import RunArguments, adapted, evaluate, train
 
@@ -278,3 +282,97 @@ def test_errors(tmp_path):
     gpt2 = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4))
     with pytest.raises(ValueError, match=r"`models` \(='GPT2For.*'\) must have the trunk of the first, BertFor"):
         share_trunk({"a": tasks["two"].model, "b": gpt2})
+
+
+# Models and metrics of another search
+
+
+def recall(evaluated):
+    return {"recall": 1.0}
+
+
+def other_weights(task):
+    with torch.no_grad():
+        task.model.bert.encoder.layer[1].output.dense.weight[-1, -1] += 1e-3
+
+
+def other_head(task):
+    with torch.no_grad():
+        task.model.classifier.weight += 1
+
+
+def other_config(task):
+    task.model.config.hidden_dropout_prob = 0.5
+
+
+def other_metric(task):
+    task.compute_metrics = recall
+
+
+def no_metric(task):
+    task.compute_metrics = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_weights, r"^`weights` \(='\w{12}'\) of the task 'two' is not that of the study 's4'; choose another"),
+        (other_config, r"^`config` \(=\{'hidden_dropout_prob': 0.5\}\) of the task 'two' is not that of the study"),
+        (other_metric, r"^`compute_metrics` \(='recall \w{8}'\) of the task 'two' is not that of the study 's4'"),
+        (no_metric, r"^`compute_metrics` \(=None\) of the task 'two' is not that of the study 's4'"),
+    ],
+)
+def test_another_model_or_metric_is_refused(change, message, finished):
+    """Before anything runs; the name of the model is the same."""
+    _, file = finished
+    tasks = tiny_tasks()
+    change(tasks["two"])
+    with pytest.raises(ValueError, match=message):
+        search(file, tasks)
+
+
+def test_a_head_may_start_anew(finished):
+    """A classifier is drawn at random when a model is loaded, and search trains it anew in each run."""
+    result, file = finished
+    tasks = tiny_tasks()
+    other_head(tasks["two"])
+    assert search(file, tasks).search().records == result.records
+
+
+def test_metrics_are_told_apart():
+    """By what they do and what they are given, not by where they lie in memory."""
+
+    def over(threshold):
+        return lambda evaluated: float((evaluated.predictions > threshold).mean())
+
+    class Share:
+        def __init__(self, of):
+            self.of = of
+
+        def __call__(self, evaluated):
+            return self.of
+
+    makers = (
+        lambda: accuracy, lambda: recall, lambda: over(1), lambda: over(2), lambda: Share(1), lambda: Share(2),
+        lambda: Share(1).__call__, lambda: partial(over(1), 3), lambda: partial(over(1), 4), lambda: torch.mean,
+        lambda: (lambda evaluated: 1.0), lambda: (lambda evaluated: 2.0), lambda: None,
+    )  # fmt: skip
+    found = [of_metric(make()) for make in makers]
+    assert len(set(found)) == len(found)
+    assert found == [of_metric(make()) for make in makers]
+    assert not [name for name in found if name and " at 0x" in name]
+
+
+@pytest.mark.parametrize("metric", [accuracy, None], ids=["accuracy", "loss"])
+def test_a_loss_that_is_not_finite_is_a_failure(metric, tmp_path):
+    """argmax takes NaN for an answer, and the accuracy looks like one."""
+    tasks = tiny_tasks(metric)
+    with torch.no_grad():
+        tasks["three"].model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(
+        RuntimeError, match=r"No run of stage 'S1' was finished; the first error: ValueError: A loss of"
+    ):
+        search(tmp_path / "search.db", tasks).search()
+    model = tasks["three"].model
+    with pytest.raises(ValueError, match=r"outputs are not numbers") if metric else nullcontext():
+        assert math.isnan(evaluate(model, tasks["three"].batches("evaluation", 8), ARGS, metric))

@@ -297,3 +297,26 @@ def test_errors():
     refuses("an adapter of type PREFIX_TUNING; LORA, BOTTLENECK and", TypeError, lambda: plug(prefix, llama.build()))
     separate = get_peft_model(llama.build(), LoraConfig(target_modules=["q_proj"]))
     refuses("has no leaf where the small", ValueError, lambda: plug(separate, BACKBONES["gpt2"].build()))
+
+
+@pytest.mark.parametrize("kind", ["lora", "unipelt"])
+def test_several_active_adapters_are_refused(kind):
+    """One alone would come over, and the model act otherwise than the small one; the large one stays as it is."""
+    small, large = small_model("llama", kind), BACKBONES["llama"].build(**LARGE["llama"])
+    small.add_adapter("second", KINDS[kind]("llama"))
+    before = [name for name, _ in large.named_modules()]
+    message = r"`active_adapters` \(=\['default', 'second'\]\) must be one, set by `small.set_adapter`"
+    small.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=message):
+        plug(small, large)
+    small.base_model.set_adapter("second")  # peft's own wrapper still says "default"
+    with pytest.raises(ValueError, match=r"`active_adapters` \(=\['second'\]\) must be one"):
+        plug(small, large)
+    assert [name for name, _ in large.named_modules()] == before
+    assert all(p.requires_grad for p in large.parameters())
+    small.set_adapter("second")
+    randomise(small, "second", seed=1)
+    plugged = fold(plug(small, BACKBONES["llama"].build(), Projections(init="slice"))).eval()
+    with torch.no_grad():
+        inputs = BACKBONES["llama"].inputs()
+        assert torch.allclose(output(plugged, inputs), output(small.eval(), inputs), atol=1e-5)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..hub_cards import Result, TrainingRecord
 from ..hub_cards.metadata import check_metadata
+from ..hub_cards.places import local, without_places
 from ..hub_cards.told import quantization
 from ..papers import Paper
 from ..placement import check
@@ -191,7 +192,7 @@ class Recording(DataLog):
         config: Any = getattr(model, "config", None)
         record.trainer, record.tags = self._name, list(dict.fromkeys([*self._tags, *record.tags]))
         record.paper = asdict(self._paper) if self._paper else {}
-        record.base_model = model.active_peft_config.base_model_name_or_path or None
+        record.base_model = local(model.active_peft_config.base_model_name_or_path or None)
         record.base_model_revision = model.active_peft_config.revision or getattr(config, "_commit_hash", None)
         if not self.is_fsdp_enabled:  # there each process has a share of them
             record.trainable_parameters, record.total_parameters = model.get_nb_trainable_parameters()
@@ -199,8 +200,8 @@ class Recording(DataLog):
         record.step_time, record.train_time = self.clock.step_time, self.clock.train_time
         record.gates = dict(self.gates)
         record.history = [numbers(entry) for entry in self.state.log_history if numbers(entry)]
-        record.hyperparameters = hyperparameters(args)
-        record.recipe = without_secrets(record.recipe, args.hub_token)
+        record.hyperparameters = without_places(hyperparameters(args))
+        record.recipe = without_places(without_secrets(record.recipe, args.hub_token))
         record.command = command_line(args.hub_token)
         record.seeds = [args.seed]
         record.versions = versions()

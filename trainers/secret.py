@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from ..hub_cards.places import without_places
+
 NAME = re.compile(r"(^|[_.-])(token|api_?key|password|passwd|secret|credentials?)$", re.IGNORECASE)
 NOT_SECRET = re.compile(r"(^|[_.-])(bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token$", re.IGNORECASE)
 VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
@@ -44,7 +46,7 @@ def without_secrets(value: Any, *tokens: str | None) -> Any:
 
 
 def command_line(*tokens: str | None) -> str | None:
-    """The command that started this process, without secrets; None in a notebook or a console.
+    """The command that started this process, without secrets and absolute paths; None in a notebook or a console.
 
     Args:
         tokens: texts known to be secret.
@@ -58,7 +60,7 @@ def command_line(*tokens: str | None) -> str | None:
         if not hide_next and not (equals and is_secret(name)) and not is_secret(argument):
             kept.append(argument)
         hide_next = argument.startswith("-") and not equals and is_secret(argument)
-    return without_secrets(shlex.join([*started(), *kept]), *tokens)
+    return without_secrets(shlex.join(without_places([*started(), *kept])), *tokens)
 
 
 def started() -> list[str]:

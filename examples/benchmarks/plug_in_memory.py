@@ -41,6 +41,11 @@ from hf_peft_ext.transfer.zeroth_order import trained
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12}
 T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+LLAMA_1B = {
+    **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    "num_key_value_heads": 4,
+}
+TINY_LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 # Name -> the family, the large model, the small one.
 SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tiny": (
@@ -53,12 +58,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 3, "num_heads": 4, "vocab_size": 500},
         {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 500},
     ),
+    "tiny llama": (
+        "llama",
+        {**TINY_LLAMA, "vocab_size": 500},
+        {**TINY_LLAMA, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 500},
+    ),
     "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}, GPT2),
     "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}, GPT2),
     "t5-base": ("t5", T5_BASE, T5_SMALL),
     "t5-large": ("t5", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}, T5_SMALL),
     "t5-3b": ("t5", {"d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_layers": 24, "num_heads": 32}, T5_BASE),
+    "llama-7b": ("llama", {}, LLAMA_1B),  # the sizes that transformers' config has unless told others
 }
+TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"], "llama": ["q_proj", "v_proj"]}  # of LoRA
 FULL = "full fine-tuning"
 PEFT = ("LoRA (peft)", "adapter", "prefix")
 PACKED = "delta bridge, large in 4 bits"
@@ -74,6 +86,7 @@ class Arguments:
     length: int = field(default=512, metadata={"help": "Tokens of a row."})
     answer: int = field(default=16, metadata={"help": "Tokens that T5's decoder reads."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Of all weights: float32 or bfloat16."})
     attention: str = field(default="sdpa", metadata={"help": "sdpa, or eager as in 2023, which keeps all scores."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which rows."})
 
@@ -87,7 +100,7 @@ class Case:
     """
 
     def __init__(self, args: Arguments, folder: Path):
-        self.device, self.folder = args.device, folder
+        self.device, self.folder, self.dtype = args.device, folder, getattr(torch, args.dtype)
         self.family, *sizes = SHAPES[args.model]
         self.large_shape, self.small_shape = (
             AutoConfig.for_model(
@@ -101,17 +114,17 @@ class Case:
         self.batch: dict[str, Tensor] = {"input_ids": ids.to(self.device), "labels": labels.to(self.device)}
 
     def large(self) -> Any:
-        return built(self.large_shape, self.device)
+        return built(self.large_shape, self.device, self.dtype)
 
     def shapes(self) -> Any:
-        return built(self.large_shape, "meta")
+        return built(self.large_shape, "meta", self.dtype)
 
     def small(self) -> PeftModel:
-        return get_peft_model(built(self.small_shape, self.device), lora(self.family))  # pyright: ignore
+        return get_peft_model(built(self.small_shape, self.device, self.dtype), lora(self.family))  # pyright: ignore
 
     def thin(self, large: Any) -> ThinModel:
         thin = ThinModel.from_pretrained(self.folder / "thin", large)
-        thin.model.to(self.device)
+        thin.model.to(self.device, self.dtype)  # pyright: ignore
         return thin
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -130,16 +143,15 @@ class Case:
         return sum(p.numel() for p in weights)
 
 
-def built(config: Any, device: str) -> Any:
+def built(config: Any, device: str, dtype: torch.dtype = torch.float32) -> Any:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
     with torch.device(device):
-        return auto.from_config(config, attn_implementation=config._attn_implementation)
+        return auto.from_config(config, dtype=dtype, attn_implementation=config._attn_implementation)
 
 
 def lora(family: str) -> PeftConfig:
-    names = ["c_attn"] if family == "gpt2" else ["q", "v"]
-    return LoraConfig(r=8, target_modules=names, fan_in_fan_out=family == "gpt2")
+    return LoraConfig(r=8, target_modules=TARGETS[family], fan_in_fan_out=family == "gpt2")
 
 
 # A row: what it does in its process, and how many parameters it trains.
@@ -275,10 +287,13 @@ def measure(method: str, args: Arguments, folder: Path) -> Measured:
     return Measured(count, peak - before)
 
 
-def fresh(console: Console, name: str, run: Callable[..., Any], *given: Any) -> Any:
-    """Run something in a process of its own, forked from one that has imported and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_peft_ext.transfer", "transformers.models.auto.modeling_auto"])
+def fresh(console: Console, name: str, device: str, run: Callable[..., Any], *given: Any) -> Any:
+    """Run something in a process of its own, forked from one that has imported and done nothing else. A process that
+    uses CUDA is started anew: importing bitsandbytes opens the device, which no fork inherits.
+    """
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(["hf_peft_ext.transfer", "transformers.models.auto.modeling_auto"])
     with console.status(name), ProcessPoolExecutor(1, context) as process:
         return process.submit(run, *given).result()
 
@@ -291,9 +306,9 @@ def main() -> None:
     found: dict[str, Measured] = {}
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        fresh(console, "preparing", prepare, args, Path(folder))
+        fresh(console, "preparing", args.device, prepare, args, Path(folder))
         for method in args.methods:
-            found[method] = fresh(console, method, measure, method, args, Path(folder))
+            found[method] = fresh(console, method, args.device, measure, method, args, Path(folder))
             console.print(f"{method}: {found[method].peak / 2**20:.0f} MiB")
     table = Table(
         Column(no_wrap=True), "trained, million", "peak, MiB", "full / this", *(f"{name} / this" for name in PEFT)

@@ -163,6 +163,8 @@ class ChannelFinder:
         size = leaf_size(module)
         if size != (channels(weights.columns), channels(weights.rows)):
             self.refuse(site.host, f"maps {size}")
+        if fused and not in_one_run(site):
+            self.refuse(site.host, "makes queries, keys and values group by group, in rows")
         return weights
 
     def beside(self, path: str, module: nn.Module) -> Weights:
@@ -205,6 +207,12 @@ class ChannelFinder:
             f"(width {self.sizes.width}, {self.sizes.heads} heads of {self.sizes.head_dim}, inner width "
             f"{self.sizes.ffn})."
         )
+
+
+def in_one_run(site: Site) -> bool:
+    """Whether the rows of one role in a fused projection are side by side."""
+    rows = site.rows
+    return rows is None or bool((rows.diff() == 1).all())
 
 
 def channels(dim: Dim) -> int:

@@ -45,18 +45,23 @@ class Family:
     grouped: bool = False
 
 
-BERT, T5, LLAMA = (
-    Family("intermediate_size"),
-    Family("d_ff", own_head_dim=True),
-    Family("intermediate_size", True, True),
-)
-# transformers' name of an architecture -> its family. What is not here is refused: it may scale by its width, as Gemma
-# does, have a width of its own for embeddings, as ELECTRA, or experts.
-FAMILIES = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT),
-    **dict.fromkeys(("t5", "mt5"), T5),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
-    "gpt2": Family("n_inner"),
+# Fields for the inner width of the feed-forward network, for heads of keys, and for what a second stack or the
+# embeddings have of a size that the first stack has too.
+FFN = ("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "hidden_dim", "n_inner")
+TWINS = {
+    "decoder_attention_heads": "heads",
+    "decoder_ffn_dim": "ffn",
+    "embedding_size": "width",
+    "word_embed_proj_dim": "width",
+}
+# Architectures whose attention takes a head's width from the config, where the config's class does not name it.
+OWN_HEAD_DIM = {"qwen2", "mistral", "llama"}
+SHARED = "shares one block among its layers"
+# What the shapes of weights do not tell.
+UNCUT = {
+    "albert": SHARED,
+    "bloom": "has a bias over positions that is another for each number of heads",
+    "deepseek_v3": "has experts, and keys and values from a latent vector",
 }
 
 
@@ -87,14 +92,20 @@ class ThinSizes:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of an architecture.
+    """How a config says its sizes, by the fields that it has.
 
     Raises:
         ValueError: how to cut this architecture is not known.
     """
-    known = config.model_type in FAMILIES
-    check("model_type", config.model_type, known, f"must be one of {', '.join(FAMILIES)}, to be cut to a thin model")
-    return FAMILIES[config.model_type]
+    reason = UNCUT.get(config.model_type)
+    check("model_type", config.model_type, reason is None, f"cannot be cut to a thin model: it {reason}")
+    sizes = all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_attention_heads"))
+    ffn = next((name for name in FFN if hasattr(config, name)), None)
+    rule = "cannot be cut to a thin model: its config has no known fields for width, heads and inner width"
+    check("model_type", config.model_type, sizes and ffn is not None, rule)
+    named = "head_dim" in vars(config) or "head_dim" in type(config).attribute_map
+    own = named or config.model_type in OWN_HEAD_DIM
+    return Family(ffn or "", own_head_dim=own, grouped=hasattr(config, "num_key_value_heads"))
 
 
 def sizes_of(config: PreTrainedConfig) -> Sizes:
@@ -109,13 +120,13 @@ def sizes_of(config: PreTrainedConfig) -> Sizes:
     rule = f"must divide `num_attention_heads` (={heads}); a config that does not name it has its class's default"
     check("num_key_value_heads", kv_heads, heads % kv_heads == 0, rule)
     head_dim = getattr(config, "head_dim", None) if family.own_head_dim else None
-    return Sizes(
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim or width // heads,
-        ffn=getattr(config, family.ffn) or 4 * width,  # GPT-2 says None
-    )
+    ffn = getattr(config, family.ffn) or 4 * width  # GPT-2 says None
+    found = Sizes(width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim or width // heads, ffn=ffn)
+    for name, twin in TWINS.items():
+        value = getattr(config, name, None)
+        rule = f"must be {getattr(found, twin)}, as in the rest of the model, to be cut to a thin one"
+        check(name, value, value in (None, getattr(found, twin)), rule)
+    return found
 
 
 def thinner(large: Sizes, family: Family, r: float, reading: Reading) -> Sizes:
@@ -163,6 +174,9 @@ def thin_config(config: PreTrainedConfig, r: float, reading: Reading = "width") 
         thin.num_key_value_heads = sizes.kv_heads
     if family.own_head_dim:
         thin.head_dim = sizes.head_dim
+    for name, twin in TWINS.items():
+        if getattr(config, name, None) is not None:
+            setattr(thin, name, getattr(sizes, twin))
     vars(thin).pop("quantization_config", None)
     return thin
 
@@ -194,10 +208,8 @@ def thin_sizes(
 
 def language_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The language model of an architecture, or its bare body where it has none."""
-    for auto in (AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForMaskedLM):
-        # BERT and RoBERTa can be decoders too, but are not by default
-        causal = auto is AutoModelForCausalLM and FAMILIES[config.model_type] is BERT
-        if type(config) in auto._model_mapping and not causal:
+    for auto in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):  # BERT can be a decoder too
+        if type(config) in auto._model_mapping:
             return auto.from_config(config)
     return AutoModel.from_config(config)
 

@@ -16,7 +16,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -61,7 +61,17 @@ class ThinModel:
         return index_of(self.channels.weights[path].rows, self.kept)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the copy as any model is written, and beside it what it kept."""
+        """Write the copy as any model is written, and beside it what it kept.
+
+        Raises:
+            ValueError: the model scales its embeddings by its width, which a copy that is loaded has another of.
+        """
+        modules: Any = self.model.modules()
+        found = {float(m.embed_scale) for m in modules if getattr(m, "embed_scale", None) is not None}
+        width = math.sqrt(self.model.config.hidden_size)
+        same = all(scale == 1 or math.isclose(scale, width, rel_tol=1e-3) for scale in found)
+        rule = "scales its embeddings by the large model's width, which is lost on saving; keep it in memory"
+        check("model", type(self.model).__name__, same, rule)
         self.model.save_pretrained(folder)
         sizes = {axis: str(d) for axis, d in self.channels.sizes.items()}
         save_file({axis: units.clone() for axis, units in self.kept.items()}, Path(folder, KEPT), sizes)
@@ -113,6 +123,7 @@ def thin_copy(
     kept = choose(channels, scores, sizes_of(config))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
         thin = type(model)(config)
+    leave_out(thin, model)
     fill(thin, model, channels, kept)
     if model.can_generate():
         thin.generation_config = copy.deepcopy(model.generation_config)
@@ -160,6 +171,15 @@ def highest(scores: Tensor, n: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:n].sort().values
 
 
+def leave_out(thin: nn.Module, large: nn.Module) -> None:
+    """Take out what a class builds unless it is told not to, and the large model lacks, such as BERT's pooler."""
+    present = {path for path, _ in own_modules(large)}
+    for path, module in list(own_modules(thin)):
+        for name, _ in list(module.named_children()):
+            if path in present and (f"{path}.{name}" if path else name) not in present:
+                setattr(module, name, None)
+
+
 def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept: Kept) -> None:
     """Put slices of the large model's weights into the thin one, one module at a time."""
     sources = {path: innermost(module) for path, module in own_modules(large)}
@@ -185,6 +205,9 @@ def fill(thin: PreTrainedModel, large: PreTrainedModel, channels: Channels, kept
             if name == "weight" and isinstance(module, Conv1D) and not isinstance(source, Conv1D):
                 part = part.T.contiguous()  # GPT-2's are turned round when they are packed
             parameter.data = part.to(dtype or part.dtype)
+        scale = getattr(sources[path], "embed_scale", None)
+        if isinstance(scale, float):  # BART's, from the large model's width
+            cast(Any, module).embed_scale = scale
         for name, _ in module.named_buffers(recurse=False):
             module.register_buffer(name, copy_of(sources[path], name), name not in module._non_persistent_buffers_set)
 

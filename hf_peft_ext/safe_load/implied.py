@@ -15,9 +15,11 @@ from peft import (
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext, _device_constructors
 
 from ..placement import check
 
+FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 SPARE = 2**22  # numbers beyond those in the file that building an adapter may allocate: 16 MiB in float32
 
 
@@ -29,16 +31,37 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
     Raises:
         ValueError: the config does not fit the model, or the adapter would allocate more than its file holds.
     """
-    config = copy.deepcopy(config)
-    skeleton = without_data(model)
-    given = {id(tensor): tensor for tensor in tensors(skeleton)}
+    _, found = attach_without_data(without_data(model), copy.deepcopy(config), adapter_name)
+    return found
+
+
+def attach_without_data(
+    model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool = True
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Give a model an adapter whose tensors are on the meta device.
+
+    Args:
+        low_cpu_mem_usage: as in peft, whose way to the meta device copies each tensor once more.
+
+    Returns:
+        The model with the adapter, and the tensors that the adapter's file must hold, by their keys there.
+
+    Raises:
+        ValueError: as `implied_tensors`. The model is half changed then.
+    """
+    given = {id(tensor): tensor for tensor in tensors(model)}
+    known = "\n".join(path for path, _ in model.named_modules())
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with WithoutValues(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user sees them when the adapter is loaded
-            adapted = with_adapter(skeleton, config, adapter_name)
+            adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             new = sum(tensor.numel() for tensor in tensors(adapted) if id(tensor) not in given)
             found = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
-            check_name(adapted, found, adapter_name)
+        with torch.device("meta"):
+            if adapter_name in known or any(adapter_name in key for key in found):
+                check_name(adapted, found, adapter_name)
             check_rows(adapted, adapter_name)
     except Exception as error:  # peft raises all kinds; each of them says that the config cannot be carried out
         reason = str(error) if isinstance(error, ValueError) else repr(error)
@@ -46,7 +69,7 @@ def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> 
     held = sum(tensor.numel() for tensor in found.values())
     if new > 2 * held + SPARE:
         raise ValueError(f"The adapter would allocate {new} numbers, but its file must hold {held} only.")
-    return found
+    return adapted, found
 
 
 def check_name(model: PeftModel, state: dict[str, Tensor], adapter_name: str) -> None:
@@ -64,13 +87,32 @@ def check_rows(model: nn.Module, adapter_name: str) -> None:
             check("token_indices", rows, all(0 <= row < size for row in rows), f"must be rows of 0 to {size - 1}")
 
 
-def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> PeftModel:
     """The model with an adapter, as peft makes it when it loads one."""
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         return model
     peft_cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    return peft_cls(model, config, adapter_name, low_cpu_mem_usage=True)
+    return peft_cls(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+class WithoutValues(DeviceContext):
+    """As `torch.device("meta")`; and nothing is filled with values, which takes most of building an adapter there."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+        self.making = _device_constructors()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.making:
+            if kwargs.get("device") is None:
+                kwargs["device"] = self.device
+        elif func in FILLING or getattr(func, "__module__", None) == "torch.nn.init":
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 class OnMeta(TorchFunctionMode):

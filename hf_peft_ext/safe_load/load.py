@@ -1,5 +1,6 @@
 """Loads an adapter of a stranger: everything is checked before anything is allocated or changed."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..tuners.composed import ADAPTER_NAME
 from .config import read_config
 from .files import adapter_folder
 from .implied import implied_tensors
+from .trial import NotOnTrial, load_on_trial, may_be_tried
 from .weights import check_header, check_weights
 
 
@@ -66,8 +68,11 @@ def load_adapter(
     config.inference_mode = not is_trainable
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     check_header(weights)  # cheap, so it comes before the work of finding out what is implied
-    check_weights(weights, implied_tensors(model, config, adapter_name))
     config.adapter_revision = commit
+    if may_be_tried(model, config, adapter_name, weights):
+        with suppress(NotOnTrial):
+            return load_on_trial(model, config, adapter_name, weights, is_trainable)
+    check_weights(weights, implied_tensors(model, config, adapter_name))
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=config)
     model.add_adapter(adapter_name, config)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..schema import parse_json, read_start
+from ..tuners.loaded import shown
 
 MAX_HEADER = 2**22  # bytes; some 30,000 tensors
 MAX_WEIGHT = 65504  # what half precision can hold; NaN and infinities are beyond it too
@@ -50,10 +51,9 @@ def check_keys(found: Iterable[str], implied: Iterable[str]) -> None:
     missing, extra = sorted({*implied} - {*found}), sorted({*found} - {*implied})
     for keys, what in ((extra, "holds tensors that its config does not imply"), (missing, "lacks tensors")):
         if keys:
-            shown = ", ".join(key[:200] for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             base = keys == extra and any(".base_layer." in key or "embed" in key or "lm_head" in key for key in keys)
             hint = " Weights of the base model stay out with `save_embedding_layers=False`." if base else ""
-            raise ValueError(f"The adapter's file {what}: {shown}.{hint}")
+            raise ValueError(f"The adapter's file {what}: {shown(keys)}.{hint}")
 
 
 def check_shape(key: str, found: Any, implied: Tensor) -> None:

@@ -15,7 +15,7 @@ from ..losses import IGNORED
 from ..placement import check
 from ..pruning import ThinModel
 from ..rank_classification import evaluating
-from ..structure import stacks
+from ..structure import CACHES, stacks
 from ..tuners.attach import hidden_states
 from .projections import RESIDUAL
 
@@ -68,7 +68,7 @@ class Activations:
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the large model is given: no labels, but what a decoder reads of them."""
-        for name in ("past_key_values", "encoder_outputs"):
+        for name in (*CACHES, "encoder_outputs"):
             rule = "must be None: a bridge with a ladder takes whole rows, and does not generate"
             check(name, type(given.get(name)).__name__, given.get(name) is None, rule)
         names = (*INPUTS, *(DECODER + name for name in INPUTS))

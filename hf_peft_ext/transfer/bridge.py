@@ -1,6 +1,7 @@
 """The bridge: a thin copy of the large model that the plugged module is trained in, so that the large one never is."""
 
 import inspect
+import itertools
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..placement import check
 from ..pruning import ThinModel
 from ..structure import innermost, stacks
+from ..tuners.side_forward import RUNNING, Steps
 from ..tuners.side_network import Rung
 from .activations import Activations
 from .parts import parts_of
@@ -101,21 +103,23 @@ def bridge(
 def put_ladder(thin: nn.Module, activations: Activations) -> None:
     """A rung in front of each block, which before each forward is shown its part of the large model."""
     first, d, names = next(thin.parameters()), len(activations.kept), list(inspect.signature(thin.forward).parameters)
-    ladder: list[list[Rung]] = []  # of each stack
+    place = itertools.count()
     for _, blocks in list(stacks(thin)):
-        ladder.append([Rung(block, d, d, TEMPERATURE) for block in blocks])
-        for i, rung in enumerate(ladder[-1]):
+        for i, block in enumerate(blocks):
+            rung = Rung(block, d, d, TEMPERATURE, next(place))
             nn.init.eye_(rung.down.weight)
             nn.init.zeros_(rung.down.bias)
             blocks[i] = rung.to(first.device, first.dtype)
 
     def climb(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = activations({**dict(zip(names, args, strict=False)), **kwargs})
-        for rungs, of_stack in zip(ladder, states, strict=True):
-            for rung, read in zip(rungs, of_stack, strict=True):
-                rung.show(read)
+        RUNNING.set(Steps(states=dict(enumerate(read for of_stack in states for read in of_stack))))
+
+    def arrive(*_: Any) -> None:
+        RUNNING.set(None)
 
     thin.register_forward_pre_hook(climb, with_kwargs=True)
+    thin.register_forward_hook(arrive, always_call=True)
 
 
 def kept_channels(thin: ThinModel) -> dict[Space, Tensor]:

@@ -15,7 +15,7 @@ from ..packing import bare
 from ..placement import check
 from ..structure import innermost
 from .activations import check_weights
-from .plugging import check_no_adapter, depths
+from .plugging import check_no_adapter, check_one_active, depths
 from .projections import Order, layer_map
 from .record import of_config, of_model, of_rows, remember
 from .result import PlugInResult
@@ -113,6 +113,8 @@ def check_models(
     """Refuse models that cannot be a pair, before anything is trained."""
     if not isinstance(small, PeftModel) and config is None:
         raise TypeError("`small` must be a PeftModel, or `peft_config` say which adapter to train on it.")
+    if isinstance(small, PeftModel):
+        check_one_active(small)
     check_no_adapter(large)
     check_weights("large", large, "its answers are measured")
     layer_map(depths(bare(small)), depths(large), order)

@@ -38,7 +38,7 @@ def plug(
 
     Args:
         small: a model with a LoRA, or with an adapter of this package's own (bottlenecks, prefixes, low-rank branches,
-            their gates) as the active one. It stays as it is.
+            their gates) as the one active adapter; others that it has stay out. It stays as it is.
         large: a model with its own parameters frozen from here on. It may be one without weights, built in
             `with torch.device("meta")`, to be trained in a `bridge` and loaded onto the real one when it is folded.
         projections: W_plug; None for random orthogonal ones that are trained.
@@ -47,9 +47,10 @@ def plug(
 
     Raises:
         TypeError: the adapter is of a kind that cannot be plugged in, or `large` has one already.
-        ValueError: the adapter, or the large model's structure, does not allow it, `batches` are missing, or there are
-            some and the large model has no weights.
+        ValueError: several adapters are active, the adapter or the large model's structure does not allow it,
+            `batches` are missing, or there are some and the large model has no weights.
     """
+    check_one_active(small)
     check_no_adapter(large)
     projections = Projections() if projections is None else projections
     rule = "are needed by projections that begin by least squares, and by no others"
@@ -83,6 +84,17 @@ def check_no_adapter(large: nn.Module) -> None:
     """Refuse a large model that has an adapter already."""
     if isinstance(large, PeftModel):
         raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
+
+
+def check_one_active(small: PeftModel) -> None:
+    """Refuse a small model in which several adapters act: one of them alone would come over.
+
+    Raises:
+        ValueError: not one adapter is active, or another than `small.active_adapter` was made so behind peft's back.
+    """
+    active = list(small.active_adapters)
+    rule = "must be one, set by `small.set_adapter`; make one of several LoRAs by peft's `add_weighted_adapter`"
+    check("active_adapters", active, active == [small.active_adapter], rule)
 
 
 def depths(model: nn.Module) -> list[int]:

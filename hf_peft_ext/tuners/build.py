@@ -28,8 +28,14 @@ def build(placement: Placement, site: Site, projections: Projections) -> nn.Modu
 def gate_of(placement: Placement, site: Site) -> Gate | None:
     if placement.gate is None:
         return None
-    auto = "token" if site.causal else "mean"
-    return Gate(site.d_in, auto if placement.gate == "auto" else placement.gate)
+    return Gate(site.d_in, pooling(placement, site))
+
+
+def pooling(placement: Placement, site: Site) -> Any:
+    """How a placement's gate is taken over the tokens at a site: "auto" decided, None for no gate."""
+    if placement.gate != "auto":
+        return placement.gate
+    return "token" if site.causal or site.tokens != "examples" else "mean"
 
 
 def bottleneck_options(site: Site, options: dict[str, Any]) -> dict[str, Any]:

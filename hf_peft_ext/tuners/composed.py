@@ -20,6 +20,7 @@ from .attention import InAttention, InCache
 from .build import Projections, build
 from .config import PlacedConfig
 from .layers import OnInput, OnNorm, OnOutput, OnSpan
+from .loaded import check_complete
 from .mixed import check_names, check_unmerged, mixed_batch
 from .plan import excluded, plan
 
@@ -31,6 +32,8 @@ LAYERS: dict[str, type[Attached]] = {
     "attention": InAttention,
     "cache": InCache,
 }
+# Containers whose keys are the names of adapters: ours, and those of modules and tokens that peft trains.
+OF_ADAPTERS = ("sublayer_of", "side_of", "modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
 ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
 
 
@@ -133,7 +136,7 @@ class ComposedModel(BaseTuner):
 
         Raises:
             ValueError: one of them is no part of the adapter, but would overwrite a weight of the base model, or is
-                not finite.
+                not finite; or a file that is loaded lacks one, or holds one of another shape.
         """
         if fold_prefixes(model, adapter_name):
             warnings.warn(
@@ -141,6 +144,7 @@ class ComposedModel(BaseTuner):
             )
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
         check_loaded(found, adapter_name)
+        check_complete(cls, model, adapter_name, found)
         return found
 
     # Batches that mix adapters
@@ -216,7 +220,9 @@ def unload_auxiliary(
         if isinstance(module, AuxiliaryTrainingWrapper):
             parent, _, name = _get_submodules(tuner.model, path)
             plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            tuner._replace_module(parent, name, plain, module)
+            setattr(
+                parent, name, plain
+            )  # peft's `_replace_module` copies weights, which a module without its own lacks
     if not any(isinstance(module, BaseTunerLayer) for module in tuner.model.modules()):
         del tuner.model.peft_config  # other tuners in the model keep theirs
 
@@ -254,7 +260,7 @@ def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_loaded(found: dict[str, Tensor], adapter_name: str) -> None:
     """Refuse tensors that would overwrite a weight of the base model, or are not finite."""
-    base = sorted(key for key in found if adapter_name not in key.split("."))
+    base = sorted(key for key in found if not any(f".{part}.{adapter_name}" in key for part in OF_ADAPTERS))
     check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
     real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
     broken = [key for key, value in real.items() if not value.isfinite().all()]

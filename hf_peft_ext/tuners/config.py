@@ -11,7 +11,21 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from ..placement import SITES, Placement, check, check_count
-from ..schema import known_fields, read_json
+from ..schema import known_fields, read_json, says_something
+
+
+class UnknownField(ValueError, TypeError):
+    """A config has no such field.
+
+    A TypeError too, with Python's words for it, by which peft knows a file of a later version: it drops the field and
+    warns.
+    """
+
+    def __init__(self, name: str, value: object, config_cls: type):
+        near = difflib.get_close_matches(name, [f.name for f in fields(config_cls)], 1)
+        hint = f"; did you mean `{near[0]}`?" if near else "."
+        what = f"`{name}` (={value!r}) is not a field of {config_cls.__name__}"
+        super().__init__(f"{what}{hint} ({config_cls.__name__} got an unexpected keyword argument.)")
 
 
 @dataclass
@@ -19,12 +33,8 @@ class NamedFields:
     """Refuses fields that a config does not have, with a guess at the one that was meant."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # before dataclass's own TypeError, which peft takes for a file of a later version, and drops the field
-        names = [f.name for f in fields(cls)]
-        for name in kwargs.keys() - set(names):
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise ValueError(f"`{name}` (={kwargs[name]!r}) is not a field of {cls.__name__}{hint}")
+        for name in sorted(kwargs.keys() - {f.name for f in fields(cls)}):
+            raise UnknownField(name, kwargs[name], cls)
         return super().__new__(cls)
 
 
@@ -60,7 +70,11 @@ class RegisteredConfig(NamedFields, PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        return known_fields(cls, read_json(path_json_file))
+        given = read_json(path_json_file)
+        said = {key: value for key, value in given.items() if says_something(key, value)}
+        unknown = {key: value for key, value in said.items() if key not in {f.name for f in fields(cls)}}
+        # peft drops those of a later version, and warns
+        return unknown | known_fields(cls, {key: value for key, value in said.items() if key not in unknown})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..quantized import keep_4bit_trainable
 from .mixed import check_names, check_unmerged, each_row, mixed_batch
-from .tfew import TFewConfig, resolve
+from .tfew import meet
 
 
 class IA3Model(peft.IA3Model):
@@ -20,9 +20,7 @@ class IA3Model(peft.IA3Model):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put in an adapter; with a `TFewConfig`, all that could fail is found before the model is changed."""
-        config, kept = self.peft_config[adapter_name], {}
-        if isinstance(config, TFewConfig):
-            self.peft_config[adapter_name], kept = resolve(model, config)
+        self.peft_config[adapter_name], kept = meet(model, cast(Any, self.peft_config[adapter_name]))
         keep_4bit_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for path, rows in kept.items():

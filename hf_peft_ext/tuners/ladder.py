@@ -17,6 +17,7 @@ from ..quantized import keep_4bit_trainable
 from .composed import aligned, check_adapter_name, check_loaded, unload_auxiliary
 from .config import RegisteredConfig, layer_list
 from .ladder_layer import NAME, Ladder
+from .loaded import check_complete
 from .side_build import side_networks
 
 
@@ -149,6 +150,7 @@ class LadderModel(BaseTuner):
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
         check_loaded(found, adapter_name)
+        check_complete(cls, model, adapter_name, found)
         return found
 
     # What a ladder cannot do, and taking it off

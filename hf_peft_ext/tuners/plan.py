@@ -2,39 +2,57 @@
 
 import re
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from peft import IA3Config
 from torch import nn
+from transformers.utils import logging
 
+from ..calls import ends_first
+from ..layer_groups import ranges
 from ..patterns import matching
 from ..placement import Placement, check
 from ..sites import Site, find_sites, override_sites, user_site
-from ..structure import layer_of, layer_paths, leaf_size, own_modules
+from ..structure import has_attention, is_norm, layer_of, layer_paths, leaf_size, own_modules
 from .attach import child_name
 from .attention import check_kernel
+from .build import pooling
 from .config import PlacedConfig
 
 Plan = dict[str, list[tuple[Placement, Site]]]
+ROLES = ("query", "key", "value")  # a layer without attention may have one leaf for all of them
+
+logger: Any = logging.get_logger(__name__)
 
 
 def plan(model: nn.Module, config: PlacedConfig) -> Plan:
-    """Host path -> the placements there, each with its site.
+    """Host path -> the placements there, each with its site. Layers that a placement does not reach are logged.
 
     Raises:
-        ValueError: a placement has no site, a layer does not exist, two placements meet at one site, or the attention
-            implementation cannot take a prefix.
+        ValueError: a placement has no site, a layer does not exist, two placements meet at one site, a site's widths
+            do not fit the model, or the attention implementation cannot take a prefix.
     """
+    found, missed = resolve(model, config)
+    for line in missed:
+        logger.warning(line)
+    return found
+
+
+def resolve(model: nn.Module, config: PlacedConfig) -> tuple[Plan, list[str]]:
+    """The plan, and a line for each placement that does not reach some layers."""
     sites = override_sites(model, find_sites(model), config.sites or {})
     targets = target_sites(model, config, sites)
     left_alone = excluded(model, config)
-    found: Plan = {}
-    for placement in limited(config, layer_count(model, sites)):
-        named = [site for site in sites if site.serves(placement.site)]
+    found, missed = Plan(), list[str]()
+    n_layers = layer_count(model, sites)
+    for placement in limited(config, n_layers):
+        named = served(placement, sites)
         if targets is not None and placement.sublayer == "low_rank":
             named, targets = targets, []  # one branch on each target, however many sites the method names
             if not named:
                 continue
+        elif line := unreached(placement, named, n_layers):
+            missed.append(line)
         chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
             raise ValueError(no_site(model, placement.sublayer, placement.site, placement.layers if named else None))
@@ -43,18 +61,51 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
         check("modules_to_save", config.modules_to_save, bool(free), rule)
         for site in free:
-            if site.host in left_alone:
-                continue
-            check_gate(model, placement, site)
-            if placement.sublayer == "prefix":
-                check_kernel(model.get_submodule(site.host))
-            here = found.setdefault(site.host, [])
-            name = child_name(site.name, placement.sublayer)
-            if any(child_name(s.name, p.sublayer) == name for p, s in here):
-                raise ValueError(f"`placements` put `{placement.sublayer}` at `{site.name}` of {site.host} twice.")
-            here.append((placement, site))
+            if site.host not in left_alone:
+                check_gate(model, placement, site)
+                check_fit(model, placement, site)
+                put(found.setdefault(site.host, []), placement, site)
     check("exclude_modules", config.exclude_modules, bool(found), "leaves no site for any sub-layer")
-    return found
+    return found, missed
+
+
+def put(here: list[tuple[Placement, Site]], placement: Placement, site: Site) -> None:
+    """Add a placement to those of a host, unless it is there: modules may be shared by layers, leaves by roles.
+
+    Raises:
+        ValueError: another placement has put the same kind of sub-layer at the same site.
+    """
+    name = child_name(site.name, placement.sublayer)
+    for other, taken in here:
+        if other is placement and taken.layer != site.layer:  # a module that two layers share
+            return
+        if "mixer_input" == site.name == taken.name and {placement.site, other.site} <= set(ROLES):
+            return
+        if child_name(taken.name, other.sublayer) == name:
+            raise ValueError(f"`placements` put `{placement.sublayer}` at `{site.name}` of {site.host} twice.")
+    here.append((placement, site))
+
+
+def served(placement: Placement, sites: list[Site]) -> list[Site]:
+    """The sites that a placement means. Of a layer that has no leaf for a role, its mixer's input projection."""
+    named = [site for site in sites if site.serves(placement.site)]
+    if placement.sublayer == "low_rank" and placement.site in ROLES:
+        layers = {site.layer for site in named}
+        named += [site for site in sites if site.name == "mixer_input" and site.layer not in layers]
+    elif placement.sublayer == "prefix" and placement.gate:  # kernels get packed examples one by one, but one gate
+        named = [site for site in named if site.tokens != "packed"]
+    return named
+
+
+def unreached(placement: Placement, named: list[Site], n_layers: int) -> str | None:
+    """What to say of the layers that a placement asks for and has no site in; None if there are none."""
+    reached = {site.layer for site in named}
+    asked = range(n_layers) if placement.layers is None else placement.layers
+    left = [layer for layer in asked if layer not in reached]
+    if not left or not any(layer in reached for layer in asked) or placement.site.startswith("cross_"):
+        return None
+    at = "" if placement.sublayer == placement.site else f" at `{placement.site}`"
+    return f"`{placement.sublayer}`{at} has no place in layers {ranges(left)} of {n_layers}; the others have it."
 
 
 def limited(config: PlacedConfig, n_layers: int) -> list[Placement]:
@@ -110,12 +161,37 @@ def saved_whole(site: Site, config: PlacedConfig | IA3Config) -> bool:
 
 def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
     """Refuse means over tokens where a site does not see the tokens of whole examples, or not which are padding."""
-    if placement.gate in ("mean", "mean_padded") or (placement.gate == "auto" and not site.causal):
+    if pooling(placement, site) in ("mean", "mean_padded"):
         rule = f"cannot take means at {site.host}, which lies in no block with attention; use 'token'"
         check("gate_pooling", placement.gate, bool(site.attention), rule)
+        rule = f"cannot take means at {site.host}, whose rows are not whole examples; use 'token'"
+        check("gate_pooling", placement.gate, site.tokens == "examples", rule)
         chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
         rule = "must be 0: gates cannot take means over chunks of an example; use gate_pooling='token'"
         check("chunk_size_feed_forward", chunk, not chunk, rule)
+
+
+def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
+    """Refuse a site whose modules have other widths, or run in another order, than the sub-layer needs."""
+    at = f"Architecture '{name_of(model)}' has no place for `{placement.sublayer}` at `{site.name}` of {site.host}"
+    if placement.sublayer == "prefix":
+        check_kernel(model.get_submodule(site.host))
+    if site.act == "span" and ends_first(model, site.reads, site.host):
+        raise ValueError(f"{at}, which runs before {site.reads}, whose input it should read; leave it out.")
+    (d_in, _), (_, d_out) = (widths(model.get_submodule(path)) for path in (site.reads or site.host, site.host))
+    wrong = [f"{ours} for {size}" for ours, size, acts in (
+        (site.d_in, d_in, ("input", "span")), (site.width or site.d_out, d_out, ("input", "output", "norm", "span")),
+    ) if size not in (None, ours) and site.act in acts]  # fmt: skip
+    if placement.sublayer == "bottleneck" and site.d_in != site.d_out:
+        wrong.append(f"{site.d_in} for {site.d_out}")
+    if wrong:
+        raise ValueError(f"{at}, whose widths are others ({', '.join(wrong)}); leave it out or pass `sites=`.")
+
+
+def widths(module: Any) -> tuple[int | None, int | None]:
+    """What a leaf or a norm reads and gives; None for other modules."""
+    d = len(module.weight) if is_norm(module) else None
+    return leaf_size(module) or (d, d)
 
 
 def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -> None:
@@ -126,13 +202,16 @@ def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -
         check("layers", placement.layers, whole, "must hold every layer of a stack with `counts_positions`")
 
 
+def name_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
 def no_site(model: nn.Module, sublayer: str, site: str, layers: list[int] | None) -> str:
     """What to say where a sub-layer has no site, or has sites only outside the chosen `layers`."""
-    name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if layers is not None:
         return f"`layers` (={layers}) holds no layer of this model where `{sublayer}` has its site `{site}`."
-    if not layer_paths(model):
+    if not layer_paths(model) or (sublayer == "prefix" and not has_attention(model)):
         lack = f"has no attention that is understood here, so `{sublayer}` has no site"
     else:
         lack = f"has no place for `{sublayer}` at `{site}`"
-    return f"Architecture '{name}' {lack}; leave it out or pass `sites=`."
+    return f"Architecture '{name_of(model)}' {lack}; leave it out or pass `sites=`."

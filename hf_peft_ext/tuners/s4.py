@@ -16,6 +16,7 @@ from ..layer_groups import (
     layer_shares,
 )
 from ..placement import Placement, check, check_count, check_names, is_number
+from .asked import asked_by, become
 from .budget import solve
 from .config import PlacedConfig
 from .layout import Layout, layout_of
@@ -148,7 +149,19 @@ class S4Config(PlacedConfig):
         return self.placements or []
 
     def resolved(self, model: nn.Module) -> "S4Config":
-        return self if self.placements is not None else self._solved(self._costs(model))
+        """Solved in place, since peft goes on with the object that it was given. A config that was solved for a model
+        before is left to that model, and another is made.
+        """
+        asked = asked_by(self)
+        if asked is None and self.placements is not None:
+            return self
+        heads = self.modules_to_save and list(self.modules_to_save)  # peft adds to the list
+        found = replace(asked or self, modules_to_save=heads, inference_mode=self.inference_mode)
+        solved = found._solved(found._costs(model))
+        if asked is not None:
+            return solved
+        become(self, solved, found)
+        return self
 
     def _solved(self, costs: Costs) -> "S4Config":
         stacks = costs.grouped_stacks(self.stack)

@@ -11,6 +11,7 @@ from ..pruning import Importance, thin_config, thin_copy
 from ..pruning.sizes import family_of
 from ..structure import covers, own_modules, stacks
 from .ladder_layer import Role
+from .side_forward import check_forward
 from .side_network import SideNetwork, backbones, cut_depth
 
 
@@ -53,8 +54,9 @@ def side_networks(model: nn.Module, config: Any, importance: Importance | None =
     body = cast(PreTrainedModel, model.base_model)
     thin, hosts = thin_body(model, config, importance), backbones(body)
     found: dict[str, Side] = {}
-    for (path, host), (stack, _), rungs in zip(hosts.items(), blocks, kept, strict=True):
-        role: Role = "alone" if len(hosts) == 1 else "decoder" if host.config.is_decoder else "encoder"
+    roles: tuple[Role, ...] = ("alone",) if len(hosts) == 1 else ("encoder", "decoder")
+    for (path, host), (stack, _), rungs, role in zip(hosts.items(), blocks, kept, roles, strict=True):
+        check_forward(host)
         side: Any = cut_depth(cast(PreTrainedModel, thin.get_submodule(path)), rungs)
         if getattr(side, "pooler", None) is not None:
             side.pooler = None  # the backbone's own reads the output

@@ -4,18 +4,29 @@ Their layers stand behind those of the backbone. So whatever is done to the cach
 reordered, tokens cropped, rows repeated, all reset) is done to both alike.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
 from ..placement import check
+from ..structure import CACHES
 
 
-def check_cache(cache: Cache | None) -> None:
-    """Refuse caches that cannot hold the layers of two networks."""
+def check_cache(given: Mapping[str, Any]) -> None:
+    """Refuse caches that cannot hold the layers of two networks.
+
+    Args:
+        given: the arguments of the backbone's forward.
+    """
+    name = next((name for name in CACHES if given.get(name) is not None), None)
+    if name is None:
+        return
+    cache = given[name]
     parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
-    for part in parts or (cache,) if cache is not None else ():
+    for part in parts or (cache,):
         able = type(part) in (DynamicCache, StaticCache) and not part.offloading
-        rule = "must be a dynamic or static cache, not offloaded, for a ladder"
-        check("past_key_values", type(part).__name__, able, rule)
+        check(name, type(part).__name__, able, "must be a dynamic or static cache, not offloaded, for a ladder")
 
 
 def side_cache(cache: Cache, config: PreTrainedConfig, n_layers: int, n_tokens: int) -> Cache:
@@ -37,7 +48,7 @@ def side_cache(cache: Cache, config: PreTrainedConfig, n_layers: int, n_tokens: 
     if len(cache.layers) <= n_layers:
         seen = int(cache.get_seq_length())
         rule = f"has {seen - n_tokens} tokens that were read without this ladder; start with an empty cache"
-        check("past_key_values", type(cache).__name__, seen <= n_tokens, rule)
+        check("cache", type(cache).__name__, seen <= n_tokens, rule)
         cache.layers.extend(empty_like(cache, config).layers)
     return Cache(layers=cache.layers[n_layers:])
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..structure import own_modules, stacks
+from .side_forward import the_running
 
 
 class SideNetwork(nn.Module):
@@ -28,19 +29,22 @@ class SideNetwork(nn.Module):
     def __init__(self, stack: PreTrainedModel, host: PreTrainedModel, temperature: float, ends: bool):
         super().__init__()
         d, d_side = host.config.hidden_size, stack.config.hidden_size
-        _, blocks = next(stacks(stack))
-        self.rungs = tuple(Rung(block, d, d_side, temperature) for block in blocks)  # registered in the stack
-        for i, rung in enumerate(self.rungs):
-            blocks[i] = rung
-        stack.set_input_embeddings(cast(nn.Embedding, DownEmbedding(host, d_side)))
+        self._blocks, blocks = next(stacks(stack))
+        for i, block in enumerate(blocks):
+            blocks[i] = Rung(block, d, d_side, temperature, place=i)
+        stack.set_input_embeddings(cast(nn.Embedding, DownEmbedding(host, stack)))
         self.stack = stack
         self.up = nn.Linear(d_side, d) if ends else None
 
+    @property
+    def rungs(self) -> tuple["Rung", ...]:
+        return tuple(cast(Any, self.stack.get_submodule(self._blocks)))
+
     def forward(self, **given: Any) -> Tensor:  # shape: (batch, length, d), or d_side without `up`
-        """The last hidden states. Each rung has been shown its part of the backbone before."""
+        """The last hidden states. The steps that the backbone left are running."""
         if given.get("inputs_embeds") is not None:
             embedding = cast(DownEmbedding, self.stack.get_input_embeddings())
-            given["inputs_embeds"] = embedding.down(given["inputs_embeds"].to(embedding.down.weight.dtype))
+            given["inputs_embeds"] = embedding.image(given["inputs_embeds"])
         h = self.stack(**given).last_hidden_state
         return h if self.up is None else self.up(h)
 
@@ -64,15 +68,16 @@ class Rung(nn.Module):
         block: the side block.
         d, d_side: widths of the backbone and of the side network.
         temperature: T.
+        place: number of this rung among those that run in one forward.
     """
 
-    def __init__(self, block: nn.Module, d: int, d_side: int, temperature: float):
+    def __init__(self, block: nn.Module, d: int, d_side: int, temperature: float, place: int):
         super().__init__()
         self.block = block
         self.down = nn.Linear(d, d_side)
         self.alpha = nn.Parameter(self.down.weight.new_zeros(1))
         self.temperature = temperature
-        self.step: Tensor | None = None
+        self.place = place
 
     def __getattr__(self, name: str) -> Any:
         # the stack asks its blocks for what they are (such as `attention_type`)
@@ -81,12 +86,12 @@ class Rung(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
 
-    def show(
+    def image(
         self,
         b: Tensor,  # shape: (batch, length, d)
-    ) -> None:
-        """Take the backbone's hidden states in; only their thin image is kept."""
-        self.step = self.down(b.to(self.down.weight.dtype))
+    ) -> Tensor:  # shape: (batch, length, d_side)
+        """W b."""
+        return self.down(b.to(self.down.weight))
 
     def forward(
         self,
@@ -94,8 +99,8 @@ class Rung(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        step, self.step = self.step, None
-        assert step is not None
+        steps = the_running()
+        step = steps.images.pop(self.place) if self.place in steps.images else self.image(steps.states.pop(self.place))
         gate = (self.alpha / self.temperature).sigmoid()
         return self.block(gate * h + (1 - gate) * step, *args, **kwargs)
 
@@ -103,14 +108,18 @@ class Rung(nn.Module):
 class DownEmbedding(nn.Module):
     """W e(x): the backbone's embeddings of the tokens x, whatever module makes them by then, at the side's width."""
 
-    def __init__(self, host: PreTrainedModel, d_side: int):
+    def __init__(self, host: PreTrainedModel, stack: PreTrainedModel):
         super().__init__()
-        self.down = nn.Linear(host.config.hidden_size, d_side)
-        self._host = (host,)  # in a tuple: not a child
+        d, d_side = (cast(nn.Embedding, model.get_input_embeddings()).weight.shape[1] for model in (host, stack))
+        self.down = nn.Linear(d, d_side)
+
+    def image(self, e: Tensor) -> Tensor:  # shape: (batch, length, d) -> (batch, length, d_side)
+        return self.down(e.to(self.down.weight))
 
     def forward(self, input_ids: Tensor) -> Tensor:  # shape: (batch, length) -> (batch, length, d_side)
-        embeddings = self._host[0].get_input_embeddings()(input_ids)
-        return self.down(embeddings.to(self.down.weight.dtype))
+        embed = the_running().embed
+        assert embed is not None
+        return self.image(embed(input_ids))
 
 
 def backbones(model: nn.Module) -> dict[str, PreTrainedModel]:
@@ -131,7 +140,9 @@ def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     _, blocks = next(stacks(stack))
     dropped = blocks[0]
     stack.config = copy.deepcopy(stack.config)
-    stack.config.num_hidden_layers = len(kept)
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if hasattr(stack.config, name):
+            setattr(stack.config, name, len(kept))
     if getattr(stack.config, "layer_types", None):
         stack.config.layer_types = [stack.config.layer_types[i] for i in kept]
     chosen = [blocks[i] for i in kept]

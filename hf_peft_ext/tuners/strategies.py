@@ -15,7 +15,7 @@ from ..sites import Site, find_sites, override_sites
 from ..structure import innermost, leaf_size, own_modules, stacks
 from .build import build
 from .config import ComposedConfig
-from .plan import layer_count, plan
+from .plan import layer_count, resolve
 
 Stack = Literal["joint", "separate"]
 STRATEGIES = ("adapter", "prefix", "bitfit", "lora")
@@ -108,7 +108,7 @@ def costs_of(model: nn.Module, strategies: Sequence[str], **fields: Any) -> Cost
     probe = ComposedConfig(placements=[p for s in strategies for p in placed(s, 1, everywhere)], **fields)
     costs: dict[str, dict[int, Cost]] = {strategy: {} for strategy in strategies}
     alike: dict[tuple[Any, ...], Cost] = {}  # sites of the same shape, as most are
-    for pairs in plan(model, probe).values():
+    for pairs in resolve(model, probe)[0].values():
         for placement, site in pairs:
             strategy, layer = SUBLAYERS[placement.sublayer], site.layer
             shape = (strategy, site.d_in, site.d_out, site.heads, site.d_k, site.d_v)

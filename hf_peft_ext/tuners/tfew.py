@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..placement import check, check_names
 from ..sites import Site, find_sites, override_sites
 from ..structure import innermost, layer_paths, own_modules
+from .asked import asked_by, become
 from .config import NamedFields, layer_list
 from .endings import either, module_names
 from .plan import check_layers, excluded, layer_count, no_site, saved_whole
@@ -24,9 +25,9 @@ SITES = ("key", "value", "ffn_output")
 class TFewConfig(NamedFields, IA3Config):
     """(IA)^3 at the paper's sites: l_k * K, l_v * V and W_2 (l_ff * f(W_1 x)), the vectors l being one at the start.
 
-    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3. The adapter is one of peft's own: its config
-    becomes an `IA3Config` with the names of the modules as soon as the model is known, and is saved as such, so that
-    the result is loaded without this package. (The defaults of `IA3Config` are other sites in many architectures:
+    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3. The adapter is one of peft's own: as soon as the
+    model is known, the config becomes, in place, an `IA3Config` with the names of the modules, and is saved as such.
+    So the result is loaded without this package. (The defaults of `IA3Config` are other sites in many architectures:
     queries in place of keys in BART, Gemma and Qwen, in place of values in OPT.)
 
     - Where one projection makes queries, keys and values (GPT-2, BLOOM, Falcon), so does the vector; its part for the
@@ -63,6 +64,27 @@ class TFewConfig(NamedFields, IA3Config):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         raise ValueError("A TFewConfig names no modules before it meets a model; save the PeftModel instead.")
+
+
+def meet(model: nn.Module, config: IA3Config) -> tuple[IA3Config, dict[str, Tensor]]:
+    """The config of the adapter on a model, and the rows of `Resolved.kept` if it is, or was, a `TFewConfig`.
+
+    peft goes on with the object that it was given, so a `TFewConfig` is changed in place. One that has met a model
+    before is left to that model, and another is made.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    asked = asked_by(config) or config
+    if not isinstance(asked, TFewConfig):
+        return config, {}
+    heads = config.modules_to_save and list(config.modules_to_save)  # peft adds to the list
+    asked = replace(asked, modules_to_save=heads, inference_mode=config.inference_mode)
+    found, kept = resolve(model, asked)
+    if isinstance(config, TFewConfig):
+        become(config, found, asked)
+        return config, kept
+    return found, kept
 
 
 class Resolved(NamedTuple):

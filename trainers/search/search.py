@@ -17,11 +17,13 @@ from torch import nn
 from ...design_space import compare
 from ...placement import check, check_count
 from ...structure import layer_paths
+from .fingerprint import check_same
 from .progress import LineAMinute
 from .result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
 from .training import RunArguments, SearchTask, adapted, evaluate, train
 from .trial_queue import Queue, Record, Run, only_new_garbage
 
+MODELS = "models"  # under which weights, config and metric of each task are noted
 FINISHED = ("done", "stopped", "failed")
 
 
@@ -55,7 +57,7 @@ class DesignSpaceSearch:
         space: the first stage.
         args: how each run trains.
         storage: a database's URL; by default a SQLite file. "postgresql+psycopg://user@host/name" for many machines.
-        study_name: the search's name in it. Searches of other settings, data or spaces need another.
+        study_name: the search's name in it. Searches of other settings, data, spaces, models or metrics need another.
         n_models: models sampled under each constraint.
         seed: of the samples. Model i under every constraint trains with `seed` + i.
         pruner: one of Optuna's, to stop hopeless runs early: it sees, after each epoch of each task, the mean score
@@ -64,7 +66,7 @@ class DesignSpaceSearch:
         progress: whether to show a bar.
 
     Raises:
-        ValueError: a value breaks a rule, or the study holds runs of other settings.
+        ValueError: a value breaks a rule, or the study holds runs of other settings, weights or metrics.
     """
 
     def __init__(
@@ -103,6 +105,11 @@ class DesignSpaceSearch:
         for name, value in (there or {}).items():
             rule = f"is {value!r} in the study {self.queue.study.study_name!r}; choose another `study_name`"
             check(name, protocol.get(name), protocol.get(name) == value, rule)
+        models = {name: task.fingerprint() for name, task in self.tasks.items()}
+        if (known := self.queue.noted(MODELS)) is None:  # of an earlier version, which did not note it
+            self.queue.note(MODELS, models)
+        else:
+            check_same(self.queue.study.study_name, known, models)
 
     def search(self) -> SearchResult:
         """Works until the last stage is decided. Other workers may do the same at the same time."""

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, SchedulerType, default_data_collator, g
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ...placement import check, check_count, check_positive, is_number
+from .fingerprint import of_config, of_metric, of_weights
 
 Batch = Mapping[str, Tensor]
 Metric = Callable[[EvalPrediction], float | Mapping[str, float]]
@@ -98,6 +99,11 @@ class SearchTask:
         rows = [{name: np.asarray(x).tolist() for name, x in row.items()} for row in (*self.train, *self.evaluation)]
         return hashlib.sha256(json.dumps([len(self.train), rows]).encode()).hexdigest()[:12]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells model and metric from others, in another process, too."""
+        metric = of_metric(self.compute_metrics)
+        return {"weights": of_weights(self.model), "config": of_config(self.model), "metric": metric}
+
     def batches(self, part: str, size: int) -> list[Batch]:
         """The batches of "train" or "evaluation", on the model's device."""
         if (part, size) not in self._made:
@@ -149,7 +155,11 @@ def train(
     seed: int,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW over the batches, in an order drawn by `seed`; `after_epoch` is called with 1, 2, ..."""
+    """AdamW over the batches, in an order drawn by `seed`; `after_epoch` is called with 1, 2, ...
+
+    Raises:
+        ValueError: a loss is not finite; seen at the end of its epoch.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     steps = args.num_train_epochs * len(batches)
@@ -157,21 +167,29 @@ def train(
     order = torch.Generator().manual_seed(seed)
     for epoch in range(1, args.num_train_epochs + 1):
         model.train()
+        finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)  # asked for once an epoch: it waits
         for i in torch.randperm(len(batches), generator=order).tolist():
             with autocast(parameters[0], args):
                 loss = model(**batches[i]).loss
+            finite &= loss.detach().isfinite()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        if not finite:
+            raise ValueError(f"A loss of epoch {epoch} is not finite.")
         if after_epoch is not None:
             after_epoch(epoch)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Sequence[Batch], args: RunArguments, metric: Metric | None) -> float:
-    """The score on the batches; without a metric, the mean loss of a row with its sign turned."""
+    """The score on the batches; without a metric, the mean loss of a row with its sign turned.
+
+    Raises:
+        ValueError: an output is not a number, which a metric may well take for an answer.
+    """
     model.eval()
     predictions, labels, losses = EvalLoopContainer(), EvalLoopContainer(), 0.0
     for batch in batches:
@@ -180,6 +198,8 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], args: RunArguments, met
         if metric is None:
             losses += outputs.loss.item() * len(batch["labels"])
         else:
+            if outputs.logits.isnan().any():
+                raise ValueError("The model's outputs are not numbers.")
             predictions.add(outputs.logits.float())
             labels.add(batch["labels"])
     if metric is None:

@@ -1,0 +1,1 @@
+"""The parts of `gpu.py`: a module each, and what they share."""

@@ -1,0 +1,52 @@
+"""A place in a model where a sub-layer can sit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Act = Literal["input", "output", "norm", "span", "attention", "cache"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where a sub-layer can sit.
+
+    Args:
+        name: name of the site, as in `Placement.site`; cross-attention's begin with `cross_`.
+        layer: index of the layer, encoder before decoder; None outside the blocks.
+        host: path of the module whose call is changed.
+        act: what is read and changed: the host's input and output ("input"), its output alone ("output"), a norm's
+            input through its output ("norm"), the input of `reads` and the output of the host ("span"), or the keys
+            and values inside the host, through AttentionInterface ("attention") or through the cache ("cache").
+        d_in, d_out: widths of what is read and of what is added.
+        causal: whether the tokens of this layer must not see later ones.
+        attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
+        reads: path of the module whose input is read, for "span"; of one that runs in front of the norm, for "norm".
+        of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
+        rows, width: in a fused projection the rows of this site, out of `width`.
+        heads, d_k, d_v: shape of keys and values, for "attention" and "cache".
+        tokens: how the tokens lie in what is read: an example in each row, one behind the other without an axis for
+            examples ("packed", as in the vision towers of Qwen2-VL), or a window of an example in each row (Swin).
+    """
+
+    name: str
+    layer: int | None
+    host: str
+    act: Act
+    d_in: int
+    d_out: int
+    causal: bool = False
+    attention: str = ""
+    reads: str = ""
+    of_encoder: bool = False
+    rows: Tensor | None = None
+    width: int = 0
+    heads: int = 0
+    d_k: int = 0
+    d_v: int = 0
+    tokens: Literal["examples", "packed", "windows"] = "examples"
+
+    def serves(self, site: str) -> bool:
+        """Whether a placement at `site` means this one: "query" means "query" and "cross_query"."""
+        return site in (self.name, self.name.removeprefix("cross_"))
