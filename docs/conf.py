@@ -11,7 +11,6 @@ project = "hf_peft_ext"
 copyright = "the hf_peft_ext authors. Apache-2.0"  # noqa: A001  Sphinx's name
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "public_names"]
 exclude_patterns = ["_build", "README.md"]
-suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks
 
 html_theme = "furo"
 html_title = "hf_peft_ext"

@@ -7,6 +7,7 @@ package of `PACKAGES` that has it; the other pages link there. A public name wit
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,46 @@ class PublicNames(SphinxDirective):
         return self.parse_content_to_nodes(allow_section_headings=True)
 
 
+def paragraphs(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Read docstrings as they are written: an indented block after an empty line is literal, lists need no empty line."""
+    found: list[str] = []
+    previous = ""  # the last line that is not empty
+    for line in lines:
+        indent, before = (len(text) - len(text.lstrip()) for text in (line, previous))
+        if line.strip() and previous:
+            after_empty = bool(found) and not found[-1].strip()
+            if after_empty and indent > before and not previous.endswith("::"):
+                found += [" " * before + "::", ""]
+            elif not after_empty and line.lstrip().startswith("- ") and not previous.lstrip().startswith("- "):
+                found += [""] if indent >= before else []
+        found.append(line)
+        previous = line if line.strip() else previous
+    lines[:] = found
+
+
+def valid_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Defaults that are no Python, such as `<factory>`, become an ellipsis: Sphinx links types in valid Python alone."""
+    return signature and re.sub(r"<[^<>]*>", "...", signature), returns
+
+
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> nodes.Element | None:
-    """Link a type that a signature names by its inner module to its public page."""
-    name = node["reftarget"].rpartition(".")[2]
+    """Link a type that a signature names by its inner module to its public page; an inner type stays plain text."""
+    inner, _, name = node["reftarget"].rpartition(".")
     package = homes().get(name)
-    if node.get("refdomain") != "py" or package is None or node["reftarget"] == f"{package}.{name}":
+    if node.get("refdomain") != "py" or inner in PACKAGES:
         return None
-    domain = env.get_domain("py")
-    target = f"{package}.{name}"
+    if package is None:
+        is_inner = inner.startswith(f"{PACKAGES[0]}.") and hasattr(importlib.import_module(inner), name)
+        return contnode if is_inner else None
+    domain, target = env.get_domain("py"), f"{package}.{name}"
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
+    app.connect("autodoc-process-docstring", paragraphs, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", valid_signature)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
