@@ -8,14 +8,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_extensions"), str(HERE.parent)]  # the checkout's package goes before an installed one
 
 project = "hf_peft_ext"
-copyright = "the hf_peft_ext authors. Apache-2.0"  # noqa: A001  Sphinx's name
+copyright = "the hf_peft_ext authors. Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "public_names"]
 exclude_patterns = ["_build", "README.md"]
 
 html_theme = "furo"
 html_title = "hf_peft_ext"
 html_static_path = ["_static"]
-html_css_files = ["narrow.css"]
+html_css_files = ["widths.css"]
 html_theme_options = {"source_repository": "https://github.com/hf-peft-ext/hf_peft_ext/", "source_branch": "main"}
 html_theme_options["source_directory"] = "docs/"
 

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, the output that they show is printed, their links lead somewhere.
+"""The README and the pages of docs/: their code runs and prints the output that they show; their links resolve.
 
 The blocks of a page run in order, in one namespace and an empty folder that holds `examples`. Where a fence without a
 language directly follows a block, its lines must be printed by the block, in this order, whatever their numbers are.
@@ -22,7 +22,6 @@ PAGES = [
     page for page in sorted(DOCS.rglob("*.md")) if not {"_build", "notebooks"} & {*page.relative_to(DOCS).parts[:-1]}
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
-SLOW = ("first_adapter.md", "load_dataset(")  # a page by name, or a block of the README: they train on real data
 
 
 class Block(NamedTuple):
@@ -42,11 +41,16 @@ def cases() -> list:
     """The blocks of the README one by one, those of a page of docs/ together."""
     groups = [(f"README.md:{block.line}", README, [block]) for block in blocks(README)]
     groups += [(str(page.relative_to(ROOT)), page, found) for page in PAGES if (found := blocks(page))]
-    slow = [any(word in name or page == README and word in found[0].code for word in SLOW) for name, page, found in groups]
     return [
-        pytest.param(page, found, id=name, marks=[pytest.mark.slow] if is_slow else [])
-        for (name, page, found), is_slow in zip(groups, slow, strict=True)
+        pytest.param(page, found, id=name, marks=[pytest.mark.slow] if is_slow(found) else [])
+        for name, page, found in groups
     ]
+
+
+def is_slow(found: list[Block]) -> bool:
+    """Whether the code trains on real data."""
+    code = "".join(block.code for block in found)
+    return "load_dataset(" in code and ".train()" in code
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_table_of_methods():
-    """Every config has a row. Its crosses are the sub-layers that the config places; its paper is one of the method's."""
+    """Every config has a row: its crosses are the sub-layers that it places, its paper is one of the method's."""
     rows = re.findall(r"^\| `(\w+?)(?:\(style=\"(\w+)\"\))?` \|(.*)\|$", README, flags=re.MULTILINE)
     assert [style for _, style, _ in rows if style] == list(STYLES)
     assert {name for name, _, _ in rows} == {name for name in vars(hf_peft_ext) if name.endswith("Config")}

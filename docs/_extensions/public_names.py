@@ -68,7 +68,7 @@ class PublicNames(SphinxDirective):
 
 
 def paragraphs(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Read docstrings as they are written: an indented block after an empty line is literal, lists need no empty line."""
+    """Read docstrings as they are written: blocks indented after an empty line are literal, lists need none."""
     found: list[str] = []
     previous = ""  # the last line that is not empty
     for line in lines:
@@ -87,7 +87,7 @@ def paragraphs(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
 def valid_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Defaults that are no Python, such as `<factory>`, become an ellipsis: Sphinx links types in valid Python alone."""
+    """Defaults such as `<factory>` become an ellipsis: Sphinx links types only where the signature is valid Python."""
     return signature and re.sub(r"<[^<>]*>", "...", signature), returns
 
 
