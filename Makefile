@@ -8,7 +8,7 @@ TORCH ?= $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -qq $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo train test test-slow test-newest test-oldest constraints check clean
+.PHONY: help demo train test test-slow test-newest test-oldest constraints check docs clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -46,8 +46,11 @@ check: .venv/.dev  ## style, types, imports, versions that were never run
 	$(BIN)/lint-imports
 	$(BIN)/python tools/versions.py check
 
+docs: .venv/.docs  ## the documentation, in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 clean:  ## remove results, caches and build files; .venv stays
-	rm -rf results build dist .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf results build dist docs/_build docs/notebooks .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # The stamps: .venv/.NAME is younger than pyproject.toml once the extras of NAME are installed.
@@ -55,8 +58,9 @@ clean:  ## remove results, caches and build files; .venv stays
 .venv/.train: EXTRAS = demo,trl
 .venv/.test: EXTRAS = test
 .venv/.dev: EXTRAS = dev
+.venv/.docs: EXTRAS = docs
 
-.venv/.demo .venv/.train .venv/.test .venv/.dev: pyproject.toml $(CONSTRAINTS) | .venv/.torch
+.venv/.demo .venv/.train .venv/.test .venv/.dev .venv/.docs: pyproject.toml $(CONSTRAINTS) | .venv/.torch
 	@echo "Installing hf_peft_ext[$(EXTRAS)] into .venv ..."
 	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@

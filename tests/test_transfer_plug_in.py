@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_peft_ext import BottleneckConfig
-from hf_peft_ext.transfer import PlugInSettings, importance
-from hf_peft_ext.transfer.run import plug_in
+from hf_peft_ext.transfer import PlugInSettings, importance, plug_in
 from hf_peft_ext.transfer.run.pipeline import Stages
 from hf_peft_ext.transfer.run.result import Measured
 from hf_peft_ext.transfer.run.task import Classification, Ranking, task_for

@@ -7,8 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import pruned_copy
-from hf_peft_ext.transfer import MeZO, delta_bridge, plug
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import MeZO, delta_bridge, merge_projections, plug
 from hf_peft_ext.transfer.refine.mezo import trained
 
 from .backbones import BACKBONES, output
@@ -53,7 +52,7 @@ def test_delta_bridge(family, kind, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
     assert all(p.grad is not None for p in trained(plugged))
     with torch.no_grad():
-        wanted = output(fold(plugged), inputs)
+        wanted = output(merge_projections(plugged), inputs)
     plugged.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(in_4_bits(family, tmp_path / "large"), tmp_path / "adapter").eval()
     keep_4bit_trainable(again)  # repacked weights are multiplied in 16 bits

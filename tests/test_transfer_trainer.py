@@ -7,8 +7,7 @@ from transformers import TrainingArguments
 
 from hf_peft_ext.pruning import pruned_copy
 from hf_peft_ext.trainers import BridgeTrainer
-from hf_peft_ext.transfer import plug
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import merge_projections, plug
 
 from .backbones import BACKBONES, output
 from .test_transfer_fold import LARGE, refuses, slow, small_model
@@ -35,7 +34,7 @@ def trainer(folder, kind="delta", steps=4, **kwargs):
 
 
 def folded(model):
-    return {name: value for name, value in fold(model).state_dict().items() if "lora_" in name}
+    return {name: value for name, value in merge_projections(model).state_dict().items() if "lora_" in name}
 
 
 @pytest.mark.parametrize("kind", ["delta", slow("paper")])

@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hf_peft_ext.transfer import MeZO, PlugInResult, layer_scales
-from hf_peft_ext.transfer.map import bake as fold
+from hf_peft_ext.transfer import MeZO, PlugInResult, layer_scales, merge_projections
 from hf_peft_ext.transfer.refine.mezo import trained
 from hf_peft_ext.transfer.refine.module_scale import at_scale, has_prefix
 from hf_peft_ext.transfer.run.result import Measured, gain_interval
@@ -93,7 +92,7 @@ def test_layer_scales(kind):
         scales[1].fill_(0.5)
         scaled = output(model, inputs)
         assert (scaled - before).abs().max() > 1e-3
-        torch.testing.assert_close(output(fold(model), inputs), scaled, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(output(merge_projections(model), inputs), scaled, atol=1e-6, rtol=1e-6)
 
 
 def test_layer_scales_of_a_lora_multiply_b():

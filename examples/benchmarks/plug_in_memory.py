@@ -27,7 +27,6 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from hf_peft_ext.transfer.bridge import bridge
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Column, Table
@@ -36,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig
 from hf_peft_ext.pruning.importance import peak_memory
-from hf_peft_ext.transfer import MeZO, Projections, PrunedModel, delta_bridge, importance, plug, pruned_copy
+from hf_peft_ext.transfer import MeZO, Projections, PrunedModel, bridge, delta_bridge, importance, plug, pruned_copy
 from hf_peft_ext.transfer.refine.mezo import trained
 
 GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12}

@@ -39,7 +39,7 @@ from peft import PeftModel
 from transformers import HfArgumentParser
 
 import plug_in
-from hf_peft_ext.transfer import Projections, fold, module_similarity, plug
+from hf_peft_ext.transfer import Projections, merge_projections, module_similarity, plug
 from hf_peft_ext.transfer.run.task import task_for
 from hf_peft_ext.transfer.similarity import PAPERS
 from runs import RESULTS, Row, append, read, read_rows
@@ -122,7 +122,7 @@ class Models:
         first = self.adapted(one.first, task, seed)
         if one.second == "plugged":
             slices = Projections("slice", index=self.index)
-            return first and (first, fold(plug(first, copy.deepcopy(self.large), slices)))
+            return first and (first, merge_projections(plug(first, copy.deepcopy(self.large), slices)))
         task = following(self.study.tasks, task) if one.other_task else task
         seed = following(self.study.seeds, seed) if one.other_seed else seed
         second = self.adapted(one.second, task, seed)

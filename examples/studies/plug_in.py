@@ -55,7 +55,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_peft_ext import BottleneckConfig, LayerPrefixConfig
 from hf_peft_ext.prompts import load_templates
 from hf_peft_ext.pruning import Importance, PrunedModel, importance, pruned_copy
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, fold, layer_scales, plug
+from hf_peft_ext.transfer import Projections, bridge, delta_bridge, layer_scales, merge_projections, plug
 from hf_peft_ext.transfer.bridges.bridge import kept_channels
 from hf_peft_ext.transfer.map.plug import depths
 from hf_peft_ext.transfer.map.projections import layer_map
@@ -311,7 +311,7 @@ class Cell:
             trained, extra = self.trained(run, model)
             spent += time.process_time() - start
             partial = path.with_name(f"partial-{path.name}")
-            fold(trained).save_pretrained(str(partial))
+            merge_projections(trained).save_pretrained(str(partial))
             if extra is not None:
                 scores = json.dumps(self.measured(extra, spent))
                 (partial / "bridge.json").write_text(scores, encoding="utf-8")
@@ -344,7 +344,7 @@ class Cell:
             if run.condition == "distilled":
                 rows = rows + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
             if run.condition == "folded":
-                model = fold(model)
+                model = merge_projections(model)
             with delta_bridge(model, self.thin(run)) as held:
                 fit(held, self.task, rows, *steps)
         elif run.condition == "paper":

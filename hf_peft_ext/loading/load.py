@@ -45,7 +45,7 @@ def load_adapter(
         token: for private repositories; as in `huggingface_hub`.
 
     Returns:
-        The model with the adapter: `model` itself if that is a `PeftModel`.
+        The model with the adapter; `model` itself if that is a `PeftModel`.
 
     Raises:
         ValueError: something was refused; the message says what.

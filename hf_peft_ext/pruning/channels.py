@@ -105,7 +105,7 @@ class Channels:
     Args:
         weights: path of a module with parameters -> their dimensions.
         sizes: axis -> its units.
-        aligned: sets of attention modules, by the prefix of their axes ("0.", "3.cross_"), that must keep the same
+        aligned: sets of attention modules, by the prefix of their axes ("0.", `3.cross_`), that must keep the same
             heads: T5 adds one position bias, with a value for each head, in all layers of a stack.
     """
 

@@ -7,7 +7,7 @@ from hf_peft_ext.pruning import pruned_copy as pruned_copy
 from hf_peft_ext.pruning import pruned_sizes as pruned_sizes
 from hf_peft_ext.transfer.bridges.bridge import bridge as bridge
 from hf_peft_ext.transfer.bridges.delta import delta_bridge as delta_bridge
-from hf_peft_ext.transfer.map.bake import fold as fold
+from hf_peft_ext.transfer.map.bake import merge_projections as merge_projections
 from hf_peft_ext.transfer.map.plug import plug as plug
 from hf_peft_ext.transfer.map.projections import Projections as Projections
 from hf_peft_ext.transfer.refine.distillation import decide as decide

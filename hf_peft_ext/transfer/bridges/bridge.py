@@ -52,7 +52,7 @@ def bridge(
         plugged = plug(small, shapes)
         model = bridge(plugged, PrunedModel.from_pretrained(folder, shapes))
         ...  # train it
-        fold(plugged).save_pretrained(adapter)  # for `PeftModel.from_pretrained` with the real model
+        merge_projections(plugged).save_pretrained(adapter)  # for `PeftModel.from_pretrained` with the real model
 
     With a ladder, block i of the thin copy reads g_i x_i + (1 - g_i) W_i b_i, where b_i is what block i of the large
     model without its module reads (its embeddings, for the first) at the channels that the copy has, W_i begins as the

@@ -7,7 +7,7 @@ from hf_peft_ext.transfer.map.adapter_tensors import SEEN
 from hf_peft_ext.transfer.map.parametrize import Computed, remove_parametrization
 
 
-def fold(model: PeftModel) -> PeftModel:
+def merge_projections(model: PeftModel) -> PeftModel:
     """Compute W_plug into the adapter, in place: a LoRA becomes a plain `LORA`, bottlenecks a `BOTTLENECK`, and so on.
 
     The logits stay what they were, nothing is left to compute at inference, and `save_pretrained` writes an adapter

@@ -33,7 +33,7 @@ def plug(
 
     Each layer of the large model has a copy of the tensors of its layer in the small one, in the small one's widths,
     and W_plug makes of them the tensors that the adapter works with. What is trainable are the copies, and the
-    projections if they are. `fold` makes plain tensors of it. A classification head that was
+    projections if they are. `merge_projections` makes plain tensors of it. A classification head that was
     trained with the adapter comes along.
 
     Args:

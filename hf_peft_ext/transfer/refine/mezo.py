@@ -112,10 +112,10 @@ class Scale(nn.Module):
 def layer_scales(model: PeftModel) -> list[nn.Parameter]:
     """Have one number for each layer scale what the adapter writes there, and train these numbers alone.
 
-    A LoRA's B, a bottleneck's way up and a prefix's values are multiplied; `fold` makes plain tensors of them.
+    A LoRA's B, a bottleneck's way up and a prefix's values are multiplied; `merge_projections` makes plain tensors of them.
 
     Args:
-        model: a model with a plain adapter, one that `fold` has been over.
+        model: a model with a plain adapter, after `merge_projections`.
 
     Returns:
         The scales, from the first layer to the last.

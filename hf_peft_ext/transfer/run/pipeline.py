@@ -20,7 +20,7 @@ from hf_peft_ext.pruning import Importance, importance, pruned_copy
 from hf_peft_ext.transfer.bridges.bridge import bridge
 from hf_peft_ext.transfer.bridges.delta import delta_bridge
 from hf_peft_ext.transfer.map.adapter_tensors import parts_of
-from hf_peft_ext.transfer.map.bake import fold
+from hf_peft_ext.transfer.map.bake import merge_projections
 from hf_peft_ext.transfer.map.plug import plug
 from hf_peft_ext.transfer.map.projections import Projections
 from hf_peft_ext.transfer.refine.distillation import decide
@@ -101,7 +101,7 @@ class Stages:
                 else:
                     with delta_bridge(model, thin, s.around) as held:
                         fit(held, self.task, rows, *steps, advance)
-        finish(path, fold(model).save_pretrained)
+        finish(path, merge_projections(model).save_pretrained)
         return model
 
     def importance(self, large: PreTrainedModel) -> Importance | None:
@@ -136,7 +136,7 @@ class Stages:
         with self.bar("MeZO", s.refine_steps) as advance:
             rows = self.training_rows
             refine(model, self.task, rows, s.refine_steps, s.refine_lr, s.batch_size, s.eps, s.seed, advance)
-        finish(path, fold(model).save_pretrained)
+        finish(path, merge_projections(model).save_pretrained)
         return model
 
     def measured(self, model: PeftModel, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
