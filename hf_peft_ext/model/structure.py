@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -107,6 +108,8 @@ def leaf_size(module: nn.Module) -> tuple[int, int] | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises the features of each token, which lie along the last axis."""
+    if isinstance(module, BaseTunerLayer):  # an adapter at a norm shows the norm's weight as its own
+        return False
     weight = getattr(module, "weight", None)
     if isinstance(module, WITHOUT_FEATURES) or getattr(module, "data_format", "") == "channels_first":
         return False

@@ -112,7 +112,7 @@ class Scale(nn.Module):
 def layer_scales(model: PeftModel) -> list[nn.Parameter]:
     """Have one number for each layer scale what the adapter writes there, and train these numbers alone.
 
-    A LoRA's B, a bottleneck's up-projection and a prefix's values are multiplied. `merge_projections` makes them plain.
+    B of a LoRA, the up-projection of a bottleneck and the values of a prefix are multiplied.
 
     Args:
         model: a model with a plain adapter, after `merge_projections`.
