@@ -11,7 +11,7 @@ BIN := .venv/bin
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
-demo: .venv/.demo  ## UniPELT, LoRA and full fine-tuning on 100 messages; writes results/
+demo: .venv/.demo  ## UniPELT, LoRA and full fine-tuning on 100 messages; writes results/ (two to ten minutes)
 	@$(BIN)/python examples/01_unipelt.py
 
 RECIPE ?= examples/recipes/unipelt.yaml
