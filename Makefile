@@ -38,7 +38,7 @@ clean:  ## remove results, caches and build files; .venv stays
 # The stamps: .venv/.NAME is younger than pyproject.toml once the extras of NAME are installed.
 .venv/.demo: EXTRAS = demo
 .venv/.train: EXTRAS = demo,trl
-.venv/.test: EXTRAS = test,quantized,trl,demo,studies,search
+.venv/.test: EXTRAS = test,quantized,trl,demo,studies,search,notebooks
 .venv/.dev: EXTRAS = dev
 
 .venv/.demo .venv/.train .venv/.test .venv/.dev: pyproject.toml | .venv/.torch

@@ -56,7 +56,7 @@ transformers.utils.logging.disable_progress_bar()
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DATA = Path(__file__).parent / "data" / "support_messages.csv"
 BATCH_SIZE = 8
-LINE_SECONDS = 15  # between two lines about a run
+LINE_SECONDS = 30  # between two lines about a run
 
 # Method -> its config (None trains the whole model) and its learning rate: the best of those tried, by accuracy in %
 # on the train rows that a draw leaves over (20 epochs, mean of three draws other than the demo's):
@@ -350,5 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=2, help="number of runs of each method (2)")
     parser.add_argument("--examples", type=int, default=100, help="messages to learn from (100)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over them (10)")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the adapter and the figure (results)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), help="folder for the adapter and the figure (results)"
+    )
     main(**vars(parser.parse_args()))
