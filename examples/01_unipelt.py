@@ -22,6 +22,7 @@ import csv
 import importlib.util
 import logging
 import random
+import sys
 import tempfile
 import time
 import urllib.request
@@ -89,7 +90,7 @@ MESSAGES = {
 
 Batch = dict[str, Tensor]
 Row = dict[str, str]
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
 
 
 class Task(NamedTuple):
@@ -132,8 +133,8 @@ def main(seeds: int, examples: int, epochs: int, output: Path) -> None:
     heading("Results")
     console.print(results_table(runs))
     console.print(
-        f"Accuracy: mean, lowest and highest of {seeds} runs, each with its own draw of messages.\n"
-        "On disk: the weights to keep for this task.\n"
+        f"Accuracy: on the test messages, mean of {seeds} runs, each with its own draw of messages.\n"
+        "Trained: parameters. On disk: the weights to keep for this task.\n"
         f"Step: median time of {BATCH_SIZE} messages on one core of this machine.\n"
         "These are few runs of one small task: enough to try the methods, too few to rank them."
     )
@@ -222,15 +223,16 @@ def encode(task: Task, rows: list[Row]) -> Batch:
 
 
 def results_table(runs: list[Trained]) -> Table:
-    figures = [Column(name, justify="right") for name in ("test accuracy", "parameters trained", "on disk", "step")]
+    names = ("accuracy", "each run", "trained", "on disk", "step")
+    figures = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table("method", *figures, box=box.SIMPLE_HEAD, pad_edge=False)
     for method in METHODS:
-        mine = [run for run in runs if run.method == method]
+        mine = sorted((run for run in runs if run.method == method), key=lambda run: run.seed)
         accuracies = [run.accuracy for run in mine]
-        spread = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(mine) > 1 else ""
         table.add_row(
             method,
-            f"{mean(accuracies):.1f} %{spread}",
+            f"{mean(accuracies):.1f} %",
+            "  ".join(f"{value:.1f}" for value in accuracies),
             f"{mine[0].parameters:,}",
             f"{mine[0].kib:,.0f} KiB",
             f"{median(run.milliseconds for run in mine):.0f} ms",
