@@ -20,7 +20,10 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-PACKAGES = ("hf_peft_ext", *(f"hf_peft_ext.{n}" for n in ("trainers", "hub_cards", "prompts", "pruning", "transfer")))
+PACKAGES = (
+    "hf_peft_ext",
+    *(f"hf_peft_ext.{n}" for n in ("trainers", "search", "hub_cards", "prompts", "pruning", "transfer")),
+)
 
 logger = logging.getLogger(__name__)
 
