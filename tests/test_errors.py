@@ -209,12 +209,13 @@ def test_adapter_called_like_a_part_of_the_model(name, tmp_path):
             assert torch.equal(output(loaded, family.inputs()), expected)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "a\\b", "a\nb", "x" * 201, "keys", "forward"])
+@pytest.mark.parametrize("name", ["a.b", "../x", "a/b", "a\\b", "a\nb", "x" * 201, "keys", "forward"])
 def test_names_that_no_adapter_can_have(name):
     model = BACKBONES["bert"].build()
+    before = state(model)
     with pytest.raises(ValueError, match=re.escape(f"`adapter_name` (={name!r})")):
         get_peft_model(model, UniPELTConfig(), adapter_name=name)
-    assert state(model) == state(BACKBONES["bert"].build())
+    assert state(model) == before
 
 
 def test_bad_adapter_names_in_a_batch():
@@ -231,7 +232,7 @@ def test_bad_adapter_names_in_a_batch():
 
 
 def test_loading_on_a_model_of_another_size(tmp_path):
-    """The error is torch's; the message names the tensors."""
+    """The error names the tensor, and both shapes."""
     get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(bottleneck_size=4)).save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"has shape .*, but its config implies"):
         PeftModel.from_pretrained(BACKBONES["bert"].build(hidden_size=16), tmp_path)

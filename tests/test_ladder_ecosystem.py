@@ -70,8 +70,18 @@ def test_a_refused_second_adapter():
             model.add_adapter("other", LadderConfig(layers_to_keep=7))
         assert torch.equal(output(model, inputs), expected)
     assert list(model.peft_config) == ["default"]
-    with pytest.raises(ValueError, match=r"`adapter_name` \(='block'\) is the name of a part"):
-        model.add_adapter("block", LadderConfig())
+    with pytest.raises(ValueError, match=r"`adapter_name` \(='a.b'\) must have 1 to 200 characters"):
+        model.add_adapter("a.b", LadderConfig())
+
+
+def test_an_adapter_called_like_a_part_of_a_ladder(tmp_path):
+    model, inputs = laddered("gpt2")
+    model.add_adapter("block", LadderConfig())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = output(model, inputs)
+        loaded = PeftModel.from_pretrained(BACKBONES["gpt2"].build(), tmp_path).eval()
+        assert torch.equal(output(loaded, inputs), expected)
 
 
 def test_what_a_ladder_cannot_do():

@@ -96,7 +96,7 @@ def test_add_is_the_sum(module, dtype):
     """add(y, x) = y + forward(x), in the type of y."""
     filled(module)
     x, y = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, D).to(dtype)
-    total = module.add(y, module.read(x), VISIBLE)
+    total = module.add(y, x, VISIBLE)
     assert total.dtype == dtype
     torch.testing.assert_close(total, y + module(x, VISIBLE).to(dtype), rtol=1e-2 if dtype != torch.float32 else 1e-5,
                                atol=1e-5)  # fmt: skip
@@ -130,17 +130,28 @@ def test_prefix_gates():
     x = torch.randn(BATCH, LENGTH, D)
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "mean")))
     g = gate_of(prefix.gate, x, VISIBLE)[:, None]
-    keys, values, scores = prefix(x, VISIBLE)
+    keys, values, log_g = prefix(x, VISIBLE)
     torch.testing.assert_close(keys, g * prefix.keys)
     torch.testing.assert_close(values, g * prefix.values)
-    assert scores is None
+    assert log_g is None
 
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "token")))
-    keys, values, scores = prefix(x, VISIBLE)
+    keys, values, log_g = prefix(x, VISIBLE)
     torch.testing.assert_close(keys[0], prefix.keys)
     torch.testing.assert_close(values[0], prefix.values)
-    expected = gate_of(prefix.gate, x, None).log()[:, None].expand(-1, -1, -1, 3)
-    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(log_g, gate_of(prefix.gate, x, None).log()[:, None])
+
+
+def test_a_mean_gate_reads_the_end_of_a_mask_that_is_longer():
+    """Behind a cache the mask covers earlier tokens too; the tokens of x are the last. A row of padding gets 0."""
+    gate, x = filled(Gate(D, "mean")), torch.randn(BATCH, LENGTH, D)
+    mask = torch.cat([torch.tensor([[0, 1], [1, 1], [1, 0]]).bool(), VISIBLE], dim=1)
+    score = F.linear(x, gate.weight)
+    torch.testing.assert_close(gate(score, mask), gate_of(gate, x, VISIBLE))
+    empty = VISIBLE.clone()
+    empty[1] = False
+    assert gate(score, empty)[1].item() == 0
+    torch.testing.assert_close(gate(score, empty)[[0, 2]], gate_of(gate, x, VISIBLE)[[0, 2]])
 
 
 def test_projected_prefix_folds_to_the_same_vectors():

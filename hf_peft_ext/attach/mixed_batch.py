@@ -24,7 +24,7 @@ INPUTS = (
 
 def check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
     """Refuse `adapter_names` that hold no name, or one that is no adapter of the model."""
-    check("adapter_names", names, bool(names) and not isinstance(names, str), "must be a list of names, one a row")
+    check("adapter_names", names, not isinstance(names, str), "must be a list of names, one for each row")
     unknown = set(names) - {"__base__", *adapters}
     if unknown:
         raise ValueError(f"`adapter_names` holds {sorted(unknown)}, but the adapters are {sorted(adapters)}.")

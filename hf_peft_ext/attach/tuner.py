@@ -236,13 +236,15 @@ def check_adapter_name(name: str) -> None:
     )
 
 
-def own_tensors(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def own_tensors(
+    model: nn.Module, adapter_name: str, state: dict[str, Tensor], container: str = "sublayer_of"
+) -> dict[str, Tensor]:
     """The tensors of an adapter out of `state`, or out of the model where they are missing there.
 
     peft drops every key in which the name of another adapter occurs, or none if that leaves nothing. But a name may
     also be that of a part of the model, or of a sub-layer ("gate").
     """
-    mark = f".sublayer_of.{adapter_name}"
+    mark = f".{container}.{adapter_name}"
     own = {key: value for key, value in state.items() if f"{mark}." in key}
     sublayers = [(path, module) for path, module in model.named_modules() if path.endswith(mark)]
     keys = [f"{path}.{key}" for path, sublayer in sublayers for key in sublayer.state_dict(keep_vars=True)]

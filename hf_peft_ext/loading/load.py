@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from hf_peft_ext.attach.tuner import ADAPTER_NAME
+from hf_peft_ext.attach.tuner import check_adapter_name
 from hf_peft_ext.loading.config import read_config
 from hf_peft_ext.loading.expected_tensors import implied_tensors
 from hf_peft_ext.loading.files import adapter_folder
@@ -57,7 +57,7 @@ def load_adapter(
     if not isinstance(adapter_name, str) or not isinstance(id_or_path, (str, Path)):
         name, value = ("id_or_path", id_or_path) if isinstance(adapter_name, str) else ("adapter_name", adapter_name)
         raise TypeError(f"`{name}` must be text, not {type(value).__name__}.")
-    check("adapter_name", adapter_name, bool(ADAPTER_NAME.fullmatch(adapter_name)), "must match [A-Za-z0-9_-]{1,64}")
+    check_adapter_name(adapter_name)
     names = model.peft_config if isinstance(model, PeftModel) else {}
     check("adapter_name", adapter_name, adapter_name not in names, "is taken by an adapter of this model")
     folder, commit = adapter_folder(id_or_path, revision, subfolder, token)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_peft_ext.attach.checked_loading import check_complete
 from hf_peft_ext.attach.config import RegisteredConfig, layer_list
-from hf_peft_ext.attach.tuner import aligned, check_adapter_name, check_loaded, unload_auxiliary
+from hf_peft_ext.attach.tuner import aligned, check_adapter_name, check_loaded, own_tensors, unload_auxiliary
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import Importance
 from hf_peft_ext.pruning.sizes import Reduce
@@ -138,6 +138,19 @@ class LadderModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
 
     # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kw: Any,
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
+        return own_tensors(model, adapter_name, state, "side_of")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
