@@ -8,7 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.attach.attention import WithPrefix, prefix_attention
+from hf_peft_ext.attach.attention import States, WithPrefix, prefix_attention
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -33,6 +33,11 @@ def naive_attention(q, k, v, mask, p_k, p_v, scores, bias, scaling):
     return out.transpose(1, 2)
 
 
+def factors(scores):
+    """Scores of shape (batch, 1, length, P) as a product U V^T."""
+    return (None, None) if scores is None else (scores, torch.eye(P)[None, None])
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
@@ -54,7 +59,7 @@ def test_against_naive_attention(attention, gated, kind):
     if kind == "none" and attention == "eager":
         allowed = torch.ones(2, T, T).bool()  # eager leaves causality to the mask
     tensors = [t.requires_grad_() for t in (q, k, v, p_k, p_v, *([scores] if gated else []))]
-    ours, _ = prefix_attention(module, q, k, v, mask, (p_k, p_v, scores), scaling=0.3)
+    ours, _ = prefix_attention(module, q, k, v, mask, States(p_k, p_v, *factors(scores)), scaling=0.3)
     naive = naive_attention(q, k, v, allowed, p_k, p_v, scores, None, 0.3)
     torch.testing.assert_close(ours, naive)
     weight = torch.randn_like(naive)
@@ -73,7 +78,7 @@ def test_position_bias_leaves_the_prefix_alone(attention):
     module = model.base_model.model.encoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(2, 4, T, 8) for _ in range(3))
     p_k, p_v, bias = torch.randn(2, 4, P, 8), torch.randn(2, 4, P, 8), torch.randn(1, 4, T, T)
-    ours, _ = prefix_attention(module, q, k, v, None, (p_k, p_v, None), position_bias=bias, scaling=1.0)
+    ours, _ = prefix_attention(module, q, k, v, None, States(p_k, p_v), position_bias=bias, scaling=1.0)
     everything = torch.ones(2, T, T).bool()
     torch.testing.assert_close(ours, naive_attention(q, k, v, everything, p_k, p_v, None, bias, 1.0))
 

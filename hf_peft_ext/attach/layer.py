@@ -222,14 +222,12 @@ def forget_padding(key: str, block: nn.Module, args: tuple[Any, ...], output: An
 
 
 def block_of(model: nn.Module, attention: str) -> str:
-    """Path of the block of an attention module: what stands in the nearest list of modules."""
-    path = attention
-    while path:
-        parent = path.rpartition(".")[0]
-        if isinstance(model.get_submodule(parent), nn.ModuleList):
-            return path
-        path = parent
-    return attention.rpartition(".")[0]
+    """Path of the block of an attention module: its part of the outermost list (blocks of T5 have lists inside)."""
+    parts = attention.split(".")
+    for i in range(len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1])
 
 
 def holder_of(site: Site) -> str:

@@ -177,6 +177,7 @@ class BlockSites:
         if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
             host = next((norm for norm in reversed(norms) if self.norm_width(norm) == d), norms[-1])
             d = self.norm_width(host)
+            before = "" if before and ends_first(self.model, before, host) else before
             return Site("after_residual", host=host, act="norm", d_in=d, d_out=d, reads=before, **self.common)
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)
 
