@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from peft import PeftModel
@@ -122,7 +124,7 @@ def write_card(
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
-        made[RECIPE] = yaml_dump(without_places(record.recipe), sort_keys=False).encode()
+        made[RECIPE] = recipe_file(folder, record.recipe)
     files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
     version.generated |= {BESIDE + name: hash for name, hash in files.items()}
@@ -130,6 +132,16 @@ def write_card(
     written.write_text(version.content(), encoding="utf-8", newline="\n")
     written.replace(path)
     return path
+
+
+def recipe_file(folder: Path, recipe: dict[str, Any]) -> bytes:
+    """The recipe without local paths, or as the command has written it here, with the paths that repeat the run."""
+    path, shared = folder / RECIPE, without_places(recipe)
+    if path.exists():
+        here = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(here, dict) and without_places(here) == shared:
+            return path.read_bytes()
+    return yaml_dump(shared, sort_keys=False).encode()
 
 
 def on_the_hub(error: ValueError, place: str) -> ValueError:

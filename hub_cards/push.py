@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from hf_peft_ext.hub_cards.places import without_places
 from hf_peft_ext.validation.checks import check
 
 TOKENIZER = (
@@ -127,7 +129,7 @@ def push_adapter(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, Path(folder, name)) for name in files],
+            [CommitOperationAdd(name, published(Path(folder, name))) for name in files],
             commit_message=commit_message or "Upload adapter",
             commit_description=commit_description,
             revision=revision,
@@ -170,6 +172,14 @@ def check_request(repo_id: str, options: Mapping[str, Any]) -> None:
     revision, rule = options["revision"], "must be None with `create_pr`: a pull request is opened against main"
     check("revision", revision, not options["create_pr"] or revision in (None, "main"), rule)
     check("revision", revision, revision is None or bool(REVISION.fullmatch(revision)), "must be a name of a branch")
+
+
+def published(file: Path) -> Path | bytes:
+    """What is sent of a file: itself, but a recipe without the local paths that repeat the run here."""
+    if file.name != "recipe.yaml":
+        return file
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml_dump(without_places(recipe), sort_keys=False).encode() if isinstance(recipe, dict) else file
 
 
 def check_files(
