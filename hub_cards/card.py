@@ -3,9 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from peft import PeftModel
@@ -15,7 +13,6 @@ from hf_peft_ext.hub_cards.markdown import plain
 from hf_peft_ext.hub_cards.merge import Version, digest, read_text, split
 from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_stock
-from hf_peft_ext.hub_cards.places import without_places
 from hf_peft_ext.hub_cards.record import TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
 from hf_peft_ext.hub_cards.sections import values
@@ -124,7 +121,7 @@ def write_card(
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
-        made[RECIPE] = recipe_file(folder, record.recipe)
+        made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()  # without local paths when pushed
     files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
     version.generated |= {BESIDE + name: hash for name, hash in files.items()}
@@ -132,16 +129,6 @@ def write_card(
     written.write_text(version.content(), encoding="utf-8", newline="\n")
     written.replace(path)
     return path
-
-
-def recipe_file(folder: Path, recipe: dict[str, Any]) -> bytes:
-    """The recipe without local paths, or as the command has written it here, with the paths that repeat the run."""
-    path, shared = folder / RECIPE, without_places(recipe)
-    if path.exists():
-        here = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(here, dict) and without_places(here) == shared:
-            return path.read_bytes()
-    return yaml_dump(shared, sort_keys=False).encode()
 
 
 def on_the_hub(error: ValueError, place: str) -> ValueError:
