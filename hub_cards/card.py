@@ -13,6 +13,7 @@ from hf_peft_ext.hub_cards.markdown import plain
 from hf_peft_ext.hub_cards.merge import Version, digest, read_text, split
 from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_stock
+from hf_peft_ext.hub_cards.places import without_places
 from hf_peft_ext.hub_cards.record import TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
 from hf_peft_ext.hub_cards.sections import values
@@ -121,7 +122,7 @@ def write_card(
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
-        made[RECIPE] = yaml_dump(record.recipe, sort_keys=False).encode()  # without local paths when pushed
+        made[RECIPE] = yaml_dump(without_places(record.recipe), sort_keys=False).encode()
     files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
     version.generated |= {BESIDE + name: hash for name, hash in files.items()}
