@@ -282,7 +282,7 @@ def draw(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
 
 
 def fit(model: nn.Module, batch: Batch, lr: float, steps: int, name: str) -> list[float]:
-    """AdamW, linear warm-up over a tenth of the steps, then linear decay. Returns each step's processor milliseconds."""
+    """AdamW, linear warm-up over a tenth of the steps, linear decay. Returns the steps' processor milliseconds."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     milliseconds, next_line = [], 0.0
