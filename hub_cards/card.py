@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import yaml_dump
 from peft import PeftModel
 
 from hf_peft_ext.hub_cards import figures
@@ -13,7 +13,7 @@ from hf_peft_ext.hub_cards.markdown import plain
 from hf_peft_ext.hub_cards.merge import Version, digest, read_text, split
 from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_stock
-from hf_peft_ext.hub_cards.places import without_places
+from hf_peft_ext.hub_cards.places import shared_recipe
 from hf_peft_ext.hub_cards.record import TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
 from hf_peft_ext.hub_cards.sections import values
@@ -122,7 +122,7 @@ def write_card(
         record.save(folder)
     made = figures.draw(record)
     if record.recipe:
-        made[RECIPE] = yaml_dump(without_places(record.recipe), sort_keys=False).encode()
+        made[RECIPE] = shared_recipe(record.recipe)
     files = write_files(folder, made, file_hashes(version))
     version.generated = {name: hash for name, hash in version.generated.items() if not name.startswith(BESIDE)}
     version.generated |= {BESIDE + name: hash for name, hash in files.items()}
@@ -157,8 +157,8 @@ def write_files(folder: Path, made: Mapping[str, bytes], before: Mapping[str, st
     hashes: dict[str, str] = {}
     for name in FILES:  # by name: the state stands in the card, which can be a stranger's
         path, new = folder / name, made.get(name)
-        there = digest(path.read_bytes().hex()) if path.exists() else None
-        if there and there != before.get(name) and path.read_bytes() != new:
+        there = path.exists()
+        if there and before.get(name) not in digests(path) and path.read_bytes() != new:
             hashes |= {name: before[name]} if name in before else {}
         elif new is not None:
             path.parent.mkdir(exist_ok=True)
@@ -184,4 +184,22 @@ def is_as_written(path: Path) -> bool:
         before = file_hashes(Version.read(read_text(path.parent / FILE)))
     except (FileNotFoundError, ValueError):
         return False
-    return before.get(path.name) == digest(path.read_bytes().hex())
+    return before.get(path.name) in digests(path)
+
+
+def digests(path: Path) -> set[str]:
+    """The hashes by which a file beside a card is known: of its content, and of a recipe without its local paths.
+
+    A card writes the recipe without them; then `hf-peft-ext train` writes the one that repeats the run. A recipe with
+    comments, or laid out in another way, is its author's.
+    """
+    content = path.read_bytes()
+    known = {digest(content.hex())}
+    if path.name == RECIPE:
+        try:
+            recipe = yaml.safe_load(content)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return known
+        if yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode() == content:
+            known.add(digest(shared_recipe(recipe).hex()))
+    return known

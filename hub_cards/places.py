@@ -5,6 +5,8 @@ import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from huggingface_hub.utils import yaml_dump
+
 PART = r"[^\s/\\'\",;:=()\[\]{}<>|]+"
 # An absolute path among other text; a slash of an address (https://...) or between words (and/or) begins none.
 POSIX = re.compile(rf"(?<![\w/\\.~}}\]>-])(?:~[\w.-]*[/\\]|/(?=\w{PART}/))(?:{PART}/)*(?:{PART})?")
@@ -20,6 +22,11 @@ def without_places(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_places(item) for item in value]
     return in_text(value) if isinstance(value, str) else value
+
+
+def shared_recipe(recipe: Any) -> bytes:
+    """A recipe as it is published: YAML without local paths."""
+    return yaml_dump(without_places(recipe), sort_keys=False).encode()
 
 
 def in_text(text: str) -> str:

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from hf_peft_ext.hub_cards.places import without_places
+from hf_peft_ext.hub_cards.places import shared_recipe, without_places
 from hf_peft_ext.validation.checks import check
 
 TOKENIZER = (
@@ -179,7 +179,7 @@ def published(file: Path) -> Path | bytes:
     if file.name != "recipe.yaml":
         return file
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return yaml_dump(without_places(recipe), sort_keys=False).encode() if isinstance(recipe, dict) else file
+    return file if without_places(recipe) == recipe else shared_recipe(recipe)
 
 
 def check_files(

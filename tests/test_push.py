@@ -221,6 +221,17 @@ def test_what_is_pushed_is_the_list_and_loads_as_it_was(folder, hub):
     )
 
 
+def test_a_recipe_is_pushed_without_local_paths(folder, hub):
+    """The file in the folder keeps the paths that repeat the run. Without such paths it goes as it is."""
+    (folder / "recipe.yaml").write_text("# mine\nmodel: acme/tiny\n")
+    push_adapter(folder, "ann/tiny")
+    assert hub.files("ann/tiny")["recipe.yaml"] == b"# mine\nmodel: acme/tiny\n"
+    (folder / "recipe.yaml").write_text("model: /home/somebody/models/tiny\n")
+    push_adapter(folder, "ann/tiny")
+    assert hub.files("ann/tiny")["recipe.yaml"] == b"model: tiny\n"
+    assert "somebody" in (folder / "recipe.yaml").read_text()
+
+
 def test_pushing_the_same_again_commits_nothing(folder, hub):
     first = push_adapter(folder, "ann/tiny")
     assert push_adapter(folder, "ann/tiny").oid == first.oid

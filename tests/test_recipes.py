@@ -382,7 +382,6 @@ def test_a_recipe_beside_its_adapter_keeps_its_comments(models, tmp_path):
         assert (tmp_path / "README.md").exists()
 
 
-@pytest.mark.xfail(reason="the card's recipe has no local paths, so the command does not know its own file again")
 def test_a_recipe_of_an_earlier_run_is_replaced(models, tmp_path):
     """What training wrote into its folder it may write again; what somebody has put there since, it may not."""
     path, out = by_hand(models, tmp_path), tmp_path / "out"
