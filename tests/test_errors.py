@@ -18,7 +18,7 @@ from hf_peft_ext import (
 )
 
 from .backbones import BACKBONES, output
-from .methods import METHODS, randomise
+from .methods import METHODS
 
 BAD_CONFIGS = [
     (lambda: UniPELTConfig(bottleneck_siz=3), "`bottleneck_siz` (=3) is not a field of UniPELTConfig; did you mean"),
@@ -189,14 +189,19 @@ def test_a_failure_in_the_middle_is_rolled_back(monkeypatch):
         assert torch.equal(output(model, family.inputs()), expected)
 
 
+# peft warns of names that are a part of "sublayer_", as it does of "r" for LoRA; they work
+@pytest.mark.filterwarnings("ignore:Adapter name '.' should not be contained in the prefix:UserWarning")
 @pytest.mark.parametrize("name", ["A", "b", "gate", "model", "base_model", "down", "encoder", "0", "my adapter (2)"])
 def test_adapter_called_like_a_part_of_the_model(name, tmp_path):
     """Such names are allowed, as with LoRA: alone or beside another adapter, it is saved and loaded whole."""
     family, config = BACKBONES["bert"], METHODS["unipelt_aplb"]
     model = get_peft_model(family.build(), config(), adapter_name=name)
     model.add_adapter("other", config())
-    for seed, adapter in enumerate((name, "other")):
-        randomise(model, adapter, seed)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".sublayer_of." in path:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.eval().save_pretrained(tmp_path)
     assert (tmp_path / name / "adapter_model.safetensors").stat().st_size == (
         (tmp_path / "other" / "adapter_model.safetensors").stat().st_size

@@ -44,7 +44,7 @@ from hf_peft_ext.validation.module_patterns import matching
 
 from .backbones import BACKBONES, SPECIAL, VOCAB, output
 from .hub_server import STRANGER
-from .methods import METHODS, randomise
+from .methods import METHODS, OTHERS, randomise
 
 # peft's advice on settings that are as they should be here
 pytestmark = [
@@ -590,6 +590,21 @@ def test_names_on_the_stock_way(name, tmp_path):
     with pytest.raises(ValueError, match="holds tensors that are no part of the adapter"):
         PeftModel.from_pretrained(base, tmp_path, adapter_name=name)
     assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("method", ["unipelt", "ladder"])
+def test_tensors_of_another_adapter(method, tmp_path):
+    """A file cannot bring tensors for an adapter of the model whose name begins as its own does."""
+    make = (METHODS | OTHERS)[method]
+    path = saved(tmp_path, make()) / WEIGHTS
+    model = get_peft_model(BACKBONES["llama"].build(), make(), adapter_name="mine2")
+    before = fingerprint(model)
+    key = next(name for name, _ in model.named_parameters() if ".mine2." in name)
+    save_file({**load_file(path), key: torch.ones_like(model.get_parameter(key))}, path)
+    with pytest.raises(ValueError, match="holds tensors that are no part of the adapter"):
+        model.load_adapter(str(tmp_path), "mine")
+    assert list(model.peft_config) == ["mine2"]
+    assert fingerprint(model) == before
 
 
 def test_tokens_beyond_the_vocabulary(tmp_path):

@@ -1,19 +1,16 @@
 """One tuner for every method: it carries out a list of placements."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
-from peft.utils import _get_submodules
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
+from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, unload_auxiliary
 from hf_peft_ext.attach.attention import InAttention, InCache
-from hf_peft_ext.attach.checked_loading import check_complete
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.hook_layers import AddBeforeNorm, AddOfInput, AddOfSpan, AddToOutput
 from hf_peft_ext.attach.layer import TunerLayer, child_name, holder_of
@@ -32,24 +29,21 @@ LAYERS: dict[str, type[TunerLayer]] = {
     "attention": InAttention,
     "cache": InCache,
 }
-# Containers whose keys are the names of adapters: ours, and those of modules and tokens that peft trains.
-OF_ADAPTERS = ("sublayer_of", "side_of", "modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
-ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
 
 
-class ComposedModel(BaseTuner):
+class ComposedModel(AdapterTuner):
     """Attaches the sub-layers of a `PlacedConfig` to a model."""
 
     prefix = "sublayer_"  # begins the name of `TunerLayer.sublayer_of`; transformers looks for it when it loads
+    container = "sublayer_of"
     tuner_layer_cls = TunerLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the sub-layers of an adapter. Whatever fails, the model is left as it was.
 
         Raises:
-            ValueError: a placement has no site in this model, a layer does not exist, or the adapter's name is one
-                that a part of a sub-layer has.
+            ValueError: a placement has no site in this model, a layer does not exist, or `adapter_name` cannot be the
+                name of an adapter.
         """
         config = cast(PlacedConfig, self.peft_config[adapter_name]).resolved(model)
         self.peft_config[adapter_name] = config
@@ -78,9 +72,6 @@ class ComposedModel(BaseTuner):
         finally:
             del self._plan, self._projections, self._excluded
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config
-
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         return _ExcludedModule() if key in self._excluded else key in self._plan
 
@@ -104,11 +95,6 @@ class ComposedModel(BaseTuner):
     # Saving and loading
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        host, mark, part = key.partition(f".sublayer_of.{adapter_name}.")
-        return host.replace(".base_layer.", ".") + ".sublayer_of." + part if mark else key
-
-    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -119,7 +105,6 @@ class ComposedModel(BaseTuner):
         **kw: Any,
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
-        state = own_tensors(model, adapter_name, state)
         for path, prefix in model.named_modules():
             if isinstance(prefix, ProjectedPrefix) and path.endswith(f".sublayer_of.{adapter_name}"):
                 network = (f"{path}.projection.", f"{path}.last.")
@@ -132,20 +117,13 @@ class ComposedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors of a file by their names in the model.
-
-        Raises:
-            ValueError: one of them is no part of the adapter, but would overwrite a weight of the base model, or is
-                not finite; or a file that is loaded lacks one, or holds one of another shape.
-        """
+        """As `AdapterTuner` does; prefixes are saved plain, so the model's are made plain too."""
         if merge_prefix_projections(model, adapter_name):
             warnings.warn(
-                "The saved prefixes are plain: the reparameterisation of this model was folded away.", stacklevel=2
+                "The saved prefixes are plain: the reparameterisation of this model was merged into them.",
+                stacklevel=2,
             )
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
-        check_loaded(found, adapter_name)
-        check_complete(cls, model, adapter_name, found)
-        return found
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Batches that mix adapters
 
@@ -210,63 +188,6 @@ class ComposedModel(BaseTuner):
             layer.remove()
         unload_auxiliary(self, merge, safe_merge, adapter_names)
         return self.model
-
-
-def unload_auxiliary(
-    tuner: BaseTuner, merge: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-) -> None:
-    """Take off what peft has put around modules that are saved whole, and its config if no other tuner is left."""
-    for path, module in list(tuner.model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            parent, _, name = _get_submodules(tuner.model, path)
-            plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            setattr(
-                parent, name, plain
-            )  # peft's `_replace_module` copies weights, which a module without its own lacks
-    if not any(isinstance(module, BaseTunerLayer) for module in tuner.model.modules()):
-        del tuner.model.peft_config  # other tuners in the model keep theirs
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuse names that cannot be a key of a module, or lead out of a folder, where peft saves the adapter."""
-    rule = "must have 1 to 200 characters, without dots, slashes, backslashes and control characters"
-    check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), rule)
-    check(
-        "adapter_name", name, not hasattr(nn.ModuleDict(), name), "is an attribute of torch's ModuleDict; take another"
-    )
-
-
-def own_tensors(
-    model: nn.Module, adapter_name: str, state: dict[str, Tensor], container: str = "sublayer_of"
-) -> dict[str, Tensor]:
-    """The tensors of an adapter out of `state`, or out of the model where they are missing there.
-
-    peft drops every key in which the name of another adapter occurs, or none if that leaves nothing. But a name may
-    also be that of a part of the model, or of a sub-layer ("gate").
-    """
-    mark = f".{container}.{adapter_name}"
-    own = {key: value for key, value in state.items() if f"{mark}." in key}
-    sublayers = [(path, module) for path, module in model.named_modules() if path.endswith(mark)]
-    keys = [f"{path}.{key}" for path, sublayer in sublayers for key in sublayer.state_dict(keep_vars=True)]
-    if len(own) < len(keys):
-        own = {key: value for key, value in model.state_dict().items() if key in set(keys)} | own
-    return own
-
-
-def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors of a file: mapped from it they lie at odd addresses, where matrix products differ in the
-    last bit.
-    """
-    return {key: value.clone() for key, value in state_dict.items()}
-
-
-def check_loaded(found: dict[str, Tensor], adapter_name: str) -> None:
-    """Refuse tensors that would overwrite a weight of the base model, or are not finite."""
-    base = sorted(key for key in found if not any(f".{part}.{adapter_name}" in key for part in OF_ADAPTERS))
-    check("adapter_model", base[:3], not base, "holds tensors that are no part of the adapter")
-    real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
-    broken = [key for key, value in real.items() if not value.isfinite().all()]
-    check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
 
 
 def warn_of_new_biases(model: nn.Module) -> None:

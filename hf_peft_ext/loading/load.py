@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from hf_peft_ext.attach.tuner import check_adapter_name
+from hf_peft_ext.attach.adapter_tuner import check_adapter_name
 from hf_peft_ext.loading.config import read_config
 from hf_peft_ext.loading.expected_tensors import implied_tensors
 from hf_peft_ext.loading.files import adapter_folder
@@ -37,7 +37,7 @@ def load_adapter(
     Args:
         model: the base model, or a `PeftModel` that gets a further adapter.
         id_or_path: the adapter's id on the Hub, or its folder.
-        adapter_name: its name in the model: letters, digits, "_" and "-", at most 64.
+        adapter_name: its name in the model: at most 200 characters, without dots, slashes and control characters.
         revision: branch, tag or commit on the Hub. The commit that was loaded stands in the `adapter_revision` of
             `model.peft_config[adapter_name]` (None for a folder).
         is_trainable: whether to train it further.

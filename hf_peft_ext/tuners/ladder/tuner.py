@@ -3,16 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
-from hf_peft_ext.attach.checked_loading import check_complete
+from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, unload_auxiliary
 from hf_peft_ext.attach.config import RegisteredConfig, layer_list
-from hf_peft_ext.attach.tuner import aligned, check_adapter_name, check_loaded, own_tensors, unload_auxiliary
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import Importance
 from hf_peft_ext.pruning.sizes import Reduce
@@ -64,12 +62,12 @@ class LadderConfig(RegisteredConfig):
         check("target_modules", self.target_modules, not self.target_modules, rule)
 
 
-class LadderModel(BaseTuner):
+class LadderModel(AdapterTuner):
     """Attaches the side networks of a `LadderConfig` to a model."""
 
     prefix = "side_"  # begins the name of `Ladder.side_of`; transformers looks for it when it loads
+    container = "side_of"
     tuner_layer_cls = Ladder
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(
         self,
@@ -82,8 +80,8 @@ class LadderModel(BaseTuner):
         """Attach the side networks of an adapter. Whatever fails, the model is left as it was.
 
         Raises:
-            ValueError: the architecture cannot be cut to a thin one, a layer does not exist, or the adapter's name is
-                one that a part of the model has.
+            ValueError: the architecture cannot be cut to a narrower one, a layer does not exist, or `adapter_name`
+                cannot be the name of an adapter.
         """
         config = cast(LadderConfig, self.peft_config[adapter_name])
         check_adapter_name(adapter_name)
@@ -105,9 +103,6 @@ class LadderModel(BaseTuner):
             raise
         finally:
             del self._sides
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
         return key in self._sides
@@ -136,35 +131,6 @@ class LadderModel(BaseTuner):
         single = isinstance(adapter_name, str) or len(adapter_name) <= 1
         check("adapter_name", adapter_name, single, "must be a single one: only one side network can give the output")
         super().set_adapter(adapter_name, inference_mode)
-
-    # Saving and loading
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        *args: Any,
-        **kw: Any,
-    ) -> dict[str, Tensor]:
-        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
-        return own_tensors(model, adapter_name, state, "side_of")
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        host, mark, part = key.partition(f".side_of.{adapter_name}.")
-        return f"{host}.side_of.{part}" if mark else key
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
-        check_loaded(found, adapter_name)
-        check_complete(cls, model, adapter_name, found)
-        return found
 
     # What a ladder cannot do, and taking it off
 

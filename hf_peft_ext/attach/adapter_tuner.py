@@ -1,0 +1,108 @@
+"""Base of the tuners of this package: names of adapters, and which tensors of a model and a file are an adapter's."""
+
+import re
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from hf_peft_ext.attach.checked_loading import check_complete
+from hf_peft_ext.validation.checks import check
+
+ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
+# Containers of peft whose keys are the names of adapters: modules and rows of embeddings that are trained.
+TRAINED_WHOLE = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
+
+
+class AdapterTuner(BaseTuner):
+    """A tuner whose layers hold what belongs to an adapter in one `ModuleDict`, by the adapter's name.
+
+    Attributes:
+        container: name of that `ModuleDict`. It begins with `prefix`, which transformers looks for when it loads.
+    """
+
+    container: ClassVar[str]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        host, mark, part = key.partition(f".{cls.container}.{adapter_name}.")
+        return f"{host.replace('.base_layer.', '.')}.{cls.container}.{part}" if mark else key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kw: Any,
+    ) -> dict[str, Tensor]:
+        """The tensors of an adapter out of `state_dict`, or out of the model where they are missing there.
+
+        peft drops every key in which the name of another adapter occurs, or none if that leaves nothing. But a name
+        may also be that of a part of the model, or of a sub-layer ("gate").
+        """
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
+        mark = f".{cls.container}.{adapter_name}"
+        own = {key: value for key, value in state.items() if f"{mark}." in key}
+        entries = [(path, module) for path, module in model.named_modules() if path.endswith(mark)]
+        keys = {f"{path}.{key}" for path, module in entries for key in module.state_dict(keep_vars=True)}
+        if len(own) < len(keys):
+            own = {key: value for key, value in model.state_dict().items() if key in keys} | own
+        return own
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a file by their names in the model.
+
+        Raises:
+            ValueError: one of them is no part of the adapter, but would overwrite another weight of the model, or is
+                not finite; or a file that is loaded lacks one, or holds one of another shape.
+        """
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
+        own = tuple(f".{part}.{adapter_name}." for part in (cls.container, *TRAINED_WHOLE))
+        others = sorted(key for key in found if not any(mark in f"{key}." for mark in own))
+        check("adapter_model", others[:3], not others, "holds tensors that are no part of the adapter")
+        real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
+        broken = [key for key, value in real.items() if not value.isfinite().all()]
+        check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
+        check_complete(cls, model, adapter_name, found)
+        return found
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that cannot be a key of a module, or lead out of a folder, where peft saves the adapter."""
+    rule = "must have 1 to 200 characters, without dots, slashes, backslashes and control characters"
+    check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), rule)
+    rule = "is an attribute of torch's ModuleDict; take another"
+    check("adapter_name", name, not hasattr(nn.ModuleDict(), name), rule)
+
+
+def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors of a file: mapped from it they lie at odd addresses, where matrix products differ in the
+    last bit.
+    """
+    return {key: value.clone() for key, value in state_dict.items()}
+
+
+def unload_auxiliary(
+    tuner: BaseTuner, merge: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> None:
+    """Take off what peft has put around modules that are saved whole, and its config if no other tuner is left."""
+    for path, module in list(tuner.model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, name = _get_submodules(tuner.model, path)
+            plain = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            setattr(parent, name, plain)  # peft's `_replace_module` copies weights, which not every module has
+    if not any(isinstance(module, BaseTunerLayer) for module in tuner.model.modules()):
+        del tuner.model.peft_config  # other tuners in the model keep theirs
