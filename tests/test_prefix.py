@@ -8,7 +8,8 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.attach.attention import States, WithPrefix, prefix_attention
+from hf_peft_ext.attach.attention import PrefixLayer, prefix_attention
+from hf_peft_ext.attach.prefix_states import PrefixStates
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -59,7 +60,7 @@ def test_against_naive_attention(attention, gated, kind):
     if kind == "none" and attention == "eager":
         allowed = torch.ones(2, T, T).bool()  # eager leaves causality to the mask
     tensors = [t.requires_grad_() for t in (q, k, v, p_k, p_v, *([scores] if gated else []))]
-    ours, _ = prefix_attention(module, q, k, v, mask, States(p_k, p_v, *factors(scores)), scaling=0.3)
+    ours, _ = prefix_attention(module, q, k, v, mask, PrefixStates(p_k, p_v, *factors(scores)), scaling=0.3)
     naive = naive_attention(q, k, v, allowed, p_k, p_v, scores, None, 0.3)
     torch.testing.assert_close(ours, naive)
     weight = torch.randn_like(naive)
@@ -78,7 +79,7 @@ def test_position_bias_leaves_the_prefix_alone(attention):
     module = model.base_model.model.encoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(2, 4, T, 8) for _ in range(3))
     p_k, p_v, bias = torch.randn(2, 4, P, 8), torch.randn(2, 4, P, 8), torch.randn(1, 4, T, T)
-    ours, _ = prefix_attention(module, q, k, v, None, States(p_k, p_v), position_bias=bias, scaling=1.0)
+    ours, _ = prefix_attention(module, q, k, v, None, PrefixStates(p_k, p_v), position_bias=bias, scaling=1.0)
     everything = torch.ones(2, T, T).bool()
     torch.testing.assert_close(ours, naive_attention(q, k, v, everything, p_k, p_v, None, bias, 1.0))
 
@@ -90,7 +91,7 @@ def test_equals_peft_prefix_tuning(backbone):
     theirs = get_peft_model(family.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
     ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
-    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, WithPrefix)]
+    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, PrefixLayer)]
     heads, _, d = layers[0].P_K.shape
     with torch.no_grad():
         table.normal_(0, 0.5)
@@ -112,7 +113,7 @@ def test_through_the_cache_equals_a_filled_cache():
     model = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
     randomise(model)
     cache = DynamicCache()
-    for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, WithPrefix)):
+    for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, PrefixLayer)):
         vectors = layer.sublayer_of["default"].vectors()
         cache.update(*(p.repeat_interleave(2, dim=0).expand(3, -1, -1, -1) for p in vectors), i)  # 4 heads share 2
     ids = family.inputs()["input_ids"]

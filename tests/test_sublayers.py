@@ -166,7 +166,7 @@ def test_projected_prefix_folds_to_the_same_vectors():
             start = head * 9
             torch.testing.assert_close(keys[head, token], wide[token, start : start + 4])
             torch.testing.assert_close(values[head, token], wide[token, start + 4 : start + 9])
-    plain = module.fold()
+    plain = module.to_plain()
     assert isinstance(plain, Prefix)
     assert not isinstance(plain, ProjectedPrefix)
     torch.testing.assert_close(plain.P_K, keys)
