@@ -153,13 +153,13 @@ def test_equals_peft_prefix_tuning(backbone):
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
     ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
     layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, WithPrefix)]
-    heads, _, d = layers[0].keys.shape
+    heads, _, d = layers[0].P_K.shape
     with torch.no_grad():
         table.normal_(0, 0.5)
         vectors = table.view(P, 2 * len(layers), heads, d).permute(1, 2, 0, 3)
         for i, prefix in enumerate(layers):
-            prefix.keys.copy_(vectors[2 * i])
-            prefix.values.copy_(vectors[2 * i + 1])
+            prefix.P_K.copy_(vectors[2 * i])
+            prefix.P_V.copy_(vectors[2 * i + 1])
         inputs = family.inputs(padding="none")
         positions = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"]) + P
         expected = output(theirs, inputs)  # peft counts positions from P on

@@ -273,7 +273,7 @@ def test_errors(tmp_path):
         RunArguments(lr_scheduler_type="linaer")
     with pytest.raises(ValueError, match=r"`storage` \(='search.db'\) must be a database's URL"):
         search("search.db", storage="search.db")
-    with pytest.raises(ValueError, match=r"`storage` \(='sqlite:///.*'\) must lie in a folder that exists"):
+    with pytest.raises(ValueError, match=r"`storage` \(='sqlite:///.*'\) must be in an existing folder"):
         search(tmp_path / "none" / "search.db")
     with pytest.raises(ValueError, match=r"`n_models` \(=0\) must be a positive whole number\."):
         search(tmp_path / "search.db", n_models=0)

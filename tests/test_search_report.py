@@ -164,7 +164,7 @@ def test_errors_name_the_line(file):
 def test_report_of_nothing(file):
     done = run("report", "--config", "search.yaml")
     assert done.exit_code == 2
-    assert "`storage` (='sqlite:///search.db') must name a file that exists." in done.output
+    assert "`storage` (='sqlite:///search.db') must name an existing file." in done.output
     assert not (file.parent / "search.db").exists()
 
 
@@ -187,7 +187,7 @@ def test_wrong_changes(command, change, file):
     done = run(*command, "--config", "search.yaml", "--set", change)
     assert done.exit_code == 2, done.output
     assert len(done.stderr.splitlines()) == 1
-    wanted = "must name a file that exists" if command and "budget" in change else WRONG[change]
+    wanted = "must name an existing file" if command and "budget" in change else WRONG[change]
     assert re.search(wanted, done.stderr), done.stderr
 
 

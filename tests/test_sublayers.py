@@ -131,14 +131,14 @@ def test_prefix_gates():
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "mean")))
     g = gate_of(prefix.gate, x, VISIBLE)[:, None]
     keys, values, log_g = prefix(x, VISIBLE)
-    torch.testing.assert_close(keys, g * prefix.keys)
-    torch.testing.assert_close(values, g * prefix.values)
+    torch.testing.assert_close(keys, g * prefix.P_K)
+    torch.testing.assert_close(values, g * prefix.P_V)
     assert log_g is None
 
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "token")))
     keys, values, log_g = prefix(x, VISIBLE)
-    torch.testing.assert_close(keys[0], prefix.keys)
-    torch.testing.assert_close(values[0], prefix.values)
+    torch.testing.assert_close(keys[0], prefix.P_K)
+    torch.testing.assert_close(values[0], prefix.P_V)
     torch.testing.assert_close(log_g, gate_of(prefix.gate, x, None).log()[:, None])
     with torch.no_grad():
         prefix.gate.bias.fill_(-1000)
@@ -183,8 +183,8 @@ def test_projected_prefix_folds_to_the_same_vectors():
     assert not any(p.requires_grad for p in module.requires_grad_(False).fold().parameters())
     assert isinstance(plain, Prefix)
     assert not isinstance(plain, ProjectedPrefix)
-    torch.testing.assert_close(plain.keys, keys)
-    torch.testing.assert_close(plain.values, values)
+    torch.testing.assert_close(plain.P_K, keys)
+    torch.testing.assert_close(plain.P_V, values)
 
 
 def test_a_fixed_gate_is_constant():

@@ -17,7 +17,7 @@ from hf_peft_ext.recipes.dataset_config import Rows
 from hf_peft_ext.recipes.recipe_schema import SECTIONS, ModelArguments, check_keys, known_keys, override
 from hf_peft_ext.recipes.recipe_source import Draft, did_you_mean, optional
 from hf_peft_ext.recipes.tasks import CONFIGS, Task, task_of
-from hf_peft_ext.trainers.checkpoint import last_checkpoint, missing
+from hf_peft_ext.trainers.restore import last_checkpoint, missing_files
 
 FILE = "recipe.yaml"
 # rule -> the training arguments that it is for, as far as the task has them, and what must hold; None holds
@@ -154,7 +154,7 @@ def _resumed(draft: Draft) -> bool | str | None:
     wanted = training.pop("resume_from_checkpoint", None)
     if wanted is True and last_checkpoint(training["output_dir"]) is None:
         raise draft.error(name, f"needs a complete checkpoint, and {training['output_dir']} holds none")
-    if isinstance(wanted, str) and (absent := missing(Path(wanted))):
+    if isinstance(wanted, str) and (absent := missing_files(Path(wanted))):
         rule = f"must be a complete checkpoint: {', '.join(absent[:4])} missing or cut short"
         raise draft.error(name, f"(={wanted!r}) {rule}")
     return wanted

@@ -13,7 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 
 from hf_peft_ext.search.compare import Comparison
-from hf_peft_ext.search.trial_queue import Queue, Record
+from hf_peft_ext.search.run_record import Record
+from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.validation.checks import check
 
 DECISION, FOUND = "decision ", "found"  # under which a stage's decision, and the last space's config, are noted
@@ -99,9 +100,9 @@ class SearchResult:
     @classmethod
     def read(cls, queue: Queue) -> "SearchResult":
         records = queue.records()
-        noted = [queue.noted(f"{DECISION}{stage}") for stage in dict.fromkeys(r.run.stage for r in records)]
+        noted = [queue.get_attr(f"{DECISION}{stage}") for stage in dict.fromkeys(r.run.stage for r in records)]
         decisions = [Decision(**values) for values in noted if values]
-        return cls(queue.study.study_name, records, decisions, queue.noted("protocol") or {}, queue.noted(FOUND))
+        return cls(queue.study.study_name, records, decisions, queue.get_attr("protocol") or {}, queue.get_attr(FOUND))
 
     @property
     def tasks(self) -> list[str]:

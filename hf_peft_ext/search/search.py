@@ -19,8 +19,9 @@ from hf_peft_ext.search import compare
 from hf_peft_ext.search.fingerprint import check_same
 from hf_peft_ext.search.progress import LineAMinute
 from hf_peft_ext.search.result import DECISION, FOUND, Decision, SearchResult, config_of, scores_of
+from hf_peft_ext.search.run_record import Record, Run
 from hf_peft_ext.search.training import RunArguments, SearchTask, adapted, evaluate, train
-from hf_peft_ext.search.trial_queue import Queue, Record, Run, only_new_garbage
+from hf_peft_ext.search.trial_queue import Queue, frozen_garbage
 from hf_peft_ext.validation.checks import check, check_count
 
 MODELS = "models"  # under which weights, config and metric of each task are noted
@@ -99,29 +100,29 @@ class DesignSpaceSearch:
         protocol = {"model": Path(name).name, "layers": len(layer_paths(model)), "tasks": list(self.tasks)}
         protocol |= {"rows": {name: task.digest() for name, task in self.tasks.items()}, "early_stopping": stopping}
         protocol |= {"n_models": self.n_models, "seed": self.seed, **asdict(self.args)}
-        there = self.queue.noted("protocol")
+        there = self.queue.get_attr("protocol")
         if there is None:
-            self.queue.note("protocol", protocol)
+            self.queue.set_attr("protocol", protocol)
         for name, value in (there or {}).items():
             rule = f"is {value!r} in the study {self.queue.study.study_name!r}; choose another `study_name`"
             check(name, protocol.get(name), protocol.get(name) == value, rule)
         models = {name: task.fingerprint() for name, task in self.tasks.items()}
-        if (known := self.queue.noted(MODELS)) is None:  # of an earlier version, which did not note it
-            self.queue.note(MODELS, models)
+        if (known := self.queue.get_attr(MODELS)) is None:  # of an earlier version, which did not note it
+            self.queue.set_attr(MODELS, models)
         else:
             check_same(self.queue.study.study_name, known, models)
 
     def search(self) -> SearchResult:
         """Works until the last stage is decided. Other workers may do the same at the same time."""
         space = self.space
-        with self._progress() as bars, only_new_garbage():
+        with self._progress() as bars, frozen_garbage():
             while not space.finished:
                 check_feasible(space)
                 self._work(space, bars)
                 space = space.narrow(self._decide(space).winner)
         model = next(iter(self.tasks.values())).model
         with adapted(model, space.config(), self.seed) as found:  # solves what a config leaves open
-            self.queue.note(FOUND, plain(found.peft_config["default"]))
+            self.queue.set_attr(FOUND, plain(found.peft_config["default"]))
         result = self.result()
         self.queue.close()
         return result
@@ -210,7 +211,7 @@ class DesignSpaceSearch:
             error = next((record.error for record in records if record.error), "no model was sampled")
             raise RuntimeError(f"No run of stage {space.stage!r} was finished; the first error: {error}")
         decision = Decision.of(space.stage, compare(scores), records, getattr(space, "left_out", {}))
-        self.queue.note(f"{DECISION}{space.stage}", asdict(decision))
+        self.queue.set_attr(f"{DECISION}{space.stage}", asdict(decision))
         return decision
 
 
