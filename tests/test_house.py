@@ -29,7 +29,7 @@ TO_RENAME = set(
     check_weights checked config_of digest draw fill finite fits frozen_eval gate_of joined layer_groups
     listed literal load_adapter name_of named of_config of_rows peak_memory plain plan read refuse render
     report resolve saved_whole shortened shown starts targets template tensors train trained versions widened
-    width
+    width with_adapter
     """.split()
 )
 

@@ -174,7 +174,7 @@ def test_projected_prefix_folds_to_the_same_vectors():
     plain = module.fold()
     assert not plain.shift_positions
     gate = Gate(D)
-    other = ProjectedPrefix(2, 3, 4, 5, projection, gate, shift_positions=True).double().eval().fold()
+    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().fold()
     assert other.shift_positions
     assert other.gate is gate
     assert not other.training
