@@ -51,6 +51,7 @@ def test_modules_and_functions_are_short(house):
     long = {module.name for module in house.modules.values() if len(module.text.splitlines()) > 300}
     assert long <= LONG_MODULES
     assert [str(f) for f in house.functions if f.lines > 60] == []
+    assert [str(f) for f in house.functions if not f.is_typed] == []
 
 
 def test_public_names_have_docstrings(house):
