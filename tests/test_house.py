@@ -29,7 +29,7 @@ TO_RENAME = set(
     check_weights checked config_of digest draw fill finite fits frozen_eval gate_of joined layer_groups
     listed literal load_adapter name_of named of_config of_rows peak_memory plain plan read refuse render
     report resolve saved_whole shortened shown starts targets template tensors train trained versions widened
-    width
+    width with_adapter
     """.split()
 )
 
@@ -51,6 +51,7 @@ def test_modules_and_functions_are_short(house):
     long = {module.name for module in house.modules.values() if len(module.text.splitlines()) > 300}
     assert long <= LONG_MODULES
     assert [str(f) for f in house.functions if f.lines > 60] == []
+    assert [str(f) for f in house.functions if not f.is_typed] == []
 
 
 def test_public_names_have_docstrings(house):
