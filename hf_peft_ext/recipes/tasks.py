@@ -1,6 +1,6 @@
-"""The tasks a recipe can train: which model, data, trainer and metrics belong to each `task_type`.
+"""The tasks of recipes: model class, data, trainer and metrics of each `task_type`.
 
-A language model with `data.choices` ranks them: that is T-Few's task.
+A language model with `data.choices` learns to rank the choices: T-Few's task.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from hf_peft_ext.tuners.ia3.config import TFewConfig
 
 @dataclass(frozen=True)
 class Task:
-    """What a `task_type` of peft means for a recipe.
+    """A `task_type` of peft in a recipe.
 
     Args:
         model: transformers' auto class.
-        data: what the `data` section becomes.
-        arguments: what the `training` section becomes: a class of transformers, of TRL or of ours, by name.
-        trainer_name: its trainer in `hf_peft_ext.trainers`.
-        metrics: the metrics that can be asked for, beside the loss.
+        data: class of the `data` section.
+        arguments: name of the class of the `training` section, from transformers, TRL or `hf_peft_ext.trainers`.
+        trainer_name: name of the trainer in `hf_peft_ext.trainers`.
+        metrics: the available metrics, besides the loss.
     """
 
     model: Any
@@ -37,13 +37,13 @@ class Task:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def training(self) -> Any:
-        """The class of the `training` section."""
+        """The class of the `training` section; imported late, since TRL is an extra."""
         if self.arguments == "SFTConfig":
             return optional("trl", "trl").SFTConfig
         return getattr(trainers if hasattr(trainers, self.arguments) else transformers, self.arguments)
 
     def trainer(self) -> Any:
-        """The trainer; imported late, since TRL is an extra."""
+        """The class of the trainer; imported late, since TRL is an extra."""
         return getattr(trainers, self.trainer_name)
 
 
@@ -75,9 +75,14 @@ T_FEW = {
     for task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 }
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-CONFIGS["TFEW"] = TFewConfig  # which becomes one of peft's, as soon as it has a model
+CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
 
 def task_of(task_type: str, data: Mapping[str, Any] | None) -> Task:
-    """The task of a recipe, from its `peft.task_type` and its `data` section."""
+    """The task of a recipe.
+
+    Args:
+        task_type: its `peft.task_type`.
+        data: its `data` section.
+    """
     return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else TASKS[task_type]
