@@ -1,4 +1,4 @@
-"""S4's design spaces, and the search through them: sample architectures, train and compare them, narrow the space."""
+"""Design spaces of S4, and a search: sample architectures, train and compare them, narrow the space."""
 
 from hf_peft_ext.search.compare import Comparison as Comparison
 from hf_peft_ext.search.compare import compare as compare
@@ -18,5 +18,5 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "matplotlib"):
         raise
-    said = f"A search needs {error.name}: pip install 'hf_peft_ext[search]'."
-    raise ModuleNotFoundError(said, name=error.name) from error
+    message = f"A search needs {error.name}: pip install 'hf_peft_ext[search]'."
+    raise ModuleNotFoundError(message, name=error.name) from error
