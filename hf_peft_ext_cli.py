@@ -127,9 +127,9 @@ def train(
         bool, typer.Option("--dry-run", help="Load model and data and print the plan; train and write nothing.")
     ] = False,
 ) -> None:
-    from hf_peft_ext.cli.train import train
+    from hf_peft_ext.cli.train import train_command
 
-    train(recipe, changes or (), dry_run)
+    train_command(recipe, changes or (), dry_run)
 
 
 search_app = typer.Typer(help=SEARCH_HELP, invoke_without_command=True, rich_markup_mode="rich")
@@ -148,17 +148,17 @@ def search(
         return
     if config is None:
         raise typer.BadParameter("is missing", param_hint="--config")
-    from hf_peft_ext.cli.search import search
+    from hf_peft_ext.cli.search import search_command
 
-    search(config, changes or ())
+    search_command(config, changes or ())
 
 
 @search_app.command()
 def report(config: Config, changes: Changes = None) -> None:
     """Write the report of a search, finished or not: report.html and runs.csv."""
-    from hf_peft_ext.cli.search import report
+    from hf_peft_ext.cli.search import report_command
 
-    report(config, changes or ())
+    report_command(config, changes or ())
 
 
 @app.command()

@@ -149,4 +149,5 @@ def check_metadata(data: Mapping[str, Any]) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """A field with one value or several as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -24,7 +24,7 @@ LADDER = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # In which dimension of which tensor a sub-layer's size stands.
 SIZES = {
-    **{"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")},
+    **{"down.weight": (0, "r"), "A": (0, "r"), "P_K": (1, "tokens")},
     "side.up.weight": (1, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
 }

@@ -170,7 +170,7 @@ def test_report_of_nothing(file):
 
 WRONG = {
     "search.storage=sqlite:///broken.db": r"`search.storage` \(='sqlite:///broken.db'\) cannot be used: file is not a",
-    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name a file)",
+    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name an existing)",
     "search.output_dir=broken.db": r"`search.output_dir` \(='broken.db'\) must lie where files can be written",
     "space.budget=1e-7": r"`space` has no model for stage 'S0': .*budget",
     "lr=1": r"`lr` is not a section of a search .*; did you mean `training.learning_rate`\?",

@@ -18,7 +18,7 @@ from hf_peft_ext.hub_cards.card import write_card
 from hf_peft_ext.hub_cards.peft_integration import CARD, full_id, published_cards
 from hf_peft_ext.hub_cards.push import check_adapter, check_files, check_request, explained, publishable, push_adapter
 
-WEIGHTS = ".safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
 
 
 def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> None:
@@ -54,7 +54,7 @@ def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> 
 
 def preview(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
     """The files that a push would send. It does all but the sending on a copy, so it refuses what the push refuses."""
-    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS)]
+    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS_SUFFIX)]
     with copied(folder, weights) as copy:
         try:
             renew_cards(copy, repo_id, {})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 out, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def search(path: Path, changes: Sequence[str]) -> None:
+def search_command(path: Path, changes: Sequence[str]) -> None:
     """Work on a search until it is finished; write its report and the resulting config.
 
     Args:
@@ -34,7 +34,7 @@ def search(path: Path, changes: Sequence[str]) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # warnings are for developers
     with one_line(errors):
-        recipe = read(path, changes)
+        recipe = read_search(path, changes)
         folder = Path(recipe.search.output_dir)
         check_writable("search.output_dir", folder)
         no_bars()
@@ -43,12 +43,12 @@ def search(path: Path, changes: Sequence[str]) -> None:
         for decision in result.decisions:
             tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
             out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
-        write(result, folder)
+        write_and_print(result, folder)
         result.config.save_pretrained(str(folder))
         out.print(f"[cyan]config[/]  {folder / 'adapter_config.json'}")
 
 
-def report(path: Path, changes: Sequence[str]) -> None:
+def report_command(path: Path, changes: Sequence[str]) -> None:
     """Write the report of a search, finished or not.
 
     Args:
@@ -59,16 +59,16 @@ def report(path: Path, changes: Sequence[str]) -> None:
         typer.Exit: an error was printed.
     """
     with one_line(errors):
-        recipe = read(path, changes)
+        recipe = read_search(path, changes)
         check_writable("search.output_dir", recipe.search.output_dir)
         from hf_peft_ext.search import SearchResult
 
         with recipe.recipe_errors():
             result = SearchResult.load(recipe.search.storage, recipe.search.study_name)
-        write(result, Path(recipe.search.output_dir))
+        write_and_print(result, Path(recipe.search.output_dir))
 
 
-def read(path: Path, changes: Sequence[str]) -> "SearchRecipe":
+def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
     """Read the search of a file. Its module is imported late: it needs the packages of an extra."""
     for module in ("optuna", "matplotlib"):
         optional(module, "search", "A search")
@@ -77,7 +77,7 @@ def read(path: Path, changes: Sequence[str]) -> "SearchRecipe":
     return SearchRecipe.read(path, changes)
 
 
-def write(result: "SearchResult", folder: Path) -> None:
+def write_and_print(result: "SearchResult", folder: Path) -> None:
     """Write the report and print its path."""
     from hf_peft_ext.search import write_report
 

@@ -15,14 +15,13 @@ from rich.text import Text
 
 from hf_peft_ext.cli.failures import one_line
 from hf_peft_ext.hub_cards import CardWarning
-from hf_peft_ext.recipes import Outcome, prepare
-from hf_peft_ext.recipes import train as train_recipe
+from hf_peft_ext.recipes import Outcome, prepare, train
 from hf_peft_ext.recipes.progress import lines_for_bars, no_bars
-from hf_peft_ext.recipes.recipe import FILE, Recipe
+from hf_peft_ext.recipes.recipe import RECIPE_FILE, Recipe
 from hf_peft_ext.validation.writable import check_writable
 
 
-def train(path: Path, changes: Sequence[str], dry_run: bool) -> None:
+def train_command(path: Path, changes: Sequence[str], dry_run: bool) -> None:
     """Train an adapter, or show the plan.
 
     Args:
@@ -45,15 +44,15 @@ def train(path: Path, changes: Sequence[str], dry_run: bool) -> None:
             recipe.training.output_dir, recipe.training.push_to_hub = unused, False
         no_bars()
         trainer = prepare(recipe)
-        out.print(plan(recipe, trainer))
+        out.print(plan_table(recipe, trainer))
         if dry_run:
             out.print("\nThe recipe, changes included:\n", Text(recipe.text()), sep="\n")
         else:
             lines_for_bars(trainer)
-            out.print(report(recipe, train_recipe(recipe, trainer)))
+            out.print(report_table(recipe, train(recipe, trainer)))
 
 
-def plan(recipe: Recipe, trainer: Any) -> Table:
+def plan_table(recipe: Recipe, trainer: Any) -> Table:
     """The plan of a run: adapter, data, length of training."""
     args = recipe.training
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -61,7 +60,7 @@ def plan(recipe: Recipe, trainer: Any) -> Table:
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-    return rows(
+    return table_of(
         ("adapter", f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}"),
         ("parameters", f"{trainable:,} of {total:,} are trained ({trainable / total:.2%})"),
         ("data", f"{recipe.data.title}: {train} rows to train on, {evaluated} to evaluate on"),
@@ -69,20 +68,20 @@ def plan(recipe: Recipe, trainer: Any) -> Table:
     )
 
 
-def report(recipe: Recipe, outcome: Outcome) -> Table:
+def report_table(recipe: Recipe, outcome: Outcome) -> Table:
     """The results of a run, its files, and the next command."""
     measured = {name.removeprefix("eval_"): value for name, value in outcome.metrics.items()}
     shown = ["loss", "mean_token_accuracy", *recipe.metrics]
-    return rows(
+    return table_of(
         *((name, f"{measured[name]:.4g}") for name in shown if name in measured),
         ("trained for", f"{outcome.seconds:,.0f} s"),
         ("adapter", f"{outcome.folder}"),
-        ("recipe", f"{outcome.folder / FILE}"),
+        ("recipe", f"{outcome.folder / RECIPE_FILE}"),
         ("next", f"hf-peft-ext push {outcome.folder} USER/NAME"),
     )
 
 
-def rows(*pairs: tuple[str, str]) -> Table:
+def table_of(*pairs: tuple[str, str]) -> Table:
     """A table of names and values."""
     table = Table("name", "value", box=None, show_header=False, pad_edge=False)
     for name, value in pairs:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_peft_ext.prompts import PromptTemplate, chat
-from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.validation.checks import check
 
 
 @dataclass
-class Classification(Rows):
+class ClassificationData(DatasetArguments):
     """Data of SEQ_CLS.
 
     Args:
@@ -70,7 +70,7 @@ class Classification(Rows):
 
 
 @dataclass
-class Instruction(Rows):
+class InstructionData(DatasetArguments):
     """Data of CAUSAL_LM, for TRL's SFTTrainer: plain text, or prompts with responses, or chats.
 
     Args:
@@ -108,7 +108,7 @@ class Instruction(Rows):
 
 
 @dataclass
-class Sequences(Rows):
+class SequenceData(DatasetArguments):
     """Data of SEQ_2_SEQ_LM.
 
     Args:
@@ -141,7 +141,7 @@ class Sequences(Rows):
 
 
 @dataclass
-class Ranking(Rows):
+class RankingData(DatasetArguments):
     """Data of T-Few, for CAUSAL_LM and SEQ_2_SEQ_LM: a prompt for each row, and answer choices.
 
     Args:

@@ -15,7 +15,7 @@ BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 @dataclass
-class Rows(ABC):
+class DatasetArguments(ABC):
     """The rows; `path`, `name`, `data_files` and `revision` are arguments of `datasets.load_dataset`.
 
     Args:

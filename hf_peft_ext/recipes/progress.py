@@ -14,7 +14,7 @@ from hf_peft_ext.recipes.recipe_source import optional
 MINUTE = 60.0
 
 
-class LineAMinute(TrainerCallback):
+class TrainingLines(TrainerCallback):
     """Writes the progress of a trainer to stderr, at most once a minute.
 
     Args:
@@ -28,20 +28,24 @@ class LineAMinute(TrainerCallback):
         self.first, self.loss = 0, ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self.start = self.last_line = self.clock()
         self.first = state.global_step  # above 0 after resuming
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep the last loss."""
         if "loss" in (logs or {}):
             self.loss = f", loss {float(logs['loss']):.4g}"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write step, loss and remaining time."""
         done, left = state.global_step - self.first, state.max_steps - state.global_step
         minutes = (self.clock() - self.start) / 60
         remaining = f"about {minutes / done * left:.0f} min left" if done else ""
         self._write(state, f"step {state.global_step} of {state.max_steps}{self.loss}, {minutes:.0f} min, {remaining}")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write that the model is evaluated."""
         self._write(state, f"evaluating after step {state.global_step} of {state.max_steps}")
 
     def _write(self, state: Any, text: str) -> None:
@@ -54,7 +58,7 @@ def lines_for_bars(trainer: Any) -> None:
     """Replace a trainer's progress bar by lines, unless stderr is a terminal."""
     if not sys.stderr.isatty() and not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LineAMinute())
+        trainer.add_callback(TrainingLines())
 
 
 def no_bars() -> None:

@@ -13,14 +13,14 @@ from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards import is_as_written
 from hf_peft_ext.ranking.metrics import GENERATION
-from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_schema import SECTIONS, ModelArguments, check_recipe, override
 from hf_peft_ext.recipes.recipe_source import RecipeSource, optional
-from hf_peft_ext.recipes.tasks import CONFIGS, Task, task_of
-from hf_peft_ext.trainers.checkpoint import last_checkpoint, missing
+from hf_peft_ext.recipes.tasks import CONFIGS, RecipeTask, task_of
+from hf_peft_ext.trainers.restore import last_checkpoint, missing_files
 from hf_peft_ext.validation.suggestions import did_you_mean
 
-FILE = "recipe.yaml"
+RECIPE_FILE = "recipe.yaml"
 # rule -> the training arguments that it applies to, if the task has them, and its test; None passes
 TRAINING_RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "must be 1 or more": (
@@ -69,7 +69,7 @@ class Recipe:
     model: ModelArguments
     quantization: BitsAndBytesConfig | None
     peft: PeftConfig
-    data: Rows
+    data: DatasetArguments
     training: Any
     metrics: list[str]
     resume_from_checkpoint: bool | str | None
@@ -96,7 +96,7 @@ class Recipe:
         return recipe
 
     @property
-    def task(self) -> Task:
+    def task(self) -> RecipeTask:
         """Model class, data, trainer and metrics of the recipe's `task_type`."""
         return task_of(str(getattr(self.peft.task_type, "value", self.peft.task_type)), self.written.get("data"))
 
@@ -105,16 +105,16 @@ class Recipe:
 
         An equal recipe that is there already is kept, with its comments.
         """
-        path = Path(folder) / FILE
+        path = Path(folder) / RECIPE_FILE
         if not path.exists() or RecipeSource.read(path).sections != self.written:
             path.write_text(self.text(), encoding="utf-8")
         return path
 
     def _check_output_dir(self, source: RecipeSource) -> None:
         folder = self.training.output_dir
-        path = Path(folder) / FILE
+        path = Path(folder) / RECIPE_FILE
         if path.exists() and not is_as_written(path) and RecipeSource.read(path).sections != self.written:
-            rule = f"(={folder!r}) holds another {FILE}, which this one would replace"
+            rule = f"(={folder!r}) holds another {RECIPE_FILE}, which this one would replace"
             raise source.error("training.output_dir", f"{rule}; change that file, move it, or choose another folder")
 
     def text(self) -> str:
@@ -168,7 +168,7 @@ def _pop_checkpoint(source: RecipeSource) -> bool | str | None:
     checkpoint = training.pop("resume_from_checkpoint", None)
     if checkpoint is True and last_checkpoint(training["output_dir"]) is None:
         raise source.error(name, f"needs a complete checkpoint, and {training['output_dir']} holds none")
-    if isinstance(checkpoint, str) and (absent := missing(Path(checkpoint))):
+    if isinstance(checkpoint, str) and (absent := missing_files(Path(checkpoint))):
         rule = f"must be a complete checkpoint: {', '.join(absent[:4])} missing or cut short"
         raise source.error(name, f"(={checkpoint!r}) {rule}")
     return checkpoint
@@ -190,7 +190,7 @@ def construct(source: RecipeSource, section: str, cls: Callable[..., Any], optio
         raise source.error(name, f"is wrong: {text}") from error
 
 
-def _metrics(source: RecipeSource, task: Task) -> list[str]:
+def _metrics(source: RecipeSource, task: RecipeTask) -> list[str]:
     """The metrics, checked against the task, the data and the training arguments."""
     names = source.sections.get("metrics") or []
     data, training = (source.sections.get(section) or {} for section in ("data", "training"))

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
-from hf_peft_ext.recipes.tasks import CONFIGS, TASKS, task_of
+from hf_peft_ext.recipes.tasks import CONFIGS, RECIPE_TASKS, task_of
 from hf_peft_ext.trainers.redact import is_secret
 from hf_peft_ext.validation.config_schema import fits, type_hints, type_name
 from hf_peft_ext.validation.suggestions import did_you_mean, nearest
@@ -85,7 +85,7 @@ def section_keys(source: RecipeSource) -> dict[str, Keys]:
         if section is not None and not isinstance(section, list if name == "metrics" else dict):
             raise source.error(name, f"must be a {'list' if name == 'metrics' else 'mapping of keys to values'}")
     config = CONFIGS[_choice(source, "peft_type", list(CONFIGS))]
-    task = task_of(_choice(source, "task_type", list(TASKS)), source.sections.get("data"))
+    task = task_of(_choice(source, "task_type", list(RECIPE_TASKS)), source.sections.get("data"))
     keys = {
         "model": fields_of(ModelArguments),
         "quantization": {

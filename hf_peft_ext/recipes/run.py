@@ -16,7 +16,7 @@ from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics, 
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.recipe_schema import ModelArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
-from hf_peft_ext.recipes.tasks import Task
+from hf_peft_ext.recipes.tasks import RecipeTask
 
 
 class WithModel(Protocol):
@@ -26,7 +26,7 @@ class WithModel(Protocol):
     quantization: Any
 
     @property
-    def task(self) -> Task:
+    def task(self) -> RecipeTask:
         """Model class, data, trainer and metrics."""
         ...
 

@@ -13,18 +13,18 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics
-from hf_peft_ext.recipes.data import Classification
+from hf_peft_ext.recipes.data import ClassificationData
 from hf_peft_ext.recipes.recipe import construct
 from hf_peft_ext.recipes.recipe_schema import Keys, ModelArguments, check_types, fields_of
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
 from hf_peft_ext.recipes.run import find_model, load_model, loading
-from hf_peft_ext.recipes.tasks import TASKS, Task
+from hf_peft_ext.recipes.tasks import RECIPE_TASKS, RecipeTask
 from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
 from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.suggestions import did_you_mean
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECTIONS = ("model", "tasks", "space", "training", "search")
+SEARCH_SECTIONS = ("model", "tasks", "space", "training", "search")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class QueueArguments:
 
 
 @dataclass
-class TaskArguments(Classification):
+class TaskArguments(ClassificationData):
     """A task of the `tasks` section: classification data as in a recipe, and the metric that is the score."""
 
     metric: str = "accuracy"
@@ -85,7 +85,7 @@ class SearchRecipe:
     training: RunArguments
     search: QueueArguments
     quantization: None = field(default=None, init=False)
-    task: Task = field(default=TASKS["SEQ_CLS"], init=False)
+    task: RecipeTask = field(default=RECIPE_TASKS["SEQ_CLS"], init=False)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> "SearchRecipe":
@@ -170,9 +170,9 @@ def check_sections(source: RecipeSource) -> None:
         "search": fields_of(QueueArguments),
     }
     for name, section in source.sections.items():
-        if name not in SECTIONS:
+        if name not in SEARCH_SECTIONS:
             hint = section_hint(str(name), known)
-            raise source.error(str(name), f"is not a section of a search ({', '.join(SECTIONS)}){hint}")
+            raise source.error(str(name), f"is not a section of a search ({', '.join(SEARCH_SECTIONS)}){hint}")
         if section is not None and not isinstance(section, dict):
             raise source.error(name, "must be a mapping of keys to values")
     if not source.sections.get("model", {}).get("model_name_or_path"):
@@ -201,7 +201,7 @@ def section_hint(name: str, known: Mapping[str, Keys]) -> str:
         if name in keys:
             return f"; did you mean `{section}.{name}`?"
     near = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
-    return did_you_mean(name, SECTIONS) or next(filter(None, near), "")
+    return did_you_mean(name, SEARCH_SECTIONS) or next(filter(None, near), "")
 
 
 def space_keys() -> Keys:

@@ -12,14 +12,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_peft_ext import trainers
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, Metric
-from hf_peft_ext.recipes.data import Classification, Instruction, Ranking, Sequences
-from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
+from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
 
 
 @dataclass(frozen=True)
-class Task:
+class RecipeTask:
     """A `task_type` of peft in a recipe.
 
     Args:
@@ -31,7 +31,7 @@ class Task:
     """
 
     model: Any
-    data: type[Rows]
+    data: type[DatasetArguments]
     arguments: str
     trainer_name: str
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -47,18 +47,18 @@ class Task:
         return getattr(trainers, self.trainer_name)
 
 
-TASKS = {
-    "SEQ_CLS": Task(
+RECIPE_TASKS = {
+    "SEQ_CLS": RecipeTask(
         transformers.AutoModelForSequenceClassification,
-        Classification,
+        ClassificationData,
         "TrainingArguments",
         "AdapterTrainer",
         CLASSIFICATION,
     ),
-    "CAUSAL_LM": Task(transformers.AutoModelForCausalLM, Instruction, "SFTConfig", "AdapterSFTTrainer"),
-    "SEQ_2_SEQ_LM": Task(
+    "CAUSAL_LM": RecipeTask(transformers.AutoModelForCausalLM, InstructionData, "SFTConfig", "AdapterSFTTrainer"),
+    "SEQ_2_SEQ_LM": RecipeTask(
         transformers.AutoModelForSeq2SeqLM,
-        Sequences,
+        SequenceData,
         "Seq2SeqTrainingArguments",
         "AdapterSeq2SeqTrainer",
         GENERATION,
@@ -66,8 +66,8 @@ TASKS = {
 }
 T_FEW = {
     task_type: replace(
-        TASKS[task_type],
-        data=Ranking,
+        RECIPE_TASKS[task_type],
+        data=RankingData,
         arguments="TFewTrainingArguments",
         trainer_name="TFewTrainer",
         metrics=CLASSIFICATION,
@@ -78,11 +78,11 @@ CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.it
 CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
 
-def task_of(task_type: str, data: Mapping[str, Any] | None) -> Task:
+def task_of(task_type: str, data: Mapping[str, Any] | None) -> RecipeTask:
     """The task of a recipe.
 
     Args:
         task_type: its `peft.task_type`.
         data: its `data` section.
     """
-    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else TASKS[task_type]
+    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else RECIPE_TASKS[task_type]

@@ -16,7 +16,8 @@ try:
     from hf_peft_ext.search.training import SearchTask as SearchTask
     from hf_peft_ext.search.training import share_trunk as share_trunk
 except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "matplotlib"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("optuna", "sqlalchemy", "matplotlib"):
         raise
-    message = f"A search needs {error.name}: pip install 'hf_peft_ext[search]'."
+    message = f"A search needs {package}: pip install 'hf_peft_ext[search]'."
     raise ModuleNotFoundError(message, name=error.name) from error

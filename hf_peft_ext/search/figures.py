@@ -10,14 +10,15 @@ from matplotlib.patches import Rectangle
 
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.placement import Placement
+from hf_peft_ext.hub_cards.figures import FAINT, INK
 
 if TYPE_CHECKING:
     from hf_peft_ext.search.result import Decision
 
-INK, FAINT, BEST = "#1a1a2e", "#c9ccd6", "#1f5fbf"
-COLORS = {"bottleneck": "#d1495b", "low_rank": "#1f5fbf", "prefix": "#2e933c", "bias": "#8a5fbf"}
+BEST = "#1f5fbf"
+SUBLAYER_COLORS = {"bottleneck": "#d1495b", "low_rank": "#1f5fbf", "prefix": "#2e933c", "bias": "#8a5fbf"}
 SHORT = {"bottleneck": "adapter", "low_rank": "LoRA", "prefix": "prefix", "bias": "BitFit"}
-SIZES = ("r", "num_virtual_tokens", "reduction_factor")  # the option with the size of a sub-layer
+SIZE_OPTIONS = ("r", "num_virtual_tokens", "reduction_factor")  # the option with the size of a sub-layer
 
 
 def stage_figure(scores: Mapping[str, Sequence[float]], decision: "Decision | None") -> Figure:
@@ -65,7 +66,7 @@ def architecture_figure(config: PlacedConfig, layers: int) -> Figure:
     for y, row in enumerate(rows):
         for layer in range(layers):
             placement = cells[row].get(layer)
-            color = "#f1f2f5" if placement is None else COLORS[placement.sublayer]
+            color = "#f1f2f5" if placement is None else SUBLAYER_COLORS[placement.sublayer]
             axes.add_patch(Rectangle((layer - 0.46, y - 0.42), 0.92, 0.84, facecolor=color, linewidth=0))
             if placement is not None:
                 axes.text(layer, y, size_of(placement), ha="center", va="center", color="white", fontsize=9)
@@ -81,7 +82,7 @@ def architecture_figure(config: PlacedConfig, layers: int) -> Figure:
 
 def size_of(placement: Placement) -> str:
     """Rank, width or number of virtual tokens, as text; empty for a bias."""
-    return next((str(placement.options[name]) for name in SIZES if placement.options.get(name)), "")
+    return next((str(placement.options[name]) for name in SIZE_OPTIONS if placement.options.get(name)), "")
 
 
 def svg(figure: Figure, name: str) -> str:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from hf_peft_ext.validation.checks import check
 
-SAMPLED = 64  # values of each tensor in the hash
+VALUES_PER_TENSOR = 64  # values of each tensor in the hash
 # Settings of a model's config on its source and execution, which do not change its function.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "use_cache")
 
 
-def of_weights(model: Any) -> str:
+def weights_fingerprint(model: Any) -> str:
     """A hash of names, shapes and types of all tensors, and of values of the trunk's tensors.
 
     The values of heads are left out: each search starts them anew.
@@ -35,11 +35,11 @@ def of_weights(model: Any) -> str:
 def sampled(tensor: Tensor) -> bytes:
     """Evenly spaced values of a tensor, the first and the last included, as bytes."""
     flat = tensor.detach().reshape(-1)
-    indices = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLED, len(flat)), dtype=torch.float64).long()
+    indices = torch.linspace(0, max(len(flat) - 1, 0), min(VALUES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
     return flat[indices.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def of_config(model: nn.Module) -> dict[str, Any]:
+def config_settings(model: nn.Module) -> dict[str, Any]:
     """The settings of a model's config, as values for JSON."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -47,14 +47,14 @@ def of_config(model: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
-def of_metric(metric: Any) -> str | None:
+def metric_fingerprint(metric: Any) -> str | None:
     """Name and hash of a metric: of a function's code and values, or of an object's class and settings."""
     if metric is None:
         return None
-    return f"{name_of(metric)} {hashlib.sha256(described(metric).encode()).hexdigest()[:8]}"
+    return f"{metric_name(metric)} {hashlib.sha256(described(metric).encode()).hexdigest()[:8]}"
 
 
-def name_of(metric: Any) -> str:
+def metric_name(metric: Any) -> str:
     """The name of a function, or of an object's class."""
     metric = innermost_function(metric)
     return str(getattr(metric, "__qualname__", type(metric).__qualname__))

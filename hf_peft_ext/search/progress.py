@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 
-class LineAMinute(Progress):
+class SearchLines(Progress):
     """A `rich.progress.Progress` that writes a line in place of its bars, at most once a minute, after a run ends.
 
     Args:
@@ -30,6 +30,7 @@ class LineAMinute(Progress):
         self.last_line = clock()
 
     def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        """Update a bar, and write a line if it is time."""
         super().update(task_id, **kwargs)
         if not self.silent and self.clock() - self.last_line >= self.seconds:
             self.last_line = self.clock()

@@ -131,7 +131,7 @@ class SearchResult:
         """
         if self.config_values is None:
             raise RuntimeError(f"The search {self.study_name!r} is not finished; start it again to continue.")
-        return config_of(self.config_values)
+        return config_from_values(self.config_values)
 
     def of(self, stage: str) -> list[Record]:
         """The runs of a stage."""
@@ -160,7 +160,7 @@ class SearchResult:
         return path
 
 
-def config_of(values: Mapping[str, Any]) -> PeftConfig:
+def config_from_values(values: Mapping[str, Any]) -> PeftConfig:
     """A config from the values of `PeftConfig.to_dict`."""
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(values["peft_type"])](
         **{name: value for name, value in values.items() if name not in ("peft_type", "auto_mapping", "peft_version")}

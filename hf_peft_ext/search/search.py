@@ -18,10 +18,10 @@ from torch import nn
 from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.search import compare
 from hf_peft_ext.search.fingerprint import check_same
-from hf_peft_ext.search.progress import LineAMinute
-from hf_peft_ext.search.result import DECISION, RESULT, Decision, SearchResult, config_of, scores_of
+from hf_peft_ext.search.progress import SearchLines
+from hf_peft_ext.search.result import DECISION, RESULT, Decision, SearchResult, config_from_values, scores_of
 from hf_peft_ext.search.run_record import Record, Run
-from hf_peft_ext.search.training import RunArguments, SearchTask, adapted, evaluate, train
+from hf_peft_ext.search.training import RunArguments, SearchTask, adapted, evaluate, train_adapter
 from hf_peft_ext.search.trial_queue import Queue, frozen_garbage
 from hf_peft_ext.validation.checks import check, check_count
 
@@ -164,7 +164,7 @@ class DesignSpaceSearch:
 
     def _progress(self) -> Progress:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "runs", TimeElapsedColumn(), "left:")
-        progress = Progress if sys.stderr.isatty() else LineAMinute
+        progress = Progress if sys.stderr.isatty() else SearchLines
         return progress(*columns, TimeRemainingColumn(), "[red]{task.fields[failed]}", disable=not self.progress)
 
     def _work(self, space: Space, bars: Progress) -> None:
@@ -201,7 +201,7 @@ class DesignSpaceSearch:
     def _train(self, trial: Trial, run: Run, task: SearchTask, scores: dict[str, float], step: int) -> float:
         evaluation = task.batches("evaluation", self.args.per_device_eval_batch_size)
         name = list(self.tasks)[step]
-        with adapted(task.model, config_of(run.config), run.seed) as model:
+        with adapted(task.model, config_from_values(run.config), run.seed) as model:
 
             def score() -> float:
                 value = evaluate(model, evaluation, self.args, task.compute_metrics)
@@ -219,7 +219,7 @@ class DesignSpaceSearch:
             if "parameters" not in trial.user_attrs:
                 trial.set_user_attr("parameters", adapter_parameters(model))
             batches = task.batches("train", self.args.per_device_train_batch_size)
-            train(model, batches, self.args, run.seed, report if self.stops_early else None)
+            train_adapter(model, batches, self.args, run.seed, report if self.stops_early else None)
             return score()
 
     def _decide(self, space: Space) -> Decision:

@@ -39,7 +39,7 @@ from hf_peft_ext.tuners.s4.solve import OutOfReach, solve
 from hf_peft_ext.validation.checks import check, check_count, check_names, is_number
 
 ANY = "any"  # the one constraint of S0
-STAGES = ("S0", "S1 grouping", "S2 allocation", "S3 tunable groups")  # and S4, a stage for each tuned group
+SPACE_STAGES = ("S0", "S1 grouping", "S2 allocation", "S3 tunable groups")  # and S4, a stage for each tuned group
 TRIES = 1000  # draws until a model meets the budget
 
 
@@ -98,14 +98,14 @@ class DesignSpace:
     @property
     def stage(self) -> str:
         """The next decision, such as "S1 grouping" or "S4 strategies of G2"; "S4" at the end."""
-        if len(self.winners) < len(STAGES):
-            return STAGES[len(self.winners)]
+        if len(self.winners) < len(SPACE_STAGES):
+            return SPACE_STAGES[len(self.winners)]
         return "S4" if self.finished else f"S4 strategies of G{self._open_group}"
 
     @property
     def finished(self) -> bool:
         """Whether everything is decided."""
-        return len(self.winners) >= len(STAGES) and self._open_group is None
+        return len(self.winners) >= len(SPACE_STAGES) and self._open_group is None
 
     # Decisions
 

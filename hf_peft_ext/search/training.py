@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, SchedulerType, default_data_collator, get_scheduler
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from hf_peft_ext.search.fingerprint import of_config, of_metric, of_weights
+from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
+from hf_peft_ext.search.fingerprint import config_settings, metric_fingerprint, weights_fingerprint
 from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
 
-Batch = Mapping[str, Tensor]
-Metric = Callable[[EvalPrediction], float | Mapping[str, float]]
+ModelInputs = Mapping[str, Tensor]
+ComputeMetrics = Callable[[EvalPrediction], float | Mapping[str, float]]
 
 
 @dataclass
@@ -92,14 +93,14 @@ class SearchTask:
         model: nn.Module,
         train: Sequence[Mapping[str, Any]],
         evaluation: Sequence[Mapping[str, Any]],
-        compute_metrics: Metric | None = None,
+        compute_metrics: ComputeMetrics | None = None,
         data_collator: Callable[[list[Any]], Any] = default_data_collator,
     ):
         for name, rows in (("train", train), ("evaluation", evaluation)):
             check(name, rows, len(rows) > 0, "must hold rows")
         self.model, self.compute_metrics, self.collate = model, compute_metrics, data_collator
         self.train, self.evaluation = list(train), list(evaluation)
-        self._batches: dict[tuple[str, int], list[Batch]] = {}
+        self._batches: dict[tuple[str, int], list[ModelInputs]] = {}
 
     def digest(self) -> str:
         """A hash of the rows, equal in every process."""
@@ -108,10 +109,10 @@ class SearchTask:
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies model and metric, equal in every process."""
-        metric = of_metric(self.compute_metrics)
-        return {"weights": of_weights(self.model), "config": of_config(self.model), "metric": metric}
+        metric = metric_fingerprint(self.compute_metrics)
+        return {"weights": weights_fingerprint(self.model), "config": config_settings(self.model), "metric": metric}
 
-    def batches(self, part: str, size: int) -> list[Batch]:
+    def batches(self, part: str, size: int) -> list[ModelInputs]:
         """The batches of "train" or "evaluation", with `size` rows each, on the model's device."""
         if (part, size) not in self._batches:
             rows = sorted(getattr(self, part), key=lambda row: len(row.get("input_ids", ())))
@@ -146,22 +147,18 @@ def share_trunk(models: Mapping[str, Any]) -> dict[str, Any]:
 def adapted(model: nn.Module, config: PeftConfig, seed: int) -> Iterator[PeftModel]:
     """The base model with a new adapter, drawn by `seed`. On exit, the model and its head are restored."""
     torch.manual_seed(seed)
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    was_training = model.training
-    peft_model: Any = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
-    try:
-        yield peft_model
-    finally:
-        peft_model.delete_adapter("default")  # otherwise unloading leaves the trained head in the model
-        peft_model.unload()
-        model.train(was_training)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
+    with evaluating(model), preserve_requires_grad(model):
+        peft_model: Any = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
+        try:
+            yield peft_model
+        finally:
+            peft_model.delete_adapter("default")  # otherwise unloading leaves the trained head in the model
+            peft_model.unload()
 
 
-def train(
+def train_adapter(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[ModelInputs],
     args: RunArguments,
     seed: int,
     after_epoch: Callable[[int], None] | None = None,
@@ -202,7 +199,9 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], args: RunArguments, metric: Metric | None) -> float:
+def evaluate(
+    model: nn.Module, batches: Sequence[ModelInputs], args: RunArguments, metric: ComputeMetrics | None
+) -> float:
     """The score on the batches; without a metric, the negative mean loss of a row.
 
     Raises:

@@ -10,25 +10,25 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, ForwardRef, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ForwardRef, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 
-MAX_BYTES = 2**18  # of the file; the longest seen, with a rank for each module, has a tenth of it
+MAX_CONFIG_BYTES = 2**18  # of the file; the longest seen, with a rank for each module, has a tenth of it
 MAX_NUMBER = 2**20  # of any number: ranks, widths, layers, token ids, scalings
 MAX_CHARS = 2**15
 MAX_ITEMS = 2**12
 MAX_NAMES = 64  # of fields whose every entry costs a regular expression for each module
 MAX_DEPTH = 5
 # peft builds regular expressions from the entries of these fields, so they must be plain names.
-NAMES = ("modules_to_save", "layers_pattern")
-NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
-IGNORED = ("runtime_config",)  # peft 0.21 drops it from a file and does not write it
+NAME_FIELDS = ("modules_to_save", "layers_pattern")
+MODULE_NAME = re.compile(r"[\w.\-]{1,256}", re.ASCII)
+IGNORED_FIELDS = ("runtime_config",)  # peft 0.21 drops it from a file and does not write it
 # Annotated as whole numbers in peft; their readers take any number.
 ANY_NUMBER = ("alpha", "lora_alpha")
 
 
-def read_json(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
+def read_json(path: str | Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes.
 
     Raises:
@@ -86,7 +86,7 @@ def known_fields(config_cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a field is unknown, or its value has another type, is too large, or is not a finite number.
     """
     known, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
-    stated = {k: v for k, v in values.items() if k not in IGNORED and (k in known or says_something(k, v))}
+    stated = {k: v for k, v in values.items() if k not in IGNORED_FIELDS and (k in known or says_something(k, v))}
     unused = sorted(k for k, v in stated.items() if k not in known and v is False)
     if unused:
         what = f"`{'`, `'.join(unused)}` (=False) are no fields of {config_cls.__name__}"
@@ -101,14 +101,14 @@ def known_fields(config_cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             refuse(name, value, f"must be of type {type_name(hints[name])}")
         if name.endswith("dropout") and not 0 <= value < 1:
             refuse(name, value, "must lie in [0, 1)")
-        if name in NAMES and value is not None:
+        if name in NAME_FIELDS and value is not None:
             check_module_names(name, [value] if isinstance(value, str) else value)
     return stated
 
 
 def says_something(name: str, value: Any) -> bool:
     """Whether the value of an unknown field is more than null or empty."""
-    return name not in IGNORED and not (value is None or value in ("", [], {}))
+    return name not in IGNORED_FIELDS and not (value is None or value in ("", [], {}))
 
 
 def check_module_names(name: str, entries: Sequence[str]) -> None:
@@ -116,7 +116,7 @@ def check_module_names(name: str, entries: Sequence[str]) -> None:
     if len(entries) > MAX_NAMES:
         refuse(name, entries, f"must have at most {MAX_NAMES} entries")
     for entry in entries:
-        if entry and not NAME.fullmatch(entry):
+        if entry and not MODULE_NAME.fullmatch(entry):
             refuse(name, entry, "must name modules by letters, digits, '_', '-' and '.'")
 
 
@@ -156,12 +156,14 @@ def check_size(name: str, value: Any, depth: int = 0) -> None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value from JSON or YAML has a type, by huggingface_hub's `type_validator`.
 
-    The containers are walked here, since JSON has fewer types: a list fits a sequence or tuple, an object fits a
-    dataclass with such fields, a value fits its enum, and a whole number fits `float`.
+    Containers and choices are handled here, since JSON has fewer types: a list fits a sequence or tuple, an object
+    fits a dataclass with such fields, a value fits its enum, a whole number fits `float`, but 1.0 is not the choice 1.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
     if origin in (list, Sequence, tuple):
         if not isinstance(value, list):
             return False

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import regex
 
-SECONDS = 0.5  # CPU time for one pattern on all paths of a model; ordinary patterns take milliseconds
+PATTERN_SECONDS = 0.5  # CPU time for one pattern on all paths of a model; ordinary patterns take milliseconds
 
 
 def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | None = None) -> list[str]:
@@ -22,7 +22,7 @@ def matching(pattern: str | Iterable[str], paths: Iterable[str], until: float | 
         ValueError: the pattern is not a regular expression, or takes too long.
     """
     if isinstance(pattern, str):
-        return fully_matching(pattern, paths, time.process_time() + SECONDS if until is None else until)
+        return fully_matching(pattern, paths, time.process_time() + PATTERN_SECONDS if until is None else until)
     endings = set(pattern)
     return [path for path in paths if any(ending in endings for ending in endings_of(path))]
 
@@ -36,9 +36,9 @@ def fully_matching(pattern: str, paths: Iterable[str], until: float) -> list[str
         compiled = regex.compile(pattern)
         return [path for path in paths if compiled.fullmatch(path, timeout=max(until - time.process_time(), 1e-6))]
     except TimeoutError as error:
-        raise ValueError(f"The pattern {shortened(pattern)} takes too long to match; name the modules.") from error
+        raise ValueError(f"The pattern {quoted(pattern)} takes too long to match; name the modules.") from error
     except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"The pattern {shortened(pattern)} is no regular expression: {error}.") from error
+        raise ValueError(f"The pattern {quoted(pattern)} is no regular expression: {error}.") from error
 
 
 def endings_of(path: str) -> list[str]:
@@ -47,6 +47,6 @@ def endings_of(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def shortened(pattern: str) -> str:
+def quoted(pattern: str) -> str:
     """A pattern for an error, at most 80 characters of it."""
     return repr(pattern if len(pattern) <= 80 else f"{pattern[:80]}...")
