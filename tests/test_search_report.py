@@ -135,7 +135,7 @@ def test_command(file):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("search.n_model=3", "`search.n_model` is not a key of `search`; did you mean `n_models`?"),
         ("search.n_models=0", "`n_models` (=0) must be a positive whole number."),
@@ -148,10 +148,10 @@ def test_command(file):
         ("search.storage=sqlite://", "`storage` (='sqlite://') must name a file"),
     ],
 )
-def test_errors_name_the_key(file, change, told):
+def test_errors_name_the_key(file, change, message):
     done = run("--config", "search.yaml", "--set", change)
     assert done.exit_code == 2
-    assert told in " ".join(done.output.split())
+    assert message in " ".join(done.output.split())
     assert not (file.parent / "search.db").exists()
 
 

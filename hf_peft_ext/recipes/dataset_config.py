@@ -45,7 +45,7 @@ class DatasetArguments(ABC):
     max_eval_samples: int | None = None
 
     def __post_init__(self) -> None:
-        check("path", self.path, bool(self.path or self.data_files), "must be given, or else `data_files`")
+        check("path", self.path, bool(self.path or self.data_files), "must be set, or `data_files` must be")
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

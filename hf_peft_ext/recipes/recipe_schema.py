@@ -109,12 +109,12 @@ def check_recipe(source: RecipeSource) -> None:
     Raises:
         RecipeError: a key is unknown, has a value of the wrong type, or is missing.
     """
-    known = section_keys(source)
+    schema = section_keys(source)
     kinds = " and ".join(source.sections["peft"][name.partition(".")[2]] for name in KINDS)
-    for section, keys in known.items():
+    for section, keys in schema.items():
         for key in source.sections.get(section) or {}:
             if key not in keys:
-                hint = _hint(section, str(key), known)
+                hint = _hint(section, str(key), schema)
                 raise source.error(f"{section}.{key}", f"is not a key of `{section}` for {kinds}{hint}")
         check_types(source, section, source.sections.get(section) or {}, keys)
     for name in REQUIRED:
@@ -151,30 +151,30 @@ def _choice(source: RecipeSource, key: str, choices: list[str]) -> str:
     return value
 
 
-def _full_name(name: str, known: Mapping[str, Keys]) -> str:
+def _full_name(name: str, schema: Mapping[str, Keys]) -> str:
     """The key with its section in front.
 
     Raises:
         RecipeError: no section, or more than one, has the key.
     """
     first, _, rest = name.partition(".")
-    sections = [section for section, keys in known.items() if first in keys]
+    sections = [section for section, keys in schema.items() if first in keys]
     if len(sections) > 1:
         choices = " or ".join(f"`{section}.{name}`" for section in sections)
         raise RecipeError(f"command line: `{name}` is a key of more than one section; write {choices}.")
     if not sections:
         section = did_you_mean(first, SECTIONS).replace("`?", f".{rest}`?") if rest else ""
-        hint = section or _hint("", first, known) or "."
+        hint = section or _hint("", first, schema) or "."
         raise RecipeError(f"command line: `{name}` is not a key of a recipe{hint}")
     return f"{sections[0]}.{name}"
 
 
-def _hint(section: str, key: str, known: Mapping[str, Keys]) -> str:
+def _hint(section: str, key: str, schema: Mapping[str, Keys]) -> str:
     """A suggestion: the same key in another section, else a similar one in this section, else in any."""
-    for other in known:
-        if key in known[other]:
+    for other in schema:
+        if key in schema[other]:
             return f"; did you mean `{other}.{key}`?"
-    dotted = {name: f"{other}.{name}" for other in known for name in known[other]}
+    dotted = {name: f"{other}.{name}" for other in schema for name in schema[other]}
     near = nearest(key, dotted)
     similar = f"; did you mean `{dotted[near]}`?" if near else ""
-    return did_you_mean(key, known.get(section, ()), f"{section}.") or similar
+    return did_you_mean(key, schema.get(section, ()), f"{section}.") or similar

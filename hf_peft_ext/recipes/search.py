@@ -163,7 +163,7 @@ def check_sections(source: RecipeSource) -> None:
     Raises:
         RecipeError: a section or a key is unknown, has a value of the wrong type, or is missing.
     """
-    known = {
+    schema = {
         "model": fields_of(ModelArguments),
         "space": space_keys(),
         "training": fields_of(RunArguments),
@@ -171,7 +171,7 @@ def check_sections(source: RecipeSource) -> None:
     }
     for name, section in source.sections.items():
         if name not in SEARCH_SECTIONS:
-            hint = section_hint(str(name), known)
+            hint = section_hint(str(name), schema)
             raise source.error(str(name), f"is not a section of a search ({', '.join(SEARCH_SECTIONS)}){hint}")
         if section is not None and not isinstance(section, dict):
             raise source.error(name, "must be a mapping of keys to values")
@@ -179,7 +179,7 @@ def check_sections(source: RecipeSource) -> None:
         raise source.error("model", "lacks `model_name_or_path`, which every search needs")
     if not source.sections.get("tasks"):
         raise source.error("tasks", "must hold at least one task")
-    for name, keys in known.items():
+    for name, keys in schema.items():
         check_section(source, name, source.sections.get(name) or {}, keys)
     for name, values in source.sections["tasks"].items():
         check_section(source, f"tasks.{name}", values, fields_of(TaskArguments))
@@ -195,12 +195,12 @@ def check_section(source: RecipeSource, section: str, values: Any, keys: Keys) -
     check_types(source, section, values, keys)
 
 
-def section_hint(name: str, known: Mapping[str, Keys]) -> str:
+def section_hint(name: str, schema: Mapping[str, Keys]) -> str:
     """A suggestion for an unknown section: the key of that name, else the nearest section, else the nearest key."""
-    for section, keys in known.items():
+    for section, keys in schema.items():
         if name in keys:
             return f"; did you mean `{section}.{name}`?"
-    near = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
+    near = (did_you_mean(name, keys, f"{section}.") for section, keys in schema.items())
     return did_you_mean(name, SEARCH_SECTIONS) or next(filter(None, near), "")
 
 

@@ -36,13 +36,13 @@ def check_dropout(name: str, value: object) -> None:
     check(name, value, is_number(value) and 0 <= cast(float, value) < 1, "must lie in [0, 1)")
 
 
-def check_names(name: str, value: Sequence[str], known: Sequence[str], empty: bool = False) -> list[str]:
+def check_names(name: str, value: Sequence[str], allowed: Sequence[str], empty: bool = False) -> list[str]:
     """Check a list of names.
 
     Args:
         name: the field, for the error.
         value: the names.
-        known: the names that are allowed, each at most once.
+        allowed: the valid names, each at most once.
         empty: whether the list may be empty.
 
     Returns:
@@ -53,7 +53,7 @@ def check_names(name: str, value: Sequence[str], known: Sequence[str], empty: bo
     """
     check(name, value, not isinstance(value, str), "must be a list of names, not a single string")
     check(name, value, empty or len(value) > 0, "must hold at least one name")
-    check(name, value, set(value) <= set(known), f"must hold {', '.join(known)} only")
+    check(name, value, set(value) <= set(allowed), f"must hold {', '.join(allowed)} only")
     check(name, value, len(set(value)) == len(value), "must hold a name once")
     return list(value)
 

@@ -85,19 +85,19 @@ def known_fields(config_cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a field is unknown, or its value has another type, is too large, or is not a finite number.
     """
-    known, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
-    stated = {k: v for k, v in values.items() if k not in IGNORED_FIELDS and (k in known or says_something(k, v))}
-    unused = sorted(k for k, v in stated.items() if k not in known and v is False)
+    of_config, hints = {f.name: f for f in fields(config_cls)}, type_hints(config_cls)
+    stated = {k: v for k, v in values.items() if k not in IGNORED_FIELDS and (k in of_config or says_something(k, v))}
+    unused = sorted(k for k, v in stated.items() if k not in of_config and v is False)
     if unused:
         what = f"`{'`, `'.join(unused)}` (=False) are no fields of {config_cls.__name__}"
         warnings.warn(f"{what} and were left out; the adapter may be of a later version.", stacklevel=2)
     stated = {k: v for k, v in stated.items() if k not in unused}
     for name, value in stated.items():
-        if name not in known:
+        if name not in of_config:
             refuse(name, value, f"is not a field of {config_cls.__name__}")
         check_size(name, value)
         is_any_number = name in ANY_NUMBER and fits(value, float)
-        if not (fits(value, hints[name]) or is_default(value, known[name]) or is_any_number):
+        if not (fits(value, hints[name]) or is_default(value, of_config[name]) or is_any_number):
             refuse(name, value, f"must be of type {type_name(hints[name])}")
         if name.endswith("dropout") and not 0 <= value < 1:
             refuse(name, value, "must lie in [0, 1)")
