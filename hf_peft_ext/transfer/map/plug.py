@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,6 @@ from hf_peft_ext.transfer.map.adapter_tensors import HEAD, READS, WRITES, Axis, 
 from hf_peft_ext.transfer.map.alignment import align
 from hf_peft_ext.transfer.map.parametrize import Block, Step, parametrize
 from hf_peft_ext.transfer.map.projections import RESIDUAL, Order, Projections, Space, layer_map
-from hf_peft_ext.tuners.ia3.target_modules import either, module_names
 from hf_peft_ext.validation.checks import check
 
 
@@ -124,7 +124,7 @@ def config_for(large: nn.Module, small: PeftModel, given: Sequence[Part], layers
     found: Any = copy(config)
     hosts = lora_hosts(large, given, layers)
     others = [path for path, _ in own_modules(large) if path not in hosts]
-    found.target_modules = either(module_names([list(hosts)], others))
+    found.target_modules = _find_minimal_target_modules(list(hosts), others)
     ranks = {host: len(a.value) for host, a in hosts.items()}
     found.rank_pattern = {host: r for host, r in ranks.items() if r != config.r}
     layer_of, name = small.get_base_model().get_submodule, small.active_adapter
