@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.model.structure import stacks
 
 Batch = Mapping[str, Tensor]
@@ -15,7 +16,7 @@ Batch = Mapping[str, Tensor]
 
 def base_states(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
     """The output of each block of the untouched model, a row for each token or text."""
-    with frozen_eval(model), model.disable_adapter():
+    with evaluating(model), preserve_requires_grad(model), model.disable_adapter():
         found = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
     return [torch.cat(layer) for layer in zip(*found, strict=True)]
 
@@ -24,7 +25,7 @@ def deltas(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor
     """What the active adapter adds in each block to what the block gives on the same input without it."""
     found = []
     for batch in batches:
-        with frozen_eval(model):
+        with evaluating(model), preserve_requires_grad(model):
             with_it = calls(model, batch)
             with torch.no_grad(), model.disable_adapter():
                 without = [call.again() for call in with_it]
@@ -84,21 +85,6 @@ def rows_of(output: Tensor, mask: Tensor, by_text: bool) -> Tensor:
 
 def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def frozen_eval(model: PeftModel) -> Iterator[None]:
-    """The model in evaluation; afterwards trained, and trainable, as it was: peft thaws what it enables again."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.model.structure import CACHES, stacks
 from hf_peft_ext.pruning import PrunedModel
-from hf_peft_ext.ranking.classifier import evaluating
 from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.transfer.map.projections import RESIDUAL
 from hf_peft_ext.validation.checks import check
@@ -195,14 +194,3 @@ def check_weights(name: str, model: nn.Module, why: str) -> None:
     """Refuse a model without weights, one on the meta device."""
     there = not any(parameter.is_meta for parameter in model.parameters())
     check(name, type(model).__name__, there, f"must have weights, and is on the meta device: {why}")
-
-
-@contextmanager
-def preserve_requires_grad(model: nn.Module) -> Iterator[None]:
-    """Put back which parameters are trained, which peft changes when it disables an adapter."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

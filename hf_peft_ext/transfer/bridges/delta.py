@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.sites import Site
 from hf_peft_ext.model.structure import covers, innermost, is_norm, leaf_size, own_modules
 from hf_peft_ext.pruning import PrunedModel
-from hf_peft_ext.transfer.bridges.activations import check_weights, preserve_requires_grad
+from hf_peft_ext.transfer.bridges.activations import check_weights
 from hf_peft_ext.transfer.bridges.bridge import bridge, kept_channels
 from hf_peft_ext.transfer.map.adapter_tensors import SEEN, Part, parts_of
 from hf_peft_ext.transfer.map.projections import RESIDUAL

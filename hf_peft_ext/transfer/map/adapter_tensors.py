@@ -153,8 +153,8 @@ def axes_of(site: Site, sublayer: nn.Module) -> dict[str, tuple[Axis, ...]]:
         "up.weight": Axis(0, "write", writes),
         "up.bias": Axis(0, "write", writes),
         "gate.weight": Axis(1, "read", reads),
-        "keys": Axis(None, "write", {f"{cross}key": None}),
-        "values": Axis(None, "write", {f"{cross}value": None}),
+        "P_K": Axis(None, "write", {f"{cross}key": None}),
+        "P_V": Axis(None, "write", {f"{cross}value": None}),
     }
     return found | {name: (along[name],) for name in found if name in along}
 

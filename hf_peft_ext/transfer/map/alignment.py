@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import stacks
-from hf_peft_ext.transfer.bridges.activations import preserve_requires_grad
 from hf_peft_ext.transfer.map.adapter_tensors import READS, RESIDUAL, WRITES, space
 from hf_peft_ext.transfer.map.projections import Dense, Projections, Side, Space, key_of, least_squares
 from hf_peft_ext.validation.checks import check

@@ -1,7 +1,6 @@
 """A tensor of an adapter that is computed, each time it is asked for, from another one through projections.
 
-What torch.nn.utils.parametrize does, which cannot take a tensor that is called `keys`, nor one that follows another
-model's.
+What torch.nn.utils.parametrize does, which cannot take a tensor that follows another model's.
 """
 
 from typing import Any, NamedTuple

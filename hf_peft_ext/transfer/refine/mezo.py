@@ -126,9 +126,9 @@ def layer_scales(model: PeftModel) -> list[nn.Parameter]:
     model.requires_grad_(False)
     scales: dict[int, Scale] = {}
     for part in parts:
-        written = [axis for axis in part.axes if axis.side == "write" and part.layer >= 0 and part.tensor != "keys"]
+        written = [axis for axis in part.axes if axis.side == "write" and part.layer >= 0 and part.tensor != "P_K"]
         for axis in written[:1]:
-            if not part.tensor.endswith(".keys"):
+            if not part.tensor.endswith(".P_K"):
                 scale = scales.setdefault(part.layer, Scale())
                 parametrize(part, part, [Step(axis.dim, size_along(part.value, axis), [Block(scale, None, None)])])
                 part.owner.get_submodule(SEEN + part.name).original.requires_grad_(False)  # pyright: ignore

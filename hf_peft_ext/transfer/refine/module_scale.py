@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
-from hf_peft_ext.transfer.bridges.activations import preserve_requires_grad
+from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.transfer.map.adapter_tensors import Part, parts_of
 from hf_peft_ext.transfer.run.result import Measured, log_likelihood
 from hf_peft_ext.transfer.run.task import Row, Task

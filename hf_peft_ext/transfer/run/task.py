@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hf_peft_ext.ranking.classifier import evaluating, score_choices
+from hf_peft_ext.model.modes import evaluating
+from hf_peft_ext.ranking.classifier import score_choices
 from hf_peft_ext.ranking.encode import collate, encode_choices
 from hf_peft_ext.ranking.losses import IGNORED, choice_scores
 from hf_peft_ext.ranking.packing import bare, choice_token_scores
