@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_peft_ext.attach import masks
 from hf_peft_ext.attach.forward_state import FORWARD
-from hf_peft_ext.attach.masks import causal_mask, mask_position, pad_front, selected, visible_tokens, widened
+from hf_peft_ext.attach.masks import causal_mask, mask_position, pad_front, selected, some_query_sees, widened
 
 LOWEST = torch.finfo(torch.float32).min
 BATCH, LENGTH, KEYS, N = 2, 3, 4, 2
@@ -29,21 +30,21 @@ def as_kind(allowed, kind):
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "biased", "half"])
-def test_visible_tokens(kind):
+def test_some_query_sees(kind):
     """A key is visible if one query of one head sees it."""
     mask = as_kind(ALLOWED, "float" if kind == "half" else kind)
     mask = mask.half().clamp_min(torch.finfo(torch.float16).min) if kind == "half" else mask
     expected = [[any(ALLOWED[b, q, k] for q in range(LENGTH)) for k in range(KEYS)] for b in range(BATCH)]
-    assert visible_tokens(mask).tolist() == expected
+    assert some_query_sees(mask).tolist() == expected
     heads = torch.cat([torch.zeros_like(mask) if kind == "bool" else torch.full_like(mask, mask.min()), mask], dim=1)
-    assert visible_tokens(heads).tolist() == expected
+    assert some_query_sees(heads).tolist() == expected
 
 
 def test_visible_tokens_of_other_masks():
-    assert visible_tokens(None) is None
-    assert visible_tokens(torch.tensor([[0, 1], [2, 1]])).tolist() == [[False, True], [True, True]]
+    assert masks.visible_tokens(None) is None
+    assert masks.visible_tokens(torch.tensor([[0, 1], [2, 1]])).tolist() == [[False, True], [True, True]]
     with pytest.raises(ValueError, match=r"`gate_pooling` \(='mean'\) cannot read a mask of type int"):
-        visible_tokens(3)
+        masks.visible_tokens(3)
 
 
 @pytest.mark.parametrize(("length", "keys", "past"), [(3, 3, 0), (2, 5, 3), (1, 4, 3), (3, 6, 1)])

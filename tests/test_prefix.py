@@ -8,7 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.attach.attention import States, WithPrefix, joined, prefix_attention, with_factors
+from hf_peft_ext.attach.attention import States, WithPrefix, joined, prefix_attention
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -116,7 +116,10 @@ def test_prefixes_one_behind_the_other():
     """Those of several adapters: their vectors side by side, and each token's log-gate on its own adapter's alone."""
     sizes, gated = (2, 3, 1, 2), (True, False, True, False)
     parts = [
-        with_factors(torch.randn(1, 2, n, 4), torch.randn(1, 2, n, 5), torch.randn(3, 1, T, 1) if has_gate else None)
+        States(
+            *(torch.randn(1, 2, n, d) for d in (4, 5)),
+            *((torch.randn(3, 1, T, 1), torch.ones(1, 1, n, 1)) if has_gate else (None, None)),
+        )
         for n, has_gate in zip(sizes, gated, strict=True)
     ]
     states = joined(parts, batch=3)

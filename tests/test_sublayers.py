@@ -140,6 +140,11 @@ def test_prefix_gates():
     torch.testing.assert_close(keys[0], prefix.P_K)
     torch.testing.assert_close(values[0], prefix.P_V)
     torch.testing.assert_close(log_g, gate_of(prefix.gate, x, None).log()[:, None])
+    with torch.no_grad():
+        prefix.gate.bias.fill_(-1000)
+    log_g = prefix(x)[2]
+    assert log_g.isfinite().all()  # as a score it hides the prefix, and has a gradient
+    assert log_g.max() < -80
 
 
 def test_a_mean_gate_reads_the_end_of_a_mask_that_is_longer():
@@ -167,6 +172,15 @@ def test_projected_prefix_folds_to_the_same_vectors():
             torch.testing.assert_close(keys[head, token], wide[token, start : start + 4])
             torch.testing.assert_close(values[head, token], wide[token, start + 4 : start + 9])
     plain = module.fold()
+    assert not plain.shift_positions
+    gate = Gate(D)
+    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().fold()
+    assert other.shift_positions
+    assert other.gate is gate
+    assert not other.training
+    assert other.requires_grad_(False).vectors()[0].dtype == torch.float64
+    assert all(p.requires_grad for p in plain.parameters())
+    assert not any(p.requires_grad for p in module.requires_grad_(False).fold().parameters())
     assert isinstance(plain, Prefix)
     assert not isinstance(plain, ProjectedPrefix)
     torch.testing.assert_close(plain.P_K, keys)

@@ -31,12 +31,6 @@ OF_A_SET = {"fields", "templates"} | OF_A_TEMPLATE - {"name", "prompt"}
 
 
 def template_tasks() -> list[str]:
-    """One entry of `templates`, completed by the keys that the file sets for all.
-
-    Raises:
-        TypeError: the entry is of the wrong kind.
-        ValueError: a key is missing, unknown or breaks a rule.
-    """
     """The tasks that this package has templates for."""
     return sorted(file.stem for file in TASKS.glob("*.yaml"))
 
@@ -108,6 +102,12 @@ def parsed(path: Path) -> dict[str, Any]:
 
 
 def template(path: Path, index: int, part: Any, defaults: Mapping[str, Any]) -> PromptTemplate:
+    """One entry of `templates`, completed by the keys that the file sets for all.
+
+    Raises:
+        TypeError: the entry is of the wrong kind.
+        ValueError: a key is missing, unknown or breaks a rule.
+    """
     check_keys(path, f"template {index + 1}", part, OF_A_TEMPLATE, {"name", "prompt", "choices"} - defaults.keys())
     try:
         return PromptTemplate(**{**defaults, **part})
