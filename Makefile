@@ -44,7 +44,7 @@ test-oldest: .venv-oldest/.test  ## the fast tests with the oldest ones, in .ven
 constraints: .venv/.dev  ## write what is installed in .venv into constraints.txt; after a test-newest that passed: FROM=.venv-newest
 	$(or $(FROM),.venv)/bin/python tools/versions.py constraints
 
-check: .venv/.dev  ## style, types, imports, versions that were never run
+check: .venv/.dev  ## style, types, imports, tested versions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "lost"]
-STATES: dict[TrialState, State] = {
+TRIAL_STATES: dict[TrialState, State] = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "done",
@@ -70,7 +70,7 @@ class Record:
         """The record of a trial. A failed trial without an error was left by a killed worker."""
         attrs = trial.user_attrs
         results = {name: attrs.get(name) for name in ("parameters", "seconds", "error", "worker")}
-        state = "lost" if trial.state is TrialState.FAIL and "error" not in attrs else STATES[trial.state]
+        state = "lost" if trial.state is TrialState.FAIL and "error" not in attrs else TRIAL_STATES[trial.state]
         return cls(Run(**attrs["run"]), trial.number, state, attrs.get("scores", {}), **results)
 
     def retry_attrs(self) -> dict[str, Any]:
