@@ -15,10 +15,10 @@ from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_stock
 from hf_peft_ext.hub_cards.places import shared_recipe
 from hf_peft_ext.hub_cards.record import TrainingRecord
-from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.sections import values
 from hf_peft_ext.hub_cards.told import told_by
-from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.checks import check, is_hub_id
 
 FILE, RECIPE = "README.md", "recipe.yaml"
 FILES = (figures.GATES, figures.LOSSES, RECIPE)

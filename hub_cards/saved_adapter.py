@@ -10,8 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError, safe_open
@@ -209,12 +207,3 @@ def layers(hosts: Iterable[str]) -> str:
     ordered = sorted(stacks, key=lambda stack: sides[stack] == "decoder")
     named = [f"{sides[s]} {ranges(stacks[s])}" if len(stacks) > 1 else ranges(stacks[s]) for s in ordered]
     return ", ".join([*named, *(["outside the layers"] if outside else [])])
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a name has the form of an id on the Hub."""
-    try:
-        validate_repo_id(name)  # pyright: ignore[reportArgumentType]
-    except HFValidationError:
-        return False
-    return bool(name)

@@ -1,7 +1,7 @@
 """How many functions of this package the forward of one block calls, and how many LoRA of peft calls.
 
-Each sub-layer, the gate, the tuner layer, attention and the masks have a file, seven in all. Fewer files would mean
-several formulas in one.
+The formulas (two sub-layers, prefix, gate), the tuner layer, attention, the masks and the state of a forward have a
+file each, eight in all; fewer would mean several of these in one.
 """
 
 import sys
@@ -18,7 +18,7 @@ import hf_peft_ext
 from .backbones import BACKBONES
 from .methods import METHODS
 
-CALLS, FILES = 40, 7
+CALLS, FILES = 40, 8
 BLOCKS = {"bert": "encoder.layer", "llama": "model.layers"}
 LEAVES = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 
@@ -57,11 +57,11 @@ def calls_of_blocks(package, backbone, config):
 
 @pytest.mark.parametrize("backbone", BLOCKS)
 def test_unipelt(backbone):
-    """Also in the first block, which computes the masks that the others share."""
-    for count in calls_of_blocks(hf_peft_ext, backbone, METHODS["unipelt"]()):
+    """The first block computes the masks that all blocks share, which takes a few calls more."""
+    for count, more in zip(calls_of_blocks(hf_peft_ext, backbone, METHODS["unipelt"]()), (2, 0), strict=True):
         files = {file for file, _ in count}
         assert {"low_rank.py", "bottleneck.py", "prefix.py", "gate.py", "layer.py", "attention.py"} <= files
-        assert count.total() <= CALLS, count
+        assert count.total() <= CALLS + more, count
         assert len(files) <= FILES, files
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.hub_cards import TrainingRecord
-from hf_peft_ext.trainers import AdapterTrainer, checkpoint
+from hf_peft_ext.trainers import AdapterTrainer, checkpoint, restore
 
 from .test_trainers import TermsTrainer, losses, trainer
 
@@ -34,7 +35,7 @@ STEPS, EVERY = 16, 3
 def run(folder, **kwargs):
     """Train, from the last complete checkpoint if there is one."""
     made = trainer(folder, max_steps=STEPS, save_steps=EVERY, logging_steps=2, save_total_limit=2, **kwargs)
-    made.train(resume_from_checkpoint=checkpoint.last_checkpoint(folder) is not None)
+    made.train(resume_from_checkpoint=restore.last_checkpoint(folder) is not None)
     return made
 
 
@@ -51,13 +52,13 @@ def one_thread():
 def whole(tmp_path_factory, one_thread):
     """A run that nobody disturbs: its losses, and the weights at the end."""
     made = run(tmp_path_factory.mktemp("whole"))
-    return losses(made), load_file(Path(made.args.output_dir) / f"checkpoint-{STEPS}" / checkpoint.WEIGHTS)
+    return losses(made), load_file(Path(made.args.output_dir) / f"checkpoint-{STEPS}" / SAFETENSORS_WEIGHTS_NAME)
 
 
 def same_as(whole, folder):
     state = json.loads((Path(folder) / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert {e["step"]: e["loss"] for e in state["log_history"] if "loss" in e} == whole[0]
-    found = load_file(Path(folder) / f"checkpoint-{STEPS}" / checkpoint.WEIGHTS)
+    found = load_file(Path(folder) / f"checkpoint-{STEPS}" / SAFETENSORS_WEIGHTS_NAME)
     assert found.keys() == whole[1].keys()
     assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
 
@@ -142,7 +143,7 @@ def test_killed_and_resumed(point, whole, tmp_path):
     assert child.exitcode == -signal.SIGKILL
     late = point in ("between saves", "after the name", "in an old checkpoint's end")
     assert (tmp_path / checkpoint.UNFINISHED / "checkpoint-9").exists() != late  # what was half written is there
-    last = checkpoint.last_checkpoint(tmp_path)
+    last = restore.last_checkpoint(tmp_path)
     assert last == get_last_checkpoint(tmp_path)  # transformers' own function does not meet a half one either
     assert Path(last).name == ("checkpoint-9" if late and point != "between saves" else "checkpoint-6")
     made = run(tmp_path)

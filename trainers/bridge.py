@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_peft_ext.papers import PLUG_IN
 from hf_peft_ext.pruning import PrunedModel
 from hf_peft_ext.transfer import delta_bridge
 from hf_peft_ext.transfer.bridges.bridge import bridge
@@ -36,9 +35,6 @@ class BridgeTrainer(Trainer):
     Raises:
         ValueError: `kind` is unknown or has no ladder, or the thin copy is not of this large model.
     """
-
-    _name = "plug-in transfer"
-    _paper = PLUG_IN
 
     def __init__(
         self,

@@ -1,12 +1,11 @@
-"""Whether a model's loss is a mean over a batch, or divided by the count of labels that Trainer gives it.
+"""Whether a loss is the mean over a batch, or divided by the number of labels that Trainer passes.
 
-Trainer takes every model whose forward has `**kwargs` to divide the sum of its losses by `num_items_in_batch`, and so
-leaves it to the model to average over accumulated batches and processes. BERT, T5 and many others ignore that count
-and return the mean over the batch at hand, as does many a `compute_loss` of a trainer's own; their loss and gradients
-come out too large by the number of both.
+Trainer assumes that every model whose forward has `**kwargs` divides the sum of its losses by `num_items_in_batch`,
+and leaves the average over accumulated batches and processes to it. BERT, T5 and many others ignore that number and
+return the mean over the current batch, and so do many trainers with a `compute_loss` of their own. Their loss and
+gradients would be too large by the number of batches and processes.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -14,47 +13,52 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
 
+class LossScaling:
+    """Calls `compute_loss` with two numbers of labels, once, and has Trainer average where the loss is the same.
 
-class LossScale(AdapterCheckpoints):
-    """Asks `compute_loss`, once, and has Trainer average where that does not."""
+    Args:
+        trainer: an adapter's trainer.
+    """
 
-    _asked = False
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._measured = False
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        several = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
-        if several and count is not None and not self._asked and self._scale_is_unknown:
-            every = gather_object([self._takes_count(batches[0])])  # a process may have seen nothing
-            self._asked = any(takes is not None for takes in every)
-            self.model_accepts_loss_kwargs = False not in every
-        return batches, count if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
+    def measure(self, batches: list[dict[str, Any]], count: Any) -> None:
+        """Set the trainer's `model_accepts_loss_kwargs`; every process must call it.
 
-    @property
-    def _scale_is_unknown(self) -> bool:
-        """Whether nobody says if the loss is averaged: a `compute_loss_func` is told to, a class can declare it."""
-        return self.compute_loss_func is None and getattr(self, "loss_is_scaled_for_ga", None) is None
+        Args:
+            batches: the batches of a step.
+            count: the number of labels in them, or None if Trainer does not count.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        several = args.gradient_accumulation_steps > 1 or args.world_size > 1
+        # a `compute_loss_func` gets the number, and a class can declare its scale
+        declared = trainer.compute_loss_func is not None or getattr(trainer, "loss_is_scaled_for_ga", None) is not None
+        if several and count is not None and not self._measured and not declared:
+            answers = gather_object([self._depends_on_count(batches[0])])
+            self._measured = any(answer is not None for answer in answers)
+            trainer.model_accepts_loss_kwargs = False not in answers
 
     @torch.no_grad()
-    def _takes_count(self, batch: dict[str, Any]) -> bool | None:
-        """Whether the loss is smaller where more labels are counted; None if that cannot be seen: it is 0 or NaN."""
-        model, training = self.peft_model, self.peft_model.training
-        inputs = self._prepare_inputs(batch)
-        noted: Any = deepcopy(getattr(self, "_metrics", None))  # TRL's trainers log what they note there
-        model.eval()  # dropout would make them differ
+    def _depends_on_count(self, batch: dict[str, Any]) -> bool | None:
+        """Whether the loss changes with the number of labels; None if it is 0 or not finite, so that none can tell."""
+        trainer, model = self.trainer, self.trainer.peft_model
+        training, inputs = model.training, trainer._prepare_inputs(batch)
+        metrics: Any = deepcopy(getattr(trainer, "_metrics", None))  # `compute_loss` of TRL's trainers adds to them
+        model.eval()  # dropout would change the loss
         try:
-            first, second = (self._loss_for_count(model, dict(inputs), count) for count in (1, 2))
+            first, second = (self._loss(model, dict(inputs), count) for count in (1, 2))
         finally:
             model.train(training)
-            if noted is not None:
-                self._metrics = noted
+            if metrics is not None:
+                trainer._metrics = metrics
         return bool(first != second) if first != 0 and first.isfinite() else None
 
-    def _loss_for_count(self, model: Any, inputs: dict[str, Any], count: int) -> Tensor:
-        device = self.args.device
-        drawn = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(drawn), self.compute_loss_context_manager():
-            return cast(
-                Tensor, self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(count, device=device))
-            )
+    def _loss(self, model: Any, inputs: dict[str, Any], count: int) -> Tensor:
+        trainer, device = self.trainer, self.trainer.args.device
+        forked = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(forked), trainer.compute_loss_context_manager():
+            number = torch.tensor(count, device=device)
+            return cast(Tensor, trainer.compute_loss(model, inputs, num_items_in_batch=number))

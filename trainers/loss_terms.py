@@ -1,4 +1,4 @@
-"""The terms that a loss is made of, logged beside it and averaged as it is."""
+"""The terms of a loss, averaged and logged like the loss itself."""
 
 import json
 from pathlib import Path
@@ -6,120 +6,121 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 
-from hf_peft_ext.trainers.checkpoint import SUMS, AdapterCheckpoints
 from hf_peft_ext.validation.checks import check
 
+SUMS = "running_sums.json"  # sums since the last log, so that a resumed run logs the same averages
+RESERVED = ("loss", "grad_norm", "learning_rate", "epoch", "step")
 
-class LossTerms(AdapterCheckpoints):
-    """Averages what `add_loss_terms` is given over micro-batches, steps and processes."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._batch_terms: dict[str, Tensor] = {}  # of the batch at hand
-        self._train_terms: dict[str, Tensor] = {}  # summed over the steps since the last log
-        self._eval_terms: dict[str, Tensor] = {}  # summed over the examples of an evaluation
-        self._eval_rows = 0
-        self._terms_since = 0
-        super().__init__(*args, **kwargs)
+class LossTerms(TrainerCallback):
+    """Averages terms of a loss over micro-batches, steps and processes.
 
-    def add_loss_terms(self, **terms: Tensor) -> None:
-        """Name parts of the loss, to be called in `compute_loss`. They are logged under these names.
+    Args:
+        trainer: an adapter's trainer, whose `compute_loss` adds the terms.
+    """
 
-        Args:
-            terms: scalars, each with the scale that it has in the loss: what adds up in a batch adds up in the log.
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._batch: dict[str, Tensor] = {}  # of the current batch
+        self._training: dict[str, Tensor] = {}  # summed over the steps since the last log
+        self._last_logged = 0  # the step of the last log
+        self._evaluation: dict[str, Tensor] = {}  # summed over the examples of an evaluation
+        self._examples = 0
 
-        Raises:
-            TypeError: a term is no tensor.
-            ValueError: a name is one that Trainer logs, or a term is of several numbers.
-        """
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Add the terms of the current batch, see `AdapterTrainerMixin.add_loss_terms`."""
         for name, term in terms.items():
-            taken = name in ("loss", "grad_norm", "learning_rate", "epoch", "step") or name.startswith("eval_")
-            check("terms", name, not taken, "must have names that Trainer does not log itself")
+            reserved = name in RESERVED or name.startswith("eval_")
+            check("terms", name, not reserved, "must have names that Trainer does not log itself")
             if not isinstance(term, Tensor):
-                raise TypeError(
-                    f"`{name}` (={type(term).__name__}) must be a tensor, as the loss that it is a part of."
-                )
-            check(
-                name, tuple(term.shape), term.numel() == 1, "must be of one number, as the loss that it is a part of"
-            )
-        self._batch_terms |= {name: term.detach().float() for name, term in terms.items()}
+                raise TypeError(f"`{name}` (={type(term).__name__}) must be a tensor, as part of the loss.")
+            check(name, tuple(term.shape), term.numel() == 1, "must be a single number, as part of the loss")
+        self._batch |= {name: term.detach().float() for name, term in terms.items()}
 
     # Training
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._batch_terms = {}
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        share = 1 if self._is_scaled(num_items_in_batch) else 1 / self.current_gradient_accumulation_steps
-        add(self._train_terms, self._batch_terms, share)
-        return loss
+    def on_batch_begin(self) -> None:
+        """Forget the terms of the batch before."""
+        self._batch = {}
+
+    def on_training_batch_end(self, num_items_in_batch: Any) -> None:
+        """Add a micro-batch's terms to the sums, with the weight that its loss has in the step."""
+        scaled = self._is_scaled(num_items_in_batch)
+        add(self._training, self._batch, 1 if scaled else 1 / self.trainer.current_gradient_accumulation_steps)
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss of a micro-batch is its share of the whole batch already, as Trainer decides it."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older versions of transformers have none
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return scaled if scaled is not None else counted or self.compute_loss_func is not None
+        """Whether a micro-batch's loss is its share of the step's, by the conditions of `Trainer.training_step`."""
+        trainer = self.trainer
+        declared = getattr(trainer, "loss_is_scaled_for_ga", None)  # None in older versions of transformers
+        if declared is not None:
+            return declared
+        counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counted or trainer.compute_loss_func is not None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.is_in_train:
-            steps = max(self.state.global_step - self._terms_since, 1)
-            sums = self._over_processes(self._train_terms)
-            logs.update({name: sum(values) / len(values) / steps for name, values in sums.items()})
-            self._train_terms, self._terms_since = {}, self.state.global_step
-        super().log(logs, start_time)
-
-    def _over_processes(self, terms: dict[str, Tensor]) -> dict[str, list[float]]:
-        """Each term of each process; 0 where a process has not met it."""
-        values = [{name: value.item() for name, value in terms.items()}]
-        every = cast(list[dict[str, float]], gather_object(values))
-        names = dict.fromkeys(name for one in every for name in one)
-        return {name: [one.get(name, 0.0) for one in every] for name in names}
+    def training_averages(self) -> dict[str, float]:
+        """The averages since the last call; every process must call it."""
+        step = self.trainer.state.global_step
+        sums, steps = over_processes(self._training), max(step - self._last_logged, 1)
+        self._training, self._last_logged = {}, step
+        return {name: sum(values) / len(values) / steps for name, values in sums.items()}
 
     # Evaluation
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self._batch_terms = {}
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        rows = find_batch_size(inputs) or 1
-        add(self._eval_terms, self._batch_terms, rows)
-        self._eval_rows += rows
-        return result
+    def on_evaluation_begin(self) -> None:
+        """Start the sums of an evaluation."""
+        self._evaluation, self._examples = {}, 0
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._eval_terms, self._eval_rows = {}, 0
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        rows = sum(gather_object([self._eval_rows]))
-        sums = self._over_processes(self._eval_terms)
-        cast(dict[str, float], output.metrics).update({f"{prefix}_{n}": sum(v) / rows for n, v in sums.items()})
-        return output
+    def on_evaluation_batch_end(self, inputs: dict[str, Any]) -> None:
+        """Add a batch's terms to the sums, weighted by its number of examples."""
+        examples = find_batch_size(inputs) or 1
+        add(self._evaluation, self._batch, examples)
+        self._examples += examples
+
+    def evaluation_averages(self, prefix: str) -> dict[str, float]:
+        """The averages of an evaluation; every process must call it."""
+        examples = sum(gather_object([self._examples]))
+        return {f"{prefix}_{name}": sum(v) / examples for name, v in over_processes(self._evaluation).items()}
 
     # Checkpoints
 
-    def _running_sums(self) -> dict[str, Any]:
-        loss = self._over_processes({"loss": self._tr_loss})["loss"]
-        return {"since": self._globalstep_last_logged, "loss": loss, "terms": self._over_processes(self._train_terms)}
+    def running_sums(self) -> dict[str, Any]:
+        """The sums since the last log as JSON-like data; every process must call it."""
+        trainer = self.trainer
+        loss = over_processes({"loss": trainer._tr_loss})["loss"]
+        return {"since": trainer._globalstep_last_logged, "loss": loss, "terms": over_processes(self._training)}
 
-    def _begin(self, resumed: Path | None) -> None:
-        super()._begin(resumed)
-        self._train_terms, self._terms_since = {}, self.state.global_step
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the sums, or restore those of the checkpoint that training resumes from."""
+        self._training, self._last_logged = {}, state.global_step
+        resumed: Path | None = self.trainer.resumed
         if resumed is not None and (resumed / SUMS).exists():
-            self._restore_sums(resumed)
+            self._restore(json.loads((resumed / SUMS).read_text("utf-8")))
 
-    def _restore_sums(self, folder: Path) -> None:
-        sums = json.loads((folder / SUMS).read_text("utf-8"))
-        if len(sums["loss"]) != self.accelerator.num_processes:  # then it is another run, and need not be equal
+    def _restore(self, sums: dict[str, Any]) -> None:
+        trainer = self.trainer
+        if len(sums["loss"]) != trainer.accelerator.num_processes:  # another kind of run, which need not be equal
             return
-        rank = self.accelerator.process_index
-        self._globalstep_last_logged = self._terms_since = sums["since"]
-        self._tr_loss = torch.tensor(sums["loss"][rank], device=self.args.device)
-        self._total_loss_scalar -= sum(sums["loss"]) / len(sums["loss"])  # the mean loss is of this call's steps
-        self._train_terms = {
-            name: torch.tensor(values[rank], device=self.args.device) for name, values in sums["terms"].items()
-        }
+        rank, device = trainer.accelerator.process_index, trainer.args.device
+        trainer._globalstep_last_logged = self._last_logged = sums["since"]
+        trainer._tr_loss = torch.tensor(sums["loss"][rank], device=device)
+        # Trainer's final mean loss is over the steps of this call
+        trainer._total_loss_scalar -= sum(sums["loss"]) / len(sums["loss"])
+        self._training = {name: torch.tensor(values[rank], device=device) for name, values in sums["terms"].items()}
 
 
 def add(sums: dict[str, Tensor], terms: dict[str, Tensor], weight: float) -> None:
+    """Add weighted terms to sums, in place."""
     for name, term in terms.items():
         sums[name] = sums.get(name, 0) + weight * term
+
+
+def over_processes(terms: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The value of each term in each process; 0 where a process does not have it."""
+    values = [{name: value.item() for name, value in terms.items()}]
+    processes = cast(list[dict[str, float]], gather_object(values))
+    names = dict.fromkeys(name for one in processes for name in one)
+    return {name: [one.get(name, 0.0) for one in processes] for name in names}

@@ -17,6 +17,6 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     _tags = ("trl", "sft")
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        given, prepared = self._as_given(dataset), super()._prepare_dataset(dataset, *args, **kwargs)
-        self._prepared = [pair for pair in self._prepared if pair[1] is not given] + [(prepared, given)]
+        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        self.recorder.data.add_prepared(prepared, dataset)
         return prepared

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -16,6 +16,7 @@ from hf_peft_ext.hub_cards import TrainingRecord
 from hf_peft_ext.papers import IA3
 from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
 from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
+from hf_peft_ext.trainers.callbacks import EpochSetter
 from hf_peft_ext.trainers.choice_batches import answers_alone, costs, loss_counts, right, scores, with_scores
 from hf_peft_ext.trainers.choice_data import COLUMNS, ChoiceRows, DataCollatorForChoices, check_rows
 from hf_peft_ext.trainers.tfew_arguments import TFewTrainingArguments
@@ -95,7 +96,7 @@ class TFewTrainer(AdapterTrainer):
             **kwargs,
         )
         self._check_setting()
-        self.add_callback(AtEpoch(train_dataset))
+        self.add_callback(EpochSetter(train_dataset))
         self.model_accepts_loss_kwargs = True  # older versions of transformers count for such models only
         self.label_names = ["answer"]
         if data_collator is None:
@@ -211,20 +212,6 @@ class TFewTrainer(AdapterTrainer):
         finally:
             self.compute_metrics = given
         return output._replace(predictions=scores(output.predictions))
-
-
-class AtEpoch(TrainerCallback):
-    """Tells data that draw at random which epoch it is, whether training begins there or goes on from a checkpoint.
-
-    (accelerate's data loader, which sees `ChoiceRows` in place of them, does so where there is one process alone.)
-    """
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(int(state.epoch or 0))
 
 
 def accuracy(evaluated: EvalPrediction) -> dict[str, float]:

@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.trainers import AdapterTrainer
-from hf_peft_ext.trainers.checkpoint import last_checkpoint
+from hf_peft_ext.trainers.restore import last_checkpoint
 
 RESULTS = Path("results")
 

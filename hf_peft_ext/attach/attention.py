@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_peft_ext.attach.forward_state import FORWARD, cached_tokens
 from hf_peft_ext.attach.layer import TunerLayer
-from hf_peft_ext.attach.masks import causal_mask, derive, pad_front, selected, widened
+from hf_peft_ext.attach.masks import UNMASKED, causal_mask, derive, pad_front, selected, widened
 from hf_peft_ext.attach.prefix_states import PrefixStates, by_row, joined
 from hf_peft_ext.model.structure import given_cache, source_of
 from hf_peft_ext.validation.checks import check
@@ -40,7 +40,7 @@ class PrefixLayer(TunerLayer):
         """The prefixes of the active adapters, one behind the other; None if there are none."""
         if FORWARD.row_adapters is not None:
             return self.states_by_row(x)
-        token_mask, parts = FORWARD.values.get(self._mask_key), []
+        token_mask, parts = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder], []
         for sublayer in self.active_here.values():
             parts.append(PrefixStates(*sublayer(x, token_mask)))
         return joined(parts, x.shape[0]) if len(parts) > 1 else parts[0] if parts else None
@@ -144,7 +144,7 @@ def prefix_attention(
     n_tokens = prefix_states.p_k.shape[2]
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
-        kwargs["position_bias"] = derive(bias, ("widened", n_tokens), lambda b: pad_front(b, n_tokens))
+        kwargs["position_bias"] = derive(bias, ("widened", n_tokens), partial(pad_front, n_tokens=n_tokens))
     if not eager and query.shape[2] > 1:
         return attend_without_scores(attend, module, query, key, value, attention_mask, prefix_states, **kwargs)
     mask = widened(attention_mask, prefix_states.scores(), key.shape[2], n_tokens, query.dtype)

@@ -7,9 +7,12 @@ which belongs to the current thread.
 
 import itertools
 import threading
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_peft_ext.model.structure import given_cache
@@ -26,9 +29,19 @@ class ForwardState(threading.local):
     """
 
     def __init__(self) -> None:
-        self.values: dict[Any, Any] = {}
+        self.values: dict[str | None, Any] = {}
         self.row_adapters: list[str] | None = None
         self.derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def hand_on(self, key: str, value: Any) -> None:
+        """Keep a value until a later module of this forward takes it.
+
+        When gradient checkpointing computes a block anew, in a backward, it may stop before that module runs, and the
+        hooks of the block itself do not run. Values that are left then are dropped at the end of the backward.
+        """
+        self.values[key] = value
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            Variable._execution_engine.queue_callback(partial(self.values.pop, key, None))
 
 
 FORWARD = ForwardState()

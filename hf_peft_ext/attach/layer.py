@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
-from hf_peft_ext.attach.masks import MaskKey, block_of, record_padding
+from hf_peft_ext.attach.masks import UNMASKED, block_of, record_padding
 from hf_peft_ext.attach.merge import merge_sublayer
 from hf_peft_ext.model.sites import Site
 
@@ -48,7 +48,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         # the attention whose mask covers the tokens read here, and its block; none for sites outside the blocks
         paths = (site.attention, block_of(model, site.attention)) if site.attention else ()
         self._attention = tuple(model.get_submodule(path) for path in paths)
-        self._mask_key: MaskKey | None = None  # key of the padding mask in `FORWARD.values`, if a gate needs it
+        self._mask_key: str | None = None  # key of the padding masks in `FORWARD.values`, if a gate needs one
         self._handles: list[RemovableHandle] = self.hooks(model)
 
     @abstractmethod
@@ -78,7 +78,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.sublayer_of[adapter_name] = sublayer
         gate: Any = getattr(sublayer, "gate", None)
         if gate is not None and gate.pooling == "mean" and self._attention and self._mask_key is None:
-            self._mask_key, handles = record_padding(*self._attention, of_encoder=self.site.of_encoder)
+            self._mask_key, handles = record_padding(*self._attention)
             self._handles += handles
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -120,7 +120,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """y + the outputs of the active sub-layers on x."""
         if FORWARD.row_adapters is not None:
             return self.add_by_row(y, x)
-        token_mask = FORWARD.values.get(self._mask_key)
+        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
         for sublayer in self.active_here.values():
             y = sublayer.add(y, x, token_mask)
         return y
@@ -134,7 +134,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def token_mask(self, rows: Tensor, batch: int) -> Tensor | None:  # shape: (rows, keys)
         """False where a key of these rows is padding; None if no gate needs it, or nothing is padding."""
-        mask = FORWARD.values.get(self._mask_key)
+        mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
         return mask.expand(batch, -1)[rows] if isinstance(mask, Tensor) else mask
 
     def rows_by_adapter(self, batch: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -231,7 +231,7 @@ class AddBeforeNorm(TunerLayer):
 
 
 def hand_layer(key: str, name: str, holder: nn.Module, args: tuple[Any, ...]) -> None:
-    FORWARD.values[key] = getattr(holder, name)
+    FORWARD.hand_on(key, getattr(holder, name))
 
 
 def add_before_norm(key: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class AddOfSpan(TunerLayer):
 
 
 def hand_input(key: str, first: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    FORWARD.values[key] = hidden_states(args, kwargs)
+    FORWARD.hand_on(key, hidden_states(args, kwargs))
 
 
 def add_of_span(key: str, name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

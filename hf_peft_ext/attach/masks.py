@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, cached_tokens, new_key
 
-MaskKey = tuple[str, bool]  # in `FORWARD.values`: the attention that gets the mask, and whether all keys are wanted
+UNMASKED = (None, None)  # no padding, see `PaddingRecorder`
 
 
 def derive(source: Tensor, name: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -45,6 +45,9 @@ def derive(source: Tensor, name: Any, make: Callable[[Tensor], Tensor]) -> Tenso
 class PaddingRecorder:
     """A hook before an attention module: records for the layers of its block which keys are padding.
 
+    It hands on a pair of masks of shape (batch, keys), False at padding, or None: over the keys in use, and over all
+    keys, as they are wanted for those of an encoder.
+
     It reads the mask inside the block, so that a block recomputed by gradient checkpointing reads its own mask again.
     A mask that is no tensor is recorded unread: a gate that needs it refuses it.
     """
@@ -61,36 +64,32 @@ class PaddingRecorder:
             length = (args[0] if args else kwargs["hidden_states"]).shape[1]
             if mask.shape[1] != length:  # a cache may have empty keys behind its tokens
                 used = mask[:, : cached_tokens(attention, kwargs) + length]
-        FORWARD.values[self.key, True], FORWARD.values[self.key, False] = mask, used
+        FORWARD.hand_on(self.key, (used, mask))
 
 
-def record_padding(
-    attention: nn.Module, block: nn.Module, of_encoder: bool = False
-) -> tuple[MaskKey, list[RemovableHandle]]:
+def record_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
     """Have an attention module record which keys are padding, until its block has run.
 
     Args:
         attention: the attention module.
         block: its block.
-        of_encoder: whether all keys of the mask are wanted, as for those of an encoder, or those in use.
 
     Returns:
-        The key in `FORWARD.values` of a mask of shape (batch, keys), False at padding, or None; and the hooks that
-        were added, none if the module records its mask already.
+        The key of the masks in `FORWARD.values` (see `PaddingRecorder`), and the hooks that were added, none if the
+        module records its mask already.
     """
     for hook in attention._forward_pre_hooks.values():
         if isinstance(hook, PaddingRecorder):
-            return (hook.key, of_encoder), []
+            return hook.key, []
     recorder = PaddingRecorder(attention)
-    return (recorder.key, of_encoder), [
+    return recorder.key, [
         attention.register_forward_pre_hook(recorder, prepend=True, with_kwargs=True),
-        block.register_forward_hook(partial(forget_padding, recorder.key)),
+        block.register_forward_hook(partial(forget_padding, recorder.key), always_call=True),
     ]
 
 
 def forget_padding(key: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    FORWARD.values.pop((key, True), None)
-    FORWARD.values.pop((key, False), None)
+    FORWARD.values.pop(key, None)
 
 
 def block_of(model: nn.Module, attention: str) -> str:
@@ -152,7 +151,7 @@ def widened(
     if mask is not None and not isinstance(mask, Tensor):
         raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
     if scores is None:
-        return None if mask is None else derive(mask, ("widened", n_tokens), lambda m: pad_front(m, n_tokens))
+        return None if mask is None else derive(mask, ("widened", n_tokens), partial(pad_front, n_tokens=n_tokens))
     if mask is None:
         mask = scores.new_zeros(1, 1, 1, keys)
     elif mask.dtype == torch.bool:

@@ -1,0 +1,91 @@
+"""Finds complete checkpoints and loads their weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME as STATE
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_peft_ext.sublayers import ProjectedPrefix
+from hf_peft_ext.validation.checks import check
+
+FILES = "checkpoint_files.json"  # the files of a complete checkpoint: name -> bytes
+TRAINED = "trained_weights.safetensors"  # all trainable weights, where a network computes the prefixes
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that require gradients, with their names."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def projected(model: nn.Module, adapter: str = "") -> bool:
+    """Whether a network computes prefixes of this adapter (of any adapter for "")."""
+    return any(
+        isinstance(module, ProjectedPrefix) and path.endswith(adapter and f".sublayer_of.{adapter}")
+        for path, module in model.named_modules()
+    )
+
+
+def restore(model: PeftModel, folder: Path) -> None:
+    """Load the weights of a checkpoint into a model with the same adapters.
+
+    Raises:
+        ValueError: the checkpoint is of other adapters; the model is unchanged.
+    """
+    state_of: dict[str, dict[str, torch.Tensor]] = {}
+    for name in model.peft_config:
+        file = (folder if name == "default" else folder / name) / SAFETENSORS_WEIGHTS_NAME
+        check("resume_from_checkpoint", str(folder), file.exists(), f"must hold the adapter {name!r}")
+        state = state_of[name] = load_file(file)
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        wrong = sorted(key for key, p in expected.items() if key not in state or state[key].shape != p.shape)
+        problem = f"{len(wrong)} weights are missing or of another shape, such as {', '.join(wrong[:2])}"
+        check(
+            "resume_from_checkpoint", str(folder), not wrong, f"must hold the model's adapter {name!r}, but {problem}"
+        )
+    network = (folder / TRAINED).exists()
+    rule = f"must hold {TRAINED}, the network that computes the prefixes; only trainers for adapters save it"
+    check("resume_from_checkpoint", str(folder), network or not projected(model), rule)
+    for name, state in state_of.items():
+        if not projected(model, name):  # peft would replace the network by its output
+            set_peft_model_state_dict(model, state, adapter_name=name)
+    if network:
+        stored = load_file(folder / TRAINED)
+        with torch.no_grad():
+            for name, parameter in trainable(model):
+                parameter.copy_(stored[name])
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The complete checkpoint with the most steps in a run's folder; None if there is none."""
+    steps: dict[int, Path] = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and not missing_files(path):
+            steps[int(step)] = path
+    return str(steps[max(steps)]) if steps else None
+
+
+def check_complete(folder: str | Path) -> None:
+    """Refuse an incomplete checkpoint.
+
+    Raises:
+        ValueError: files are missing or too short; the message names them.
+    """
+    missing = missing_files(Path(folder))
+    rule = f"is not a complete checkpoint: {', '.join(missing[:4])} missing or cut short"
+    check("resume_from_checkpoint", str(folder), not missing, rule)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """The files that a checkpoint lacks, in whole or in part."""
+    if not (folder / FILES).exists():  # of another trainer, which writes its state last
+        return [] if (folder / STATE).exists() else [STATE]
+    sizes: dict[str, int] = json.loads((folder / FILES).read_text("utf-8"))
+    return [name for name, size in sizes.items()
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size]  # fmt: skip
