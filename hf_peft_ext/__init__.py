@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from hf_peft_ext import hub_cards as hub_cards  # from here on, adapters are saved and pushed with their cards
+from hf_peft_ext import hub_cards as hub_cards
 from hf_peft_ext.attach.placement import Placement as Placement
 from hf_peft_ext.autoload import install_autoload as install_autoload
 from hf_peft_ext.autoload import uninstall_autoload as uninstall_autoload
@@ -14,6 +14,7 @@ from hf_peft_ext.prompts import evaluate_templates as evaluate_templates
 from hf_peft_ext.prompts import load_templates as load_templates
 from hf_peft_ext.ranking.classifier import RankClassifier as RankClassifier
 from hf_peft_ext.ranking.classifier import score_choices as score_choices
+from hf_peft_ext.registry import extend_peft as extend_peft
 from hf_peft_ext.tuners import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners import ComposedConfig as ComposedConfig

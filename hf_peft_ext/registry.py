@@ -7,6 +7,7 @@ report, which ask for `.value`.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 
 REGISTERED: set[PeftType] = set()
+_changes: list[Callable[[], object]] = []  # to peft, that wait for the first use of this package
+_lock = threading.RLock()
+_extended = threading.Event()
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> PeftType:
@@ -48,6 +52,31 @@ def replace_tuner(peft_type: PeftType, model_cls: type[BaseTuner]) -> None:
     if present not in model_cls.__mro__ and not same:
         raise RuntimeError(f"`peft_type` (={peft_type.value!r}) has a tuner of another package, {present.__module__}.")
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+
+
+def on_first_use(change: Callable[[], object]) -> None:
+    """Call `change` at the first use of this package (see `extend_peft`), or now if that has been."""
+    _changes.append(change)
+    if _extended.is_set():
+        extend_peft()
+
+
+def extend_peft() -> None:
+    """Let peft use this package for more than its own types: (IA)^3's tuner, and cards and pushes of `PeftModel`.
+
+    `import hf_peft_ext` alone changes neither. The first config of this package, the first `load_adapter` and the
+    first trainer call this function, also where stock peft loads an adapter of one of our types. A program that uses
+    none of them, but mixes stock (IA)^3 adapters in one batch (`adapter_names`), calls it before it builds the model.
+    A further call does nothing.
+
+    Raises:
+        RuntimeError: another package has replaced peft's tuner of (IA)^3.
+    """
+    with _lock:
+        while _changes:
+            _changes[0]()
+            del _changes[0]
+        _extended.set()
 
 
 def add_member(value: str) -> PeftType:
@@ -96,4 +125,10 @@ def extend(ours: Callable[..., Any]) -> Callable[..., Any]:
 
     vars(method)["stock"] = stock
     setattr(PeftModel, name, classmethod(method) if of_class else method)
+    return ours
+
+
+def extend_on_first_use(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """As `extend`, at the first use of this package (see `extend_peft`)."""
+    on_first_use(functools.partial(extend, ours))
     return ours

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from hf_peft_ext.hub_cards.card import on_the_hub, write_card
 from hf_peft_ext.hub_cards.merge import Version, read_text
 from hf_peft_ext.hub_cards.push import explained, push_adapter
-from hf_peft_ext.registry import extend
+from hf_peft_ext.registry import extend_on_first_use
 from hf_peft_ext.validation.checks import check
 
 CARD = "README.md"
@@ -33,7 +33,7 @@ class CardWarning(UserWarning):
     """An adapter was saved, but its card could not be written."""
 
 
-@extend
+@extend_on_first_use
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
     """As peft does, and a card for each adapter; none beside a pickle, which no card recommends.
 
@@ -82,14 +82,14 @@ def warn_of_new_tokens(model: Any) -> None:
         )
 
 
-@extend
+@extend_on_first_use
 def create_or_update_model_card(stock: Stock, model: PeftModel, output_dir: str | Path) -> None:
     """The card of an adapter that lies there; none where there is no adapter."""
     if Path(output_dir, CONFIG_NAME).exists():
         write_card(output_dir, model)
 
 
-@extend
+@extend_on_first_use
 def push_to_hub(
     stock: Stock,
     model: PeftModel,

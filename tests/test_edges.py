@@ -224,19 +224,19 @@ def test_a_host_that_runs_its_children():
 
 def test_a_merge_that_is_cut_short(monkeypatch):
     """Whatever stops a merge, no layer stays merged."""
-    from hf_peft_ext.attach.layer import TunerLayer
+    from hf_peft_ext.attach import layer as layers
 
     family = BACKBONES["bert"]
     model = tuned("bert", BitFitConfig())
-    fold, calls = TunerLayer._fold, []
+    merge_sublayer, calls = layers.merge_sublayer, []
 
-    def failing(self, sublayer, sign, safe):
-        calls.append(self)
+    def failing(layer, sublayer, sign, safe):
+        calls.append(layer)
         if len(calls) == 5:
             raise RuntimeError("out of memory")
-        fold(self, sublayer, sign, safe)
+        merge_sublayer(layer, sublayer, sign, safe)
 
-    monkeypatch.setattr(TunerLayer, "_fold", failing)
+    monkeypatch.setattr(layers, "merge_sublayer", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.merge_adapter()
     assert not any(layer.merged for layer in tuner_layers(model))

@@ -9,7 +9,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from hf_peft_ext import TFewConfig
+from hf_peft_ext import TFewConfig, extend_peft
 
 from .backbones import BACKBONES, output
 from .test_tfew import SWITCH, randomise, tuned, vectors
@@ -137,6 +137,7 @@ def test_adapters_of_peft_itself(tmp_path):
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_config(family.build().config).eval()
 
+    extend_peft()
     stock = IA3Config(
         task_type="SEQ_CLS", target_modules=["query", "intermediate.dense"], feedforward_modules=["intermediate.dense"]
     )
@@ -173,6 +174,7 @@ class Convolutions(nn.Module):
 def test_convolutions():
     """(IA)^3 of peft on convolutions: channels are scaled row by row."""
     config = {"target_modules": ["first", "second"], "feedforward_modules": ["second"]}
+    extend_peft()
     model = get_peft_model(Convolutions(), IA3Config(**config)).eval()
     model.add_adapter("other", IA3Config(**config))
     for seed, name in enumerate(("default", "other")):

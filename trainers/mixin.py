@@ -15,6 +15,7 @@ from transformers.utils.hub import PushInProgress
 from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import as_list
 from hf_peft_ext.papers import Paper
+from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.trainers.adapted_model import with_adapter
 from hf_peft_ext.trainers.callbacks import GateLog
 from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
@@ -55,6 +56,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        extend_peft()
         if not isinstance(peft_config, PeftConfig | None):
             kind = type(peft_config).__name__
             raise TypeError(f"`peft_config` (={kind}) must be a PeftConfig, such as UniPELTConfig(...).")

@@ -10,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from hf_peft_ext.attach.placement import SITES, Placement
+from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.config_schema import known_fields, read_json, says_something
 from hf_peft_ext.validation.suggestions import did_you_mean
@@ -77,6 +78,7 @@ class RegisteredConfig(NamedFields, PeftConfig):
         return unknown | known_fields(cls, {key: value for key, value in said.items() if key not in unknown})
 
     def __post_init__(self) -> None:
+        extend_peft()
         super().__post_init__()
         self.peft_type = PeftType(self.method.upper())
         check("bias", self.bias, self.bias == "none", 'must be "none"; BitFitConfig trains biases')

@@ -14,6 +14,7 @@ from hf_peft_ext.loading.expected_tensors import implied_tensors
 from hf_peft_ext.loading.files import adapter_folder
 from hf_peft_ext.loading.trial import NotOnTrial, load_on_trial, may_be_tried
 from hf_peft_ext.loading.weights import check_header, check_weights
+from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.validation.checks import check
 
 
@@ -52,6 +53,7 @@ def load_adapter(
         TypeError: `model` is no module, or `id_or_path` or `adapter_name` no text.
         huggingface_hub.errors.HfHubHTTPError: the Hub has no such repository or revision, or shows it to others only.
     """
+    extend_peft()
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, not {type(model).__name__}.")
     if not isinstance(adapter_name, str) or not isinstance(id_or_path, (str, Path)):

@@ -1,5 +1,7 @@
 """The methods, each a short function from its config to placements, and the tuner that carries them out."""
 
+from functools import partial
+
 from peft import PeftType
 
 from hf_peft_ext.attach.config import ComposedConfig as ComposedConfig
@@ -7,7 +9,7 @@ from hf_peft_ext.attach.gates import fix_gates as fix_gates
 from hf_peft_ext.attach.gates import gate_values as gate_values
 from hf_peft_ext.attach.tuner import ComposedModel as ComposedModel
 from hf_peft_ext.attach.tuner import merge_prefix_projections as merge_prefix_projections
-from hf_peft_ext.registry import register, replace_tuner
+from hf_peft_ext.registry import on_first_use, register, replace_tuner
 from hf_peft_ext.tuners.bitfit import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners.bottleneck import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners.ia3.config import TFewConfig as TFewConfig
@@ -23,4 +25,4 @@ from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig
 for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, S4Config, ComposedConfig):
     register(config.method, config, ComposedModel)
 register(LadderConfig.method, LadderConfig, LadderModel)
-replace_tuner(PeftType.IA3, IA3Model)
+on_first_use(partial(replace_tuner, PeftType.IA3, IA3Model))

@@ -15,6 +15,7 @@ from hf_peft_ext.attach.config import NamedFields, layer_list
 from hf_peft_ext.attach.resolve import check_layers, excluded, layer_count, no_site_message, saved_whole
 from hf_peft_ext.model.sites import Site, find_sites, override_sites
 from hf_peft_ext.model.structure import innermost, layer_paths, own_modules
+from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.tuners.ia3.target_modules import module_names
 from hf_peft_ext.validation.checks import check, check_names
 
@@ -52,6 +53,7 @@ class TFewConfig(NamedFields, IA3Config):
     sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Target -> modules."})
 
     def __post_init__(self) -> None:
+        extend_peft()
         targets = (*SITES, "cross_key", "cross_value")
         self.targets = check_names("targets", self.targets, targets)
         for name in ("target_modules", "feedforward_modules"):
