@@ -103,7 +103,7 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"{name} lets tokens see those behind them"
     if base._is_stateful or kinds or getattr(config, "attention_chunk_size", None):
         return f"{name} has layers that are no plain attention"
-    acting = (layer.sublayer_of[name] for layer in tuner_layers(base) for name in layer.present)
+    acting = (sublayer for layer in tuner_layers(base) for sublayer in layer.active_here.values())
     if any(getattr(getattr(sublayer, "gate", None), "pooling", "token") != "token" for sublayer in acting):
         return "gates that are means over tokens would see the other choices; `gate_pooling='token'` would not"
     return None
