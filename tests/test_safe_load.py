@@ -704,7 +704,7 @@ def test_no_copy_of_the_model_is_made(method, further, tmp_path, monkeypatch):
     def fail(*_):
         raise AssertionError("a copy was made")
 
-    monkeypatch.setattr(expected_tensors, "without_data", fail)
+    monkeypatch.setattr(expected_tensors, "copy_without_data", fail)
     load_adapter(model, tmp_path, "second")
 
 

@@ -50,11 +50,11 @@ def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) ->
         ValueError: the config does not fit the model, the name is a part of the model, or the adapter would allocate
             more than its file holds.
     """
-    copied = without_data(model)
+    copied = copy_without_data(model)
     paths = [path for path, _ in copied.named_modules()]
     before = tensors_of(copied.modules())
     adapter = attach_on_meta(copied, copy.deepcopy(config), adapter_name, before, low_cpu_mem_usage=True)
-    with explained(model), torch.device("meta"):
+    with config_errors(model), torch.device("meta"):
         if any(adapter_name in name for name in (*paths, *adapter.expected)):
             check_name(adapter, adapter_name)
         check_token_indices(adapter, adapter_name)
@@ -75,11 +75,11 @@ def attach_on_meta(
         ValueError: the config does not fit the model, or the adapter would allocate more than its file holds.
     """
     known = {id(tensor) for tensor in before}
-    with explained(model):
+    with config_errors(model):
         with WithoutValues():
             adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
         paths, modules = zip(*adapted.named_modules(), strict=True)
-        state = {name: tensor for name, tensor in state_of(paths, modules).items() if id(tensor) not in known}
+        state = {name: tensor for name, tensor in tensors_by_name(paths, modules).items() if id(tensor) not in known}
         expected = get_peft_model_state_dict(adapted, state, adapter_name, save_embedding_layers=False)
     new = [tensor for tensor in tensors_of(modules) if id(tensor) not in known]
     size, in_file = (sum(tensor.numel() for tensor in group) for group in (new, expected.values()))
@@ -89,7 +89,7 @@ def attach_on_meta(
 
 
 @contextmanager
-def explained(model: nn.Module) -> Iterator[None]:
+def config_errors(model: nn.Module) -> Iterator[None]:
     """Turn every exception into a ValueError: peft raises all kinds for configs that it cannot apply.
 
     Warnings are ignored, because peft repeats them when it loads the adapter.
@@ -169,7 +169,7 @@ class CopyToMeta(TorchFunctionMode):
         return memo.setdefault(id(tensor), copied)
 
 
-def without_data(model: nn.Module) -> nn.Module:
+def copy_without_data(model: nn.Module) -> nn.Module:
     """A copy of a model with its tensors on the meta device."""
     parameters = list(model.parameters())
     memo: dict[int, Any] = {}  # filled first, because classes of parameters define their own deep copy
@@ -182,7 +182,7 @@ def without_data(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
-def state_of(paths: Iterable[str], modules: Iterable[nn.Module]) -> dict[str, Tensor]:
+def tensors_by_name(paths: Iterable[str], modules: Iterable[nn.Module]) -> dict[str, Tensor]:
     """The tensors in the state dict of a model with these modules, by name, without a further walk over it."""
     state: dict[str, Tensor] = {}
     for path, module in zip(paths, modules, strict=True):

@@ -136,7 +136,7 @@ def restored(model: nn.Module, modules: Sequence[nn.Module], tensors: Sequence[T
         modules: all modules of the model.
         tensors: its parameters and buffers.
     """
-    states = [(module, vars(module).copy(), contents(vars(module))) for module in modules]
+    states = [(module, vars(module).copy(), container_contents(vars(module))) for module in modules]
     trainable = [tensor.requires_grad for tensor in tensors]
     config = getattr(model, "config", None)
     fields = vars(config).copy() if hasattr(config, "__dict__") else {}
@@ -157,7 +157,7 @@ def restored(model: nn.Module, modules: Sequence[nn.Module], tensors: Sequence[T
         raise
 
 
-def contents(attributes: dict[str, Any]) -> dict[str, Any]:
+def container_contents(attributes: dict[str, Any]) -> dict[str, Any]:
     """Copies of the dictionaries, lists and sets of a module, which change in place; () for the empty ones."""
     containers = {name: value for name, value in attributes.items() if isinstance(value, (dict, list, set))}
     return {name: value.copy() if value else () for name, value in containers.items()}
