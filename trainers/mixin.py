@@ -15,7 +15,7 @@ from transformers.utils.hub import PushInProgress
 from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import as_list
 from hf_peft_ext.papers import Paper
-from hf_peft_ext.trainers.adapted_model import with_adapter
+from hf_peft_ext.trainers.adapted_model import add_adapter_to
 from hf_peft_ext.trainers.callbacks import GateLog
 from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
 from hf_peft_ext.trainers.loss_scaling import LossScaling
@@ -66,14 +66,14 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         if peft_config is not None and "peft_config" in theirs:
             kwargs["peft_config"] = peft_config  # TRL's trainers wrap the model in their own way
         elif model is not None:
-            model = with_adapter(model, peft_config, args)
+            model = add_adapter_to(model, peft_config, args)
         super().__init__(model, args, *more, **kwargs)
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
             self.add_callback(callback)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return with_adapter(super().call_model_init(trial), self._peft_config, self.args)
+        return add_adapter_to(super().call_model_init(trial), self._peft_config, self.args)
 
     # Steps
 
