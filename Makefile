@@ -21,25 +21,30 @@ RECIPE ?= examples/recipes/unipelt.yaml
 train: .venv/.train  ## an adapter from a recipe: make train RECIPE=examples/recipes/mam.yaml CHANGES="seed=1"
 	@$(BIN)/hf-peft-ext train $(RECIPE) $(CHANGES)
 
-test: .venv/.test  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+# Tests run in JOBS processes of one thread each: most of their time is Python's, not torch's.
+JOBS ?= 2
+FAST = -m pytest -m "not slow and not gpu" -n $(JOBS)
+test test-newest test-oldest: export OMP_NUM_THREADS = 1
+
+test: .venv/.test  ## the fast tests, in two processes: make test JOBS=8
+	$(BIN)/python $(FAST)
 
 SLOW ?= tests
 test-slow: .venv/.test  ## the slow tests: make test-slow SLOW="tests/test_search.py"
 	$(BIN)/python -m pytest -m slow $(SLOW)
 
 test-newest: .venv-newest/.test  ## the fast tests with the newest versions that pyproject.toml allows, in .venv-newest
-	.venv-newest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-newest/bin/python $(FAST)
 	.venv-newest/bin/python tools/versions.py record
 
 test-oldest: .venv-oldest/.test  ## the fast tests with the oldest ones, in .venv-oldest
-	.venv-oldest/bin/python -m pytest -m "not slow and not gpu"
+	.venv-oldest/bin/python $(FAST)
 	.venv-oldest/bin/python tools/versions.py record
 
 constraints: .venv/.dev  ## write what is installed in .venv into constraints.txt; after a test-newest that passed: FROM=.venv-newest
 	$(or $(FROM),.venv)/bin/python tools/versions.py constraints
 
-check: .venv/.dev  ## style, types, imports, versions that were never run
+check: .venv/.dev  ## style, types, imports, tested versions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

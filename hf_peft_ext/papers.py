@@ -21,6 +21,7 @@ class Paper:
 
     @property
     def url(self) -> str:
+        """The address of the paper: its own page, or arXiv."""
         return self.page or f"https://arxiv.org/abs/{self.arxiv}"
 
 

@@ -70,6 +70,7 @@ def add_member(value: str) -> PeftType:
 
 
 def closed(value: str) -> RuntimeError:
+    """The error for a peft whose PeftType takes no new members."""
     return RuntimeError(
         f"`name` (={value.lower()!r}) cannot become a PeftType in this peft; see the supported versions."
     )

@@ -15,9 +15,9 @@ from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_template
 from hf_peft_ext.hub_cards.places import shared_recipe
 from hf_peft_ext.hub_cards.record import TrainingRecord
-from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.sections import values
-from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.checks import check, is_hub_id
 
 EDITED = (
     "The generated section of {} was edited. Changed paragraphs are kept below it (a title above it), and deleted "

@@ -1,6 +1,5 @@
 """The metadata of a card, by which the Hub indexes an adapter; checked by the Hub's rules before a push."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from math import isfinite
@@ -13,9 +12,10 @@ from huggingface_hub.utils import yaml_dump
 
 from hf_peft_ext.hub_cards.markdown import one_line
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
-from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import auto_class, pipeline_tag
-from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.checks import check, is_hub_id
+from hf_peft_ext.validation.suggestions import nearest
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = frozenset(
@@ -133,8 +133,8 @@ def check_metadata(data: Mapping[str, Any]) -> None:
         ValueError: the value of a field is invalid.
     """
     for license in as_list(data.get("license")):
-        near = difflib.get_close_matches(str(license).lower().replace(" ", "-"), LICENSES, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(str(license).lower().replace(" ", "-"), LICENSES, cutoff=0.5)
+        hint = f"; did you mean {near!r}?" if near else ""
         valid = isinstance(license, str) and license in LICENSES
         check("license", license, valid, f"must be an identifier of the Hub, such as 'mit'{hint}")
     for language in as_list(data.get("language")):

@@ -23,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from hf_peft_ext.hub_cards.places import shared_recipe, without_places
-from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.checks import check, is_hub_id
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -284,8 +284,4 @@ def warn_of_local_base(folder: str | Path, files: list[str]) -> None:
 
 def is_local(model: str) -> bool:
     """Whether the name of a base model is a path."""
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return True
-    return os.path.exists(model)
+    return not is_hub_id(model) or os.path.exists(model)

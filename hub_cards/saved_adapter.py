@@ -10,8 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -28,7 +26,7 @@ LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
-    **{"down.weight": (0, "r"), "A": (0, "r"), "keys": (1, "tokens")},
+    **{"down.weight": (0, "r"), "A": (0, "r"), "P_K": (1, "tokens")},
     "side.up.weight": (1, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
 }
@@ -219,12 +217,3 @@ def layers(hosts: Iterable[str]) -> str:
     ordered = sorted(stacks, key=lambda stack: sides[stack] == "decoder")
     named = [f"{sides[s]} {ranges(stacks[s])}" if len(stacks) > 1 else ranges(stacks[s]) for s in ordered]
     return ", ".join([*named, *(["outside the layers"] if outside else [])])
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a value has the form of an id on the Hub."""
-    try:
-        validate_repo_id(name)  # pyright: ignore[reportArgumentType]
-    except HFValidationError:
-        return False
-    return bool(name)

@@ -11,8 +11,9 @@ from hf_peft_ext.hub_cards.markdown import BYTES, SECONDS, cell, code, fenced, i
 from hf_peft_ext.hub_cards.metadata import base_model
 from hf_peft_ext.hub_cards.places import in_text, without_places
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
-from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, is_hub_id
+from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
+from hf_peft_ext.validation.checks import is_hub_id
 
 METHOD_TITLES = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
 VERSION = re.compile(r"[0-9][0-9a-z.+]*")

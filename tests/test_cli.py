@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
 from hf_peft_ext.cli.failures import one_line
-from hf_peft_ext.recipes.progress import LineAMinute
+from hf_peft_ext.recipes.progress import TrainingLines
 from hf_peft_ext.recipes.recipe_source import RecipeError
-from hf_peft_ext.search.progress import LineAMinute as SearchLines
+from hf_peft_ext.search.progress import SearchLines
 from hf_peft_ext.validation.writable import check_writable
 
 HELPS = """
@@ -118,7 +118,7 @@ def test_a_search_without_its_extra(missing):
 def test_a_line_a_minute(capsys):
     """At most one a minute, with step, loss and what is left; none of ranks other than 0."""
     now = [0.0]
-    lines = LineAMinute(clock=lambda: now[0])
+    lines = TrainingLines(clock=lambda: now[0])
     state = TrainerState(max_steps=100, global_step=20, is_world_process_zero=True)
     told = (TrainingArguments(use_cpu=True), state, TrainerControl())
     lines.on_train_begin(*told)

@@ -94,13 +94,41 @@ def test_threads_mix_adapters(backbone):
 def test_nothing_is_kept(method, backbone):
     """After a forward no tuner layer has an attribute that it did not have before, and nothing waits to be taken."""
     model, family = tuned(method, backbone), BACKBONES[backbone]
-    before = [dict(vars(layer)) for layer in tuner_layers(model)]
+    before, waiting = [dict(vars(layer)) for layer in tuner_layers(model)], dict(FORWARD.values)
     with torch.no_grad():
         output(model, family.inputs())
     for layer, attributes in zip(tuner_layers(model), before, strict=True):
         assert vars(layer) == attributes
-    assert FORWARD.values == {}
+    assert FORWARD.values.keys() == waiting.keys()
     assert FORWARD.row_adapters is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", GATED)
+@pytest.mark.parametrize("backbone", ["bert", "t5", "llama", "falcon"])
+def test_a_backward_that_computes_blocks_anew_keeps_nothing(method, backbone, reentrant):
+    model, family = tuned(method, backbone).train(), BACKBONES[backbone]
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    waiting = dict(FORWARD.values)
+    output(model, family.inputs()).sum().backward()
+    assert FORWARD.values.keys() == waiting.keys()
+
+
+@pytest.mark.parametrize("method", GATED)
+def test_a_failed_forward_keeps_no_padding(method):
+    model, inputs = tuned(method, "bert"), BACKBONES["bert"].inputs()
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    waiting = dict(FORWARD.values)
+    attention = [module for name, module in model.named_modules() if name.endswith("attention.output")][-1]
+    handle = attention.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"), torch.no_grad():
+        output(model, inputs)
+    assert not [key for key in FORWARD.values.keys() - waiting.keys() if key.startswith("padding")]
+    handle.remove()
 
 
 def replica_of(model):

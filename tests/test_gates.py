@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hf_peft_ext import BottleneckConfig, UniPELTConfig, gate_values
+from hf_peft_ext import BottleneckConfig, UniPELTConfig, fix_gates, gate_values
+from hf_peft_ext.attach.gates import gate_means, gates
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -115,3 +116,45 @@ def test_mean_gates_where_tokens_are_flattened():
     model = get_peft_model(BACKBONES["opt"].build(), ComposedConfig(placements=[placement]))
     with pytest.raises(ValueError, match=r"`gate_pooling` \(='mean'\) needs hidden states of shape"):
         output(model, BACKBONES["opt"].inputs())
+
+
+@pytest.mark.parametrize("backbone", ["bert", "llama", "t5"])
+def test_means_and_fixed_gates(backbone):
+    """Means over the tokens that are not padding, by the mask of the stack; fixed, every gate is that constant."""
+    family = BACKBONES[backbone]
+    model = get_peft_model(family.build(), UniPELTConfig(bottleneck_size=4)).train()
+    randomise(model)
+    inputs = family.inputs(padding="left" if backbone == "llama" else "right")
+    masks = [inputs["attention_mask"]]
+    if backbone == "t5":
+        masks.append(torch.ones_like(inputs["decoder_input_ids"]))
+        masks[1][0, 4:] = 0
+        inputs["decoder_attention_mask"] = masks[1]
+    values, means = gate_values(model, inputs), gate_means(model, inputs)
+    assert means.keys() == values.keys()
+    for name, value in values.items():
+        mask = next((mask for mask in masks if mask.shape == value.shape), None)
+        chosen = value if mask is None else value[mask.bool()]
+        assert means[name] == pytest.approx(chosen.mean().item(), rel=1e-5)
+    assert fix_gates(model, inputs) == means
+    for name, gate in gates(model).items():
+        assert gate.is_constant
+        assert torch.sigmoid(gate.bias).item() == pytest.approx(means[name], abs=1e-5)
+    fixed = gate_values(model, inputs)
+    assert {name: value.mean().item() for name, value in fixed.items()} == pytest.approx(means, abs=1e-5)
+    assert not any(module._forward_hooks for gate in gates(model).values() for module in gate.modules())
+    assert all(module.training for module in model.modules())
+
+
+def test_gates_of_two_adapters():
+    """With two active adapters a name begins with the adapter's; a batch that mixes adapters is refused."""
+    model = get_peft_model(BACKBONES["bert"].build(), UniPELTConfig(methods=("lora",), layers_to_transform=[0]))
+    model.add_adapter("other", UniPELTConfig(methods=("lora",), layers_to_transform=[0]))
+    alone = set(gates(model))
+    model.base_model.set_adapter(["default", "other"])
+    both = gates(model)
+    assert set(both) == {f"{adapter}.{name}" for adapter in ("default", "other") for name in alone}
+    assert len({id(gate) for gate in both.values()}) == len(both) == 2 * len(alone)
+    inputs = {**BACKBONES["bert"].inputs(), "adapter_names": ["default"] * 3}
+    with pytest.raises(ValueError, match=r"`batch` \(=\['adapter_names', .*\) must not mix adapters"):
+        gate_values(model, inputs)

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
-from hf_peft_ext import MAMConfig, UniPELTConfig
+from hf_peft_ext import LadderConfig, MAMConfig, UniPELTConfig
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -111,12 +114,15 @@ def test_configs_are_read():
 CONFIGS = {
     "unipelt": lambda: UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4),
     "mam": lambda: MAMConfig(num_virtual_tokens=4, bottleneck_size=4),
+    "ladder": lambda: LadderConfig(r=4),
 }
 
 
-def layers(model):
-    base = model.get_base_model()
-    return base.encoder.layer if hasattr(base, "encoder") else base.model.layers
+def units(model):
+    """The modules that accelerate shards by themselves: blocks, by the names of their classes."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    return [module for module in reversed(list(model.modules())) if policy(module)]
 
 
 def model_with(method, backbone):
@@ -129,37 +135,55 @@ def loss_of(y):
     return (y * torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(2))).mean()
 
 
+def stepped(model):
+    """The adapter's state after one step of plain gradient descent."""
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_peft_model_state_dict(model, state_dict=get_model_state_dict(model, options=options))
+
+
 def sharded_worker(rank, folder, method, backbone):
-    """One of two processes: its half of the batch through the sharded model; the whole gradients to a file."""
+    """One of two processes: its half of the batch through the sharded model; gradients and adapter to a file."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     model = model_with(method, backbone)
-    for layer in layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    blocks = units(model)
+    assert len(blocks) >= 2
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
     inputs = {key: value[2 * rank : 2 * rank + 2] for key, value in BACKBONES[backbone].inputs(batch=4).items()}
     loss_of(output(model, inputs)).backward()
     assert all(isinstance(p, DTensor) for p in model.parameters())
     gradients = {
         n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
     }
+    state = stepped(model)  # gathered by both processes
     if rank == 0:
-        torch.save(gradients, f"{folder}/gradients.pt")
+        torch.save((gradients, state), f"{folder}/found.pt")
     torch.distributed.barrier()
     os._exit(0)  # as in tests/test_training.py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "backbone"), [("unipelt", "bert"), ("unipelt", "llama"), ("mam", "llama")])
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [*(("unipelt", b) for b in ("bert", "llama", "t5")), ("mam", "llama"), ("ladder", "bert"), ("ladder", "t5")],
+)
 def test_sharded_equals_whole(method, backbone, tmp_path):
-    """FSDP2's fully_shard over two gloo processes gives the gradients of one process on the joined batch."""
+    """FSDP2 over two gloo processes, with accelerate's units, gives the gradients of one process on the joined batch,
+    and the same adapter after a step.
+    """
     torch.multiprocessing.spawn(sharded_worker, (str(tmp_path), method, backbone), nprocs=2)
     model = model_with(method, backbone)
     loss_of(output(model, BACKBONES[backbone].inputs(batch=4))).backward()
-    found = torch.load(tmp_path / "gradients.pt")
+    found, state = torch.load(tmp_path / "found.pt")
     expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    whole = stepped(model)
+    assert state.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-7, msg=name)

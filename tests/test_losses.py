@@ -127,6 +127,33 @@ def test_parts_add_up_to_the_whole(batch):
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+def test_parts_by_example_add_up_to_the_whole(batch, kind):
+    """The same with averages by example, whose counts are answers, and examples with wrong choices."""
+    logits, labels = batch
+
+    def losses(rows, counts=(None, None)):
+        tokens, correct, example = token_scores(logits[rows].float(), labels[rows]), CORRECT[rows], EXAMPLE[rows]
+        answers = lm_loss(tokens, correct, "example", counts[0])
+        return answers + unlikelihood_loss(tokens, correct, example, 0.01, "example", counts[1])
+
+    counts = kind(int(CORRECT.sum())), kind(len(EXAMPLE[~CORRECT].unique()))
+    parts = losses(slice(0, 2), counts) + losses(slice(2, 6), counts)
+    assert parts.item() == pytest.approx(losses(slice(0, 6)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["token", "example"])
+def test_counts_of_nothing(batch, average):
+    """A step without answers or wrong choices gives 0, whether its count is a number or a tensor."""
+    logits, labels = batch
+    tokens = token_scores(logits.float(), labels)
+    for count in (None, 0, torch.tensor(0)):
+        none, every = torch.zeros_like(CORRECT), torch.ones_like(CORRECT)
+        assert lm_loss(tokens, none, average, count).item() == 0
+        assert unlikelihood_loss(tokens, every, EXAMPLE, 0.0, average, count).item() == 0
+        assert choice_loss(tokens, none, EXAMPLE, count=count).item() == 0
+
+
 def test_one_choice_has_no_choice_losses(batch):
     """An example with one choice adds 0, not NaN, and its gradient is finite."""
     logits, labels = batch

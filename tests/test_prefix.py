@@ -8,7 +8,7 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.attach.attention import States, WithPrefix, prefix_attention
+from hf_peft_ext.attach.attention import States, WithPrefix, joined, prefix_attention
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -72,6 +72,71 @@ def test_against_naive_attention(attention, gated, kind):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("length", "d_v", "scaling"), [(1, 8, 0.3), (1, 6, None), (T, 6, None), (T, 12, 0.3)])
+def test_other_shapes_against_naive_attention(attention, gated, length, d_v, scaling):
+    """One query behind a cache, values of another width, the default scale, one prefix for all rows."""
+    model = get_peft_model(BACKBONES["llama"].build(attention), LayerPrefixConfig())
+    module = model.base_model.model.model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, length, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, d_v)
+    p_k, p_v = torch.randn(1, 2, P, 8), torch.randn(1, 2, P, d_v)
+    scores = torch.randn(2, 1, length, P) if gated else None
+    allowed = torch.ones(2, length, T).bool()
+    allowed[1, :, 1] = False
+    mask = allowed[:, None]
+    if attention == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    scale = 8**-0.5 if scaling is None else scaling
+    kwargs = {"scaling": scale if attention == "eager" else scaling}
+    ours, weights = prefix_attention(module, q, k, v, mask, States(p_k, p_v, *factors(scores)), **kwargs)
+    pairs = (p.expand(2, -1, -1, -1) for p in (p_k, p_v))
+    torch.testing.assert_close(ours, naive_attention(q, k, v, allowed, *pairs, scores, None, scale))
+    assert weights is None or weights.shape == (2, 4, length, T)
+
+
+@pytest.mark.parametrize("causal", [None, False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_causality_without_a_mask(gated, causal):
+    """By the keyword, or else by the module; a bias for the keys changes nothing in that."""
+    model = get_peft_model(BACKBONES["llama"].build("sdpa"), LayerPrefixConfig())
+    module = model.base_model.model.model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
+    p_k, p_v = torch.randn(2, 2, P, 8), torch.randn(2, 2, P, 8)
+    scores = torch.randn(2, 1, T, P) if gated else None
+    kwargs = {"scaling": 0.3} | ({} if causal is None else {"is_causal": causal})
+    for module.is_causal in (True, False):
+        seen = torch.ones(2, T, T).bool()
+        if module.is_causal if causal is None else causal:
+            seen = seen.tril()
+        ours, _ = prefix_attention(module, q, k, v, None, States(p_k, p_v, *factors(scores)), **kwargs)
+        torch.testing.assert_close(ours, naive_attention(q, k, v, seen, p_k, p_v, scores, None, 0.3))
+
+
+def test_prefixes_one_behind_the_other():
+    """Those of several adapters: their vectors side by side, and each token's log-gate on its own adapter's alone."""
+    sizes, gated = (2, 3, 1, 2), (True, False, True, False)
+    parts = [
+        States(
+            *(torch.randn(1, 2, n, d) for d in (4, 5)),
+            *((torch.randn(3, 1, T, 1), torch.ones(1, 1, n, 1)) if has_gate else (None, None)),
+        )
+        for n, has_gate in zip(sizes, gated, strict=True)
+    ]
+    states = joined(parts, batch=3)
+    assert states.keys.shape == (3, 2, 8, 4)
+    assert states.values.shape == (3, 2, 8, 5)
+    scores, start = states.scores(), 0
+    for part, n, has_gate in zip(parts, sizes, gated, strict=True):
+        columns = slice(start, start + n)
+        assert torch.equal(states.keys[:, :, columns], part.keys.expand(3, -1, -1, -1))
+        assert torch.equal(states.values[:, :, columns], part.values.expand(3, -1, -1, -1))
+        expected = part.u.expand(-1, -1, -1, n) if has_gate else torch.zeros(3, 1, T, n)
+        torch.testing.assert_close(scores[..., columns], expected)
+        start += n
+    assert joined(parts[1::2], batch=3).scores() is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_position_bias_leaves_the_prefix_alone(attention):
     """T5's bias is for keys; the prefix gets none."""
     model = get_peft_model(BACKBONES["t5"].build(attention), LayerPrefixConfig())
@@ -91,13 +156,13 @@ def test_equals_peft_prefix_tuning(backbone):
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
     ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
     layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, WithPrefix)]
-    heads, _, d = layers[0].keys.shape
+    heads, _, d = layers[0].P_K.shape
     with torch.no_grad():
         table.normal_(0, 0.5)
         vectors = table.view(P, 2 * len(layers), heads, d).permute(1, 2, 0, 3)
         for i, prefix in enumerate(layers):
-            prefix.keys.copy_(vectors[2 * i])
-            prefix.values.copy_(vectors[2 * i + 1])
+            prefix.P_K.copy_(vectors[2 * i])
+            prefix.P_V.copy_(vectors[2 * i + 1])
         inputs = family.inputs(padding="none")
         positions = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"]) + P
         expected = output(theirs, inputs)  # peft counts positions from P on

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from hf_peft_ext import Placement
 from hf_peft_ext.cli import app
 from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, exact_match
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
-from hf_peft_ext.recipes.progress import LineAMinute
-from hf_peft_ext.recipes.recipe_schema import NOT_IN_RECIPES, known_keys
-from hf_peft_ext.recipes.recipe_source import Draft, split_override
+from hf_peft_ext.recipes.progress import TrainingLines
+from hf_peft_ext.recipes.recipe_schema import NOT_IN_RECIPES, section_keys
+from hf_peft_ext.recipes.recipe_source import RecipeSource, split_override
 
 from .backbones import BACKBONES
 from .test_training import tokenizer
@@ -152,7 +153,7 @@ def test_recipes_hold(file):
     """Each recipe of examples/ passes all checks (on a CPU); what it says and what it is are the same."""
     changes = ["use_cpu=true", *(["bf16=false"] if file.stem == "qlora" else [])]
     recipe = Recipe.read(file, changes)
-    written = Draft.read(file).sections
+    written = RecipeSource.read(file).sections
     built = {"model": recipe.model, "peft": recipe.peft, "data": recipe.data, "training": recipe.training}
     for section, made in built.items():
         changed = {"training": {"bf16"}, "peft": {"peft_type"} if file.stem == "tfew" else set()}.get(section, set())
@@ -282,7 +283,7 @@ def test_accumulated_batches_have_the_mean_loss(models, tmp_path):
 def test_yaml_reads_as_written(tmp_path):
     """1e-4 is a number, `no` a word, and what is saved reads as the same."""
     (tmp_path / "r.yaml").write_text("training: {learning_rate: 1e-4, save_strategy: no, x: [1., -2E+3, on, true, 3]}")
-    read = Draft.read(tmp_path / "r.yaml").sections["training"]
+    read = RecipeSource.read(tmp_path / "r.yaml").sections["training"]
     assert read == {"learning_rate": 1e-4, "save_strategy": "no", "x": [1.0, -2000.0, "on", True, 3]}
     assert split_override("a.b={c: [1e-5, off]}") == ("a.b", {"c": [1e-5, "off"]})
 
@@ -302,12 +303,33 @@ def test_changes(tmp_path):
     assert Recipe.read(tmp_path / "again.yaml").written == recipe.written
 
 
+def test_placements_in_a_recipe(tmp_path):
+    """A COMPOSED adapter's placements are mappings in YAML; a wrong one is an error with its line."""
+    recipe = {
+        "model": {"model_name_or_path": "someone/model"},
+        "peft": {
+            "peft_type": "COMPOSED",
+            "task_type": "SEQ_CLS",
+            "placements": [{"sublayer": "bias", "site": "bias"}],
+        },
+        "data": {"path": "someone/data"},
+        "training": {"output_dir": str(tmp_path / "out"), "use_cpu": True},
+    }
+    recipe["peft"]["placements"] = [{"sublayer": "bias", "site": "bias"}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert Recipe.read(tmp_path / "r.yaml").peft.placements == [Placement("bias", "bias")]
+    recipe["peft"]["placements"] = [{"sublayer": "bias", "sites": "bias"}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match=r"r.yaml, line \d+: `peft.placements` .* must be list\[.*Placement\]"):
+        Recipe.read(tmp_path / "r.yaml")
+
+
 def test_keys_of_every_method():
     """A recipe knows the arguments of every PEFT type's config there is, but for those that peft fills in."""
-    draft = Draft({"peft": {"task_type": "CAUSAL_LM"}}, {})
+    source = RecipeSource({"peft": {"task_type": "CAUSAL_LM"}}, {})
     for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        draft.sections["peft"]["peft_type"] = peft_type.value
-        known = known_keys(draft)["peft"].keys()
+        source.sections["peft"]["peft_type"] = peft_type.value
+        known = section_keys(source)["peft"].keys()
         assert known == inspect.signature(config).parameters.keys() - {*NOT_IN_RECIPES["peft"]}, config
 
 
@@ -347,15 +369,17 @@ def test_local_copy(models, tmp_path):
 
 
 def test_metrics():
-    """F1 and Matthews' correlation are scikit-learn's; exact match compares texts."""
-    sklearn = pytest.importorskip("sklearn.metrics")
-    generator = np.random.default_rng(0)
-    for classes in (2, 5):
-        y, p = generator.integers(classes, size=(2, 40))
-        assert CLASSIFICATION["accuracy"](p, y) == pytest.approx(sklearn.accuracy_score(y, p))
-        assert CLASSIFICATION["f1"](p, y) == pytest.approx(sklearn.f1_score(y, p, average="macro"))
-        assert CLASSIFICATION["matthews_correlation"](p, y) == pytest.approx(sklearn.matthews_corrcoef(y, p))
-    assert CLASSIFICATION["matthews_correlation"](np.zeros(4), np.arange(4)) == 0
+    """Each metric against values computed by hand; a single class has no correlation, and causes no warning."""
+    p, y = np.array([0, 1, 1, 1]), np.array([0, 0, 1, 2])
+    assert CLASSIFICATION["accuracy"](p, y) == 0.5
+    assert CLASSIFICATION["f1"](p, y) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    matthews = CLASSIFICATION["matthews_correlation"]
+    assert matthews(np.array([1, 0, 0, 0]), np.array([1, 1, 0, 0])) == pytest.approx(2 / 12**0.5)  # TP 1, TN 2, FN 1
+    p, y = np.random.default_rng(0).integers(5, size=(2, 40))
+    one_hot = [np.eye(5)[x] - np.eye(5)[x].mean(0) for x in (p, y)]
+    norm = np.sqrt((one_hot[0] ** 2).sum() * (one_hot[1] ** 2).sum())
+    assert matthews(p, y) == pytest.approx((one_hot[0] * one_hot[1]).sum() / norm)
+    assert matthews(np.zeros(4), np.arange(4)) == matthews(np.zeros(4), np.zeros(4)) == 0
     assert exact_match(["a ", "b"], ["a", "c"]) == 0.5
 
 
@@ -428,28 +452,28 @@ WRONG = {
     "peft.learning_rate=3": r"did you mean `training.learning_rate`\?",
     "peft.lerning_rate=3": r"did you mean `training.learning_rate`\?",
     "traning.seed=1": r"did you mean `training.seed`\?",
-    "revision=x": "`revision` stands in more than one section; write `model.revision` or `data.revision`",
+    "revision=x": "`revision` is a key of more than one section; write `model.revision` or `data.revision`",
     "learning_rate=fast": r"`training.learning_rate` \(='fast'\) must be float, not str",
     "max_steps=1.5": r"`training.max_steps` \(=1.5\) must be int, not float",
-    "peft.r=0": r"command line: `peft.r` is not right: `r` \(=0\) must be a positive whole number",
-    "lr_scheduler_type=linaer": "command line: `training.lr_scheduler_type` is not right: linaer is not a valid",
+    "peft.r=0": r"command line: `peft.r` is wrong: `r` \(=0\) must be a positive whole number",
+    "lr_scheduler_type=linaer": "command line: `training.lr_scheduler_type` is wrong: linaer is not a valid",
     "peft_type=UNIPLET": r"`peft.peft_type` \(='UNIPLET'\) must be one of .*; did you mean `UNIPELT`\?",
     "task_type=SEQ_CLASS": r"`peft.task_type` \(='SEQ_CLASS'\) must be one of .*; did you mean `SEQ_CLS`\?",
     "peft_type=LORA": r"unipelt.yaml, line \d+: `peft.bottleneck_size` is not a key of `peft` for LORA and SEQ_CLS",
     "metrics=[accurcy]": r"`metrics` \(='accurcy'\) must be a metric of this task: .*; did you mean `accuracy`\?",
     "eval_split=null": "need rows to measure on: set `data.eval_split`",
-    "data_files=nowhere.csv": r"`data.data_files` is not right: `data_files` \(='nowhere.csv'\) must be there",
+    "data_files=nowhere.csv": r"`data.data_files` is wrong: `data_files` \(='nowhere.csv'\) must exist",
     "data_files=README.md": "must be files of one kind",
     "max_train_samples=0": r"`max_train_samples` \(=0\) must be a positive whole number",
-    "label_column=intnt": r"has no column `intnt`, but text, intent, split; did you mean `intent`\?",
-    "train_split=trian": "`data.train_split` .*must stand in the column `split`: test, train",
+    "label_column=intnt": r"has no column `intnt`; it has text, intent, split; did you mean `intent`\?",
+    "train_split=trian": "`data.train_split` .*must be a value of the column `split`: test, train",
     "peft=3": "`peft` must be a mapping of keys to values",
     "model={}": "`model` lacks `model_name_or_path`",
     "output_dir=null": "`training` lacks `output_dir`",
     "foo": "'foo' changes nothing; write `key=value`",
     "data.text_column=[a": "the value of `data.text_column` is not YAML",
     "model.local_path=package:no_such_thing/model": "is in no installed package: pip install no-such-thing",
-    "model.local_path=nowhere": r"`model.local_path` \(='nowhere'\) must be a folder",
+    "model.local_path=nowhere": r"`model.local_path` \(='nowhere'\) must be an existing folder",
     "attn_implementation=flash_attention_2": r"`model.model_name_or_path` \(=.*\) cannot be loaded: .*[Ff]lash",
     "metric_for_best_model=acuracy": r"\(='acuracy'\) must be one of .*: loss, accuracy, f1; did you mean `accuracy`",
     "resume_from_checkpoint=nowhere": r"resume_from_checkpoint` \(='nowhere'\) must be a complete checkpoint",
@@ -485,7 +509,7 @@ FILES = {
     "model: [": r"r.yaml, line \d: this is not YAML",
     "just words": "a recipe is a mapping of sections, not str",
     "training: {seed: 1}\nmodle: {}": r"r.yaml, line 2: `modle` is not a section .*; did you mean `model`\?",
-    "training:\n  seed: 1\n  seed: 2": "r.yaml, line 3: `training.seed` stands there a second time; first: .*line 2",
+    "training:\n  seed: 1\n  seed: 2": "r.yaml, line 3: `training.seed` is a duplicate key; the first is in .*line 2",
     "model: {}\npeft: {task_type: SEQ_CLS}": "`peft.peft_type` is missing; it must be one of .*UNIPELT",
     "peft: {peft_type: BITFIT, task_type: SEQ_CLS}\ntraining:\n  sede: 1": "r.yaml, line 3: `training.sede` is not",
     "metrics: accuracy": "r.yaml, line 1: `metrics` must be a list",
@@ -531,7 +555,7 @@ def test_progress_without_a_terminal(models, tmp_path, monkeypatch):
     """Lines in place of bars, which come to a file as one long line; with `disable_tqdm` neither."""
     rows = [{"text": f"w{i}", "label": i % 2} for i in range(8)]
     path = classification(models, tmp_path, rows)
-    monkeypatch.setattr(LineAMinute.__init__, "__defaults__", (0.0, *LineAMinute.__init__.__defaults__[1:]))
+    monkeypatch.setattr(TrainingLines.__init__, "__defaults__", (0.0, *TrainingLines.__init__.__defaults__[1:]))
     result = run(path, "max_steps=2", "report_to=none", "disable_tqdm=false")
     assert result.exit_code == 0, result.output
     assert re.findall(r"step (\d) of 2", result.stderr) == ["1", "2"]
@@ -561,10 +585,10 @@ def test_strange_classes_and_empty_cells(models, tmp_path):
     """Rows that cannot be learnt from are named before a model is loaded."""
     rows = [{"text": "w1", "label": "a", "s": "x"}, {"text": "w2", "label": "b", "s": "y"}]
     path = classification(models, tmp_path, rows, split_column="s", train_split="x", eval_split="y")
-    with pytest.raises(RecipeError, match=r"`data.eval_split` \(='y'\) has classes that no row to train on has: b"):
+    with pytest.raises(RecipeError, match=r"`data.eval_split` \(='y'\) has classes that no training row has: b"):
         prepare(Recipe.read(path))
     path = classification(models, tmp_path, [{"text": "w1", "label": 0.5}])
-    with pytest.raises(RecipeError, match=r"`data.label_column` \(='label'\) must hold words or whole numbers"):
+    with pytest.raises(RecipeError, match=r"`data.label_column` \(='label'\) must hold strings or whole numbers"):
         prepare(Recipe.read(path))
     path = classification(models, tmp_path, [{"text": "w1", "label": 1}, {"text": None, "label": 0}])
     with pytest.raises(RecipeError, match="row 1 of the column 'text' of rows is empty"):
@@ -574,7 +598,7 @@ def test_strange_classes_and_empty_cells(models, tmp_path):
 def test_columns_of_chats(models, chats):
     """The three kinds of text for CAUSAL_LM exclude each other."""
     changes = [chats, "bf16=false", "use_cpu=true", "prompt_column=x"]
-    with pytest.raises(RecipeError, match="must stand alone: `text_column`, or `messages_column`, or `prompt_column`"):
+    with pytest.raises(RecipeError, match="must be one of: `text_column`; `messages_column`; `prompt_column`"):
         Recipe.read("examples/recipes/qlora.yaml", changes)
 
 

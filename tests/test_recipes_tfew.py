@@ -106,10 +106,10 @@ def test_choices_of_each_row(models, file, tmp_path):
     [
         (
             {"choices": ["yes", "no"], "prompt": " "},
-            r"`data.prompt` is not right: `prompt` \(=' '\) must be a text in J",
+            r"`data.prompt` is wrong: `prompt` \(=' '\) must be a Jinja templ",
         ),
-        ({"choices": []}, r"`data.choices` is not right: `choices` of template 'data' must hold at least one choice"),
-        ({"choices": ["yes", "no"], "prompt": "{{ text"}, r"`data.prompt` is not right: `prompt` of template 'data'"),
+        ({"choices": []}, r"`data.choices` is wrong: `choices` of template 'data' must hold at least one choice"),
+        ({"choices": ["yes", "no"], "prompt": "{{ text"}, r"`data.prompt` is wrong: `prompt` of template 'data'"),
         (
             {"choices": ["yes", "no"], "prompt": "{{ test }}"},
             r"`data`: rows has no column `test`.*did you mean `text`\?",

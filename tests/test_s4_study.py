@@ -48,7 +48,7 @@ def test_study(monkeypatch, options, tmp_path):
     run(monkeypatch, options)
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "<h2>S4 strategies of G1</h2>" in page
-    assert "<h2>What was found</h2>" in page
+    assert "<h2>The result</h2>" in page
     lines = (output / "table.md").read_text(encoding="utf-8").splitlines()
     names = ["S4, found", "S4, paper", "adapter", "prefix", "BitFit", "LoRA", "full"]
     assert [line.split("|")[1].strip() for line in lines[2:]] == names

@@ -618,7 +618,7 @@ def test_a_key_that_stands_there_twice(tmp_path):
     """Python's reader of JSON takes the last one, others the first."""
     path = saved(tmp_path, STOCK_METHODS["lora"]()) / CONFIG
     path.write_text(path.read_text().replace("{", '{"r": 4, ', 1))
-    refused(tmp_path, "is not strict JSON: a key stands there twice")
+    refused(tmp_path, "is not strict JSON: duplicate key")
 
 
 def test_floats_that_are_stored_as_whole_numbers(tmp_path):

@@ -20,9 +20,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_peft_ext import ComposedConfig
 from hf_peft_ext.search import LowestShare, SearchTask, share_trunk
-from hf_peft_ext.search.fingerprint import of_metric
+from hf_peft_ext.search.fingerprint import metric_fingerprint
 from hf_peft_ext.search.result import scores_of
-from hf_peft_ext.search.training import RunArguments, adapted, evaluate, train
+from hf_peft_ext.search.training import RunArguments, adapted, evaluate, train_adapter
 
 from .search_spaces import ARGS, N_MODELS, TwoStages, accuracy, lora, search, tiny_tasks
 
@@ -65,7 +65,7 @@ def test_scores_are_those_of_a_run_by_hand(finished):
             task = tiny_tasks()[name]
             torch.manual_seed(record.run.seed)
             model = get_peft_model(task.model, ComposedConfig(task_type="SEQ_CLS", placements=placements))
-            train(model, task.batches("train", 8), ARGS, record.run.seed)
+            train_adapter(model, task.batches("train", 8), ARGS, record.run.seed)
             assert evaluate(model, task.batches("evaluation", 16), ARGS, accuracy) == record.scores[name]
             assert record.parameters == sum(p.numel() for n, p in model.named_parameters() if "sublayer_" in n)
 
@@ -273,7 +273,7 @@ def test_errors(tmp_path):
         RunArguments(lr_scheduler_type="linaer")
     with pytest.raises(ValueError, match=r"`storage` \(='search.db'\) must be a database's URL"):
         search("search.db", storage="search.db")
-    with pytest.raises(ValueError, match=r"`storage` \(='sqlite:///.*'\) must lie in a folder that exists"):
+    with pytest.raises(ValueError, match=r"`storage` \(='sqlite:///.*'\) must be in an existing folder"):
         search(tmp_path / "none" / "search.db")
     with pytest.raises(ValueError, match=r"`n_models` \(=0\) must be a positive whole number\."):
         search(tmp_path / "search.db", n_models=0)
@@ -357,9 +357,9 @@ def test_metrics_are_told_apart():
         lambda: Share(1).__call__, lambda: partial(over(1), 3), lambda: partial(over(1), 4), lambda: torch.mean,
         lambda: (lambda evaluated: 1.0), lambda: (lambda evaluated: 2.0), lambda: None,
     )  # fmt: skip
-    found = [of_metric(make()) for make in makers]
+    found = [metric_fingerprint(make()) for make in makers]
     assert len(set(found)) == len(found)
-    assert found == [of_metric(make()) for make in makers]
+    assert found == [metric_fingerprint(make()) for make in makers]
     assert not [name for name in found if name and " at 0x" in name]
 
 

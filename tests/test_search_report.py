@@ -135,7 +135,7 @@ def test_command(file):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("search.n_model=3", "`search.n_model` is not a key of `search`; did you mean `n_models`?"),
         ("search.n_models=0", "`n_models` (=0) must be a positive whole number."),
@@ -148,10 +148,10 @@ def test_command(file):
         ("search.storage=sqlite://", "`storage` (='sqlite://') must name a file"),
     ],
 )
-def test_errors_name_the_key(file, change, told):
+def test_errors_name_the_key(file, change, message):
     done = run("--config", "search.yaml", "--set", change)
     assert done.exit_code == 2
-    assert told in " ".join(done.output.split())
+    assert message in " ".join(done.output.split())
     assert not (file.parent / "search.db").exists()
 
 
@@ -164,13 +164,13 @@ def test_errors_name_the_line(file):
 def test_report_of_nothing(file):
     done = run("report", "--config", "search.yaml")
     assert done.exit_code == 2
-    assert "`storage` (='sqlite:///search.db') must name a file that exists." in done.output
+    assert "`storage` (='sqlite:///search.db') must name an existing file." in done.output
     assert not (file.parent / "search.db").exists()
 
 
 WRONG = {
     "search.storage=sqlite:///broken.db": r"`search.storage` \(='sqlite:///broken.db'\) cannot be used: file is not a",
-    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name a file)",
+    "search.storage=sqlite:////proc/x.db": r"`storage` \(='sqlite:////proc/x.db'\) must (lie where|name an existing)",
     "search.output_dir=broken.db": r"`search.output_dir` \(='broken.db'\) must lie where files can be written",
     "space.budget=1e-7": r"`space` has no model for stage 'S0': .*budget",
     "lr=1": r"`lr` is not a section of a search .*; did you mean `training.learning_rate`\?",
@@ -187,7 +187,7 @@ def test_wrong_changes(command, change, file):
     done = run(*command, "--config", "search.yaml", "--set", change)
     assert done.exit_code == 2, done.output
     assert len(done.stderr.splitlines()) == 1
-    wanted = "must name a file that exists" if command and "budget" in change else WRONG[change]
+    wanted = "must name an existing file" if command and "budget" in change else WRONG[change]
     assert re.search(wanted, done.stderr), done.stderr
 
 

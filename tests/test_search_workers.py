@@ -79,6 +79,18 @@ def test_between_two_writes(alone, tmp_path):
     assert found(f"sqlite:///{file}") == alone
 
 
+def test_killed_before_the_first_heartbeat(alone, tmp_path):
+    """Optuna overlooks a running trial that has no heartbeat; its run is carried out all the same."""
+    file = tmp_path / "search.db"
+    queue = search(file).queue
+    queue.study.enqueue_trial({}, user_attrs={"run": asdict(search(file).runs(TwoStages())[0])})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        queue.study.ask()  # sends none
+    assert [record.state for record in queue.records()] == ["running"]
+    search(file).search()
+    assert found(f"sqlite:///{file}") == alone
+
+
 def test_worker_that_slept(tmp_path):
     """A worker whose run was taken for lost meanwhile goes on with the next one, and its late score is not written."""
     queue = search(tmp_path / "search.db").queue

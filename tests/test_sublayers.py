@@ -131,15 +131,20 @@ def test_prefix_gates():
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "mean")))
     g = gate_of(prefix.gate, x, VISIBLE)[:, None]
     keys, values, log_g = prefix(x, VISIBLE)
-    torch.testing.assert_close(keys, g * prefix.keys)
-    torch.testing.assert_close(values, g * prefix.values)
+    torch.testing.assert_close(keys, g * prefix.P_K)
+    torch.testing.assert_close(values, g * prefix.P_V)
     assert log_g is None
 
     prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "token")))
     keys, values, log_g = prefix(x, VISIBLE)
-    torch.testing.assert_close(keys[0], prefix.keys)
-    torch.testing.assert_close(values[0], prefix.values)
+    torch.testing.assert_close(keys[0], prefix.P_K)
+    torch.testing.assert_close(values[0], prefix.P_V)
     torch.testing.assert_close(log_g, gate_of(prefix.gate, x, None).log()[:, None])
+    with torch.no_grad():
+        prefix.gate.bias.fill_(-1000)
+    log_g = prefix(x)[2]
+    assert log_g.isfinite().all()  # as a score it hides the prefix, and has a gradient
+    assert log_g.max() < -80
 
 
 def test_a_mean_gate_reads_the_end_of_a_mask_that_is_longer():
@@ -167,10 +172,19 @@ def test_projected_prefix_folds_to_the_same_vectors():
             torch.testing.assert_close(keys[head, token], wide[token, start : start + 4])
             torch.testing.assert_close(values[head, token], wide[token, start + 4 : start + 9])
     plain = module.fold()
+    assert not plain.shift_positions
+    gate = Gate(D)
+    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().fold()
+    assert other.shift_positions
+    assert other.gate is gate
+    assert not other.training
+    assert other.requires_grad_(False).vectors()[0].dtype == torch.float64
+    assert all(p.requires_grad for p in plain.parameters())
+    assert not any(p.requires_grad for p in module.requires_grad_(False).fold().parameters())
     assert isinstance(plain, Prefix)
     assert not isinstance(plain, ProjectedPrefix)
-    torch.testing.assert_close(plain.keys, keys)
-    torch.testing.assert_close(plain.values, values)
+    torch.testing.assert_close(plain.P_K, keys)
+    torch.testing.assert_close(plain.P_V, values)
 
 
 def test_a_fixed_gate_is_constant():
@@ -180,3 +194,78 @@ def test_a_fixed_gate_is_constant():
     assert gate.is_constant
     x = torch.randn(BATCH, LENGTH, D)
     torch.testing.assert_close(gate(F.linear(x, gate.weight)), torch.full((BATCH, LENGTH, 1), 0.3))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_gates_can_be_fixed_at_their_ends(value):
+    """The bias stays finite, so that the gate can be saved, and trained again."""
+    gate = filled(Gate(D))
+    gate.fix(value)
+    assert gate.bias.isfinite().all()
+    assert gate(torch.zeros(BATCH, LENGTH, 1)).flatten().tolist() == pytest.approx([value] * BATCH, abs=1e-5)
+
+
+def test_initial_values():
+    """Gates, prefixes and bottlenecks begin with small normal weights; "lora" begins as nothing; biases are 0."""
+    d, r = 400, 300
+    normal = {
+        "gate": (Gate(d).weight, 0.02),
+        "keys": (Prefix(4, 50, d, 30).vectors()[0], 0.02),
+        "values": (Prefix(4, 50, 30, d).vectors()[1], 0.02),
+        "down": (Bottleneck(d, r).down.weight, 0.02),
+        "up": (Bottleneck(d, r, init=0.5).up.weight, 0.5),
+    }
+    for name, (tensor, std) in normal.items():
+        assert tensor.std().item() == pytest.approx(std, rel=0.15), name
+        assert abs(tensor.mean().item()) < 0.1 * std, name
+    lora = Bottleneck(d, r, init="lora")
+    assert not lora.up.weight.any()
+    assert 0.95 < lora.down.weight.abs().max().item() * d**0.5 <= 1  # Kaiming uniform with a = sqrt(5): 1 / sqrt(d)
+    for module in (Bottleneck(d, r), lora):
+        assert not module.down.bias.any()
+        assert not module.up.bias.any()
+    assert not Gate(d).bias.any()
+    assert not Bias(d).b.any()
+    assert Bottleneck(d, r, scaling="learned").scaling.item() == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_fixed_gate_scales_the_delta_weight(value):
+    """delta_weight with a constant gate is the sub-layer; with another gate there is none."""
+    module = filled(LowRank(D, 4, r=2, alpha=3, gate=Gate(D, "token")))
+    with pytest.raises(ValueError, match="`gate` depends on the input, so no weight equals this sub-layer"):
+        module.delta_weight()
+    module.gate.fix(value)
+    x = torch.randn(BATCH, LENGTH, D)
+    torch.testing.assert_close(F.linear(x, module.delta_weight()), module(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [LowRank, Bottleneck], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("gated", [False, True])
+def test_add_under_autocast(make, gated):
+    """Products in bf16, the sum in the type of y: add(y, x) = y + forward(x) still."""
+    gate = Gate(D, "token") if gated else None
+    module = filled(LowRank(D, D, r=2, gate=gate) if make is LowRank else Bottleneck(D, r=3, gate=gate))
+    x, y = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, change = module.add(y, x), module(x)
+    assert total.dtype == torch.float32
+    assert change.dtype == torch.bfloat16 or gated  # a gate's own product is in the type of its weight
+    torch.testing.assert_close(total, y + change.float(), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_in_add(gated):
+    """While it trains, `add` drops what `forward` drops; in evaluation nothing is dropped."""
+    gate = Gate(D, "token") if gated else None
+    for module in (LowRank(D, D, r=2, dropout=0.5, gate=gate), Bottleneck(D, r=3, dropout=0.5, gate=gate)):
+        filled(module)
+        x, y = torch.randn(BATCH, LENGTH, D), torch.zeros(BATCH, LENGTH, D)
+        found = []
+        for call in (module, lambda x, module=module, y=y: module.add(y, x)):
+            torch.manual_seed(3)
+            found.append(call(x))
+        torch.testing.assert_close(*found)
+        plain = module.eval()(x)
+        assert not torch.allclose(found[0], plain)
+        torch.testing.assert_close(module.add(y, x), plain)

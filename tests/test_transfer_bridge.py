@@ -12,7 +12,7 @@ from hf_peft_ext.transfer import Projections, bridge, delta_bridge, merge_projec
 from .backbones import BACKBONES, output
 from .test_transfer_fold import FAST, LARGE, plugged_model, refuses, slow, small_model
 
-KINDS = ["lora", "bottleneck", "houlsby", "prefix"]
+KINDS = ["lora", "bottleneck", "houlsby", "prefix", "unipelt"]
 LAST = {"gpt2": "transformer.h.4", "llama": "model.layers.4", "bert": "encoder.layer.2", "t5": "decoder.block.3"}
 every_pair = pytest.mark.parametrize(
     ("family", "kind"),
@@ -135,9 +135,9 @@ def test_large_model_is_never_trained(name):
     """Only the narrow copies and W_plug change; no parameter of the large model itself gets a gradient."""
     plugged, changed, grads = trained_in(BRIDGES[name])
     assert changed
-    assert all(".seen_" in path for path in changed | grads)
+    assert all(".parametrizations." in path for path in changed | grads)
     assert {path.rpartition(".")[2] for path in changed} == {"original", "weight"}  # the copies, and W_plug
-    assert not any(p.requires_grad for path, p in plugged.named_parameters() if ".seen_" not in path)
+    assert not any(p.requires_grad for path, p in plugged.named_parameters() if ".parametrizations." not in path)
 
 
 def test_papers_bridge_sees_slices():

@@ -167,7 +167,7 @@ def test_one_call_with_rows_without_answers(tokenizer, tmp_path, monkeypatch):
     assert seen["fit"][1][10:] == seen["refine"][0][10:] == decided
     for other in (unlabelled[::-1], None):
         again = lambda other=other: run(tokenizer, tmp_path, other, refine="module", temperature=0.5)  # noqa: E731
-        refuses("holds a run that was given another unlabelled", ValueError, again)
+        refuses("holds a run with another unlabelled", ValueError, again)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_errors(tokenizer, tmp_path):
     refuses("`temperature` .=0. must be a positive number", ValueError, cold)
     refuses("`temperature` .=-1. must be a positive", ValueError, lambda: PlugInSettings(temperature=-1))
     idle = lambda: run(tokenizer, tmp_path, rows, bridge="none")  # noqa: E731
-    refuses("`unlabelled` .=4. would train nothing: the settings have neither a bridge", ValueError, idle)
+    refuses("`unlabelled` .=4. would not be trained on: the settings have neither a bridge", ValueError, idle)
     texts = [{"text": "so"}]
     refuses("must have `prompt` and `choices`, or `text`, all", ValueError, lambda: run(tokenizer, tmp_path, texts))
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ products of its matrices with the projections, layer by layer. A folded LoRA is 
 
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_folding_leaves_the_logits(family, kind, tmp_path):
     assert (before - base).abs().max() > 1e-2
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
-    assert not any("seen_" in name or "plug" in name for name, _ in model.named_parameters())
+    assert not any("parametrizations" in name or "plug" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(BACKBONES[family].build(**LARGE[family]), tmp_path).eval()
     with torch.no_grad():
@@ -166,7 +167,9 @@ def test_what_is_trained_is_narrow():
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names
     assert all("lora_" in name for name in names)
-    a = [p for n, p in model.named_parameters() if n.endswith("q_proj.lora_A.default.seen_weight.original")]
+    a = [
+        p for n, p in model.named_parameters() if n.endswith("q_proj.lora_A.default.parametrizations.weight.original")
+    ]
     assert [tuple(p.shape) for p in a] == [(4, 32)] * 5
     frozen = plugged_model("llama", "lora", projections=Projections(trainable=False))
     assert {n.rpartition(".")[2] for n, p in frozen.named_parameters() if p.requires_grad} == {"original"}
@@ -227,6 +230,14 @@ def test_ranks_and_alphas_of_some_layers(tmp_path, rslora):
     wanted = {key.format(i, leaf): given[key.format(j, leaf)] for i, j in layers for leaf in ("q_proj", "v_proj")}
     assert others == [wanted, wanted]
     assert len(set(given.values())) == 4
+
+
+def test_a_copy_of_a_plugged_model_is_merged_by_itself():
+    model, inputs = plugged_model("llama", "lora"), BACKBONES["llama"].inputs()
+    with torch.no_grad():
+        before = output(model, inputs)
+        torch.testing.assert_close(output(merge_projections(deepcopy(model)), inputs), before, atol=1e-5, rtol=1e-5)
+        assert torch.equal(output(model, inputs), before)
 
 
 # Projections
@@ -297,26 +308,3 @@ def test_errors():
     refuses("an adapter of type PREFIX_TUNING; LORA, BOTTLENECK and", TypeError, lambda: plug(prefix, llama.build()))
     separate = get_peft_model(llama.build(), LoraConfig(target_modules=["q_proj"]))
     refuses("has no leaf where the small", ValueError, lambda: plug(separate, BACKBONES["gpt2"].build()))
-
-
-@pytest.mark.parametrize("kind", ["lora", "unipelt"])
-def test_several_active_adapters_are_refused(kind):
-    """One alone would come over, and the model act otherwise than the small one; the large one stays as it is."""
-    small, large = small_model("llama", kind), BACKBONES["llama"].build(**LARGE["llama"])
-    small.add_adapter("second", KINDS[kind]("llama"))
-    before = [name for name, _ in large.named_modules()]
-    message = r"`active_adapters` \(=\['default', 'second'\]\) must be one, set by `small.set_adapter`"
-    small.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=message):
-        plug(small, large)
-    small.base_model.set_adapter("second")  # peft's own wrapper still says "default"
-    with pytest.raises(ValueError, match=r"`active_adapters` \(=\['second'\]\) must be one"):
-        plug(small, large)
-    assert [name for name, _ in large.named_modules()] == before
-    assert all(p.requires_grad for p in large.parameters())
-    small.set_adapter("second")
-    randomise(small, "second", seed=1)
-    plugged = merge_projections(plug(small, BACKBONES["llama"].build(), Projections(init="slice"))).eval()
-    with torch.no_grad():
-        inputs = BACKBONES["llama"].inputs()
-        assert torch.allclose(output(plugged, inputs), output(small.eval(), inputs), atol=1e-5)

@@ -4,6 +4,7 @@ gain is not shipped; the tasks against transformers' own losses.
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,20 +116,20 @@ def test_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     from hf_peft_ext.transfer.run import pipeline as stages
 
     run(tokenizer, tmp_path / "one", refine="module")
-    for name in ("importance", "plug", "refine"):
+    for name in ("importance", "plug_tensors", "refine"):
         with monkeypatch.context() as patched:
             patched.setattr(stages, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 run(tokenizer, tmp_path / "parts", refine="module")
     run(tokenizer, tmp_path / "parts", refine="module")
     with monkeypatch.context() as patched:
-        for name in ("importance", "plug", "refine", "fit", "choose_scale"):
+        for name in ("importance", "plug_tensors", "refine", "fit", "choose_scale"):
             patched.setattr(stages, name, stop)
         run(tokenizer, tmp_path / "parts", refine="module")
     for stage in ("small", "plugged", "refined"):
         one, parts = ((tmp_path / way / stage / "adapter_model.safetensors").read_bytes() for way in ("one", "parts"))
         assert one == parts
-    other = "`folder` .*holds a run that was given another r\\."
+    other = "`folder` .*holds a run with another r\\."
     refuses(other, ValueError, lambda: run(tokenizer, tmp_path / "parts", refine="module", r=9))
 
 
@@ -140,7 +141,6 @@ def test_scale_is_the_one_with_most_right_answers(monkeypatch):
         """A row for each scale, from 0 on: of two examples, the log-odds of the right answer."""
         by_scale = dict(zip((0.0, 0.5, 1.0), rows, strict=True))
         monkeypatch.setattr(scales, "at_scale", lambda model, scale: nullcontext(current.append(scale)))
-        monkeypatch.setattr(scales, "has_prefix", lambda model: False)
         current: list[float] = []
 
         class Odds:
@@ -150,7 +150,7 @@ def test_scale_is_the_one_with_most_right_answers(monkeypatch):
             def answers(self, rows):
                 return [0] * len(rows)
 
-        return scales.choose_scale(None, Odds(), [{}, {}], [0.5, 1.0])
+        return scales.choose_scale(SimpleNamespace(has_prefix=False, model=None), Odds(), [{}, {}], [0.5, 1.0])
 
     assert choose((1, -1), (1, 1), (2, -9)) == (0.5, {0.0: 0.5, 0.5: 1.0, 1.0: 0.5})
     assert choose((3, -1), (1, 0.1), (0.2, 0.1))[0] == 0.5
@@ -235,9 +235,9 @@ def test_a_folder_of_another_run(tokenizer, tmp_path):
         "large": other,
     }.items():
         change = lambda name=name, value=value: plug_in(**(given | {"peft_config": lora(), name: value}))  # noqa: E731
-        refuses(f"`folder` .*holds a run that was given another {name}\\.", ValueError, change)
+        refuses(f"`folder` .*holds a run with another {name}\\.", ValueError, change)
     call = lambda: plug_in(**(given | {"small": trained}))  # noqa: E731
-    refuses("given another peft_config, small", ValueError, call)
+    refuses("with another peft_config, small", ValueError, call)
     again = given | {"large": BACKBONES["llama"].build(**LARGE["llama"]), "peft_config": lora()}
     assert plug_in(**(again | {"small": BACKBONES["llama"].build()}))[1] == result
 

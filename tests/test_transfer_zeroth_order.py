@@ -7,8 +7,9 @@ import torch
 from peft import get_peft_model
 
 from hf_peft_ext.transfer import MeZO, PlugInResult, layer_scales, merge_projections
+from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
 from hf_peft_ext.transfer.refine.mezo import trained
-from hf_peft_ext.transfer.refine.module_scale import at_scale, has_prefix
+from hf_peft_ext.transfer.refine.module_scale import at_scale
 from hf_peft_ext.transfer.run.result import Measured, gain_interval
 
 from .backbones import BACKBONES, output
@@ -113,15 +114,15 @@ def test_at_scale(kind):
         whole = output(model, inputs)
         found = {}
         for scale in (0.0, 0.5, 1.0):
-            with at_scale(model, scale):
+            with at_scale(AdapterTensors(model), scale):
                 found[scale] = output(model, inputs)
         assert torch.equal(found[0.0], base)
         assert torch.equal(found[1.0], whole)
         assert not torch.equal(found[0.5], whole)
         assert torch.equal(output(model, inputs), whole)
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert has_prefix(small("prefix"))
-    assert not has_prefix(model)
+    assert AdapterTensors(small("prefix")).has_prefix
+    assert not AdapterTensors(model).has_prefix
 
 
 # Results
@@ -176,6 +177,6 @@ def test_errors():
     p = torch.nn.Parameter(torch.zeros(1))
     refuses("`eps` .=0. must be a positive number", ValueError, lambda: MeZO([p], eps=0))
     refuses("`samples` .=0. must be a positive whole number", ValueError, lambda: MeZO([p], samples=0))
-    refuses("not folded yet", ValueError, lambda: layer_scales(plugged_model("llama", "lora")))
+    refuses("must have its projections merged first", ValueError, lambda: layer_scales(plugged_model("llama", "lora")))
     refuses("must be of the same rows", ValueError, lambda: gain_interval([True], [True, False]))
     refuses("`answers` .=1. must be one for each of 2 rows", ValueError, lambda: Measured.of([p, p], [0]))

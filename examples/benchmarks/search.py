@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from hf_peft_ext.search import DesignSpace, RunArguments, SearchTask
-from hf_peft_ext.search.training import adapted, evaluate, train
+from hf_peft_ext.search.training import adapted, evaluate, train_adapter
 
 LIMIT = 128  # tokens of a row, at most
 MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"
@@ -106,7 +106,7 @@ class Bench:
         """As the search does it."""
         batches = self.task.batches("train", self.run.per_device_train_batch_size)
         with adapted(self.model, config, 0) as model:
-            train(model, batches, self.run, 0)
+            train_adapter(model, batches, self.run, 0)
             test = self.task.batches("evaluation", self.run.per_device_eval_batch_size)
             return evaluate(model, test, self.run, accuracy)
 

@@ -57,6 +57,7 @@ from hf_peft_ext.prompts import load_templates
 from hf_peft_ext.pruning import Importance, PrunedModel, importance, pruned_copy
 from hf_peft_ext.transfer import Projections, bridge, delta_bridge, layer_scales, merge_projections, plug
 from hf_peft_ext.transfer.bridges.bridge import kept_channels
+from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
 from hf_peft_ext.transfer.map.plug import depths
 from hf_peft_ext.transfer.map.projections import layer_map
 from hf_peft_ext.transfer.refine.distillation import decide
@@ -277,8 +278,9 @@ class Cell:
         model = self.load(run.condition, path)
         row = self.measured(model, seconds)
         if run.condition in (*PLUGGED, "fresh"):
-            scale, _ = choose_scale(model, self.task, self.dev, (0.25, 0.5, 1.0))
-            with at_scale(model, scale):
+            tensors = AdapterTensors(model)
+            scale, _ = choose_scale(tensors, self.task, self.dev, (0.25, 0.5, 1.0))
+            with at_scale(tensors, scale):
                 row |= {"scale": scale, "safe": self.measured(model, 0.0)["accuracy"]}
         return row
 

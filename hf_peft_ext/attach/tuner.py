@@ -109,8 +109,8 @@ class ComposedModel(AdapterTuner):
             if isinstance(prefix, ProjectedPrefix) and path.endswith(f".sublayer_of.{adapter_name}"):
                 network = (f"{path}.projection.", f"{path}.last.")
                 state = {key: value for key, value in state.items() if not key.startswith(network)}
-                keys, values = prefix.vectors()
-                state |= {f"{path}.keys": keys.detach().contiguous(), f"{path}.values": values.detach().contiguous()}
+                p_k, p_v = prefix.vectors()
+                state |= {f"{path}.P_K": p_k.detach().contiguous(), f"{path}.P_V": p_v.detach().contiguous()}
         return state
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command line by its name in the package: `torchrun -m hf_peft_ext.cli train ...`; see `hf_peft_ext_cli`."""
+"""The command line as a module of the package, for `torchrun -m hf_peft_ext.cli train ...`; see `hf_peft_ext_cli`."""
 
 from hf_peft_ext_cli import app
 

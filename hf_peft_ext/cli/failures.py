@@ -1,4 +1,4 @@
-"""What a command says when it fails: one line, and an exit code."""
+"""Errors of a command: one line on stderr, and an exit code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,21 +7,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-# what a run can meet that is no fault of this package; anything else keeps its traceback, for a bug report
+# Errors of files, values and packages. Any other error is a bug and keeps its traceback.
 EXPECTED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
 
 
 @contextmanager
 def one_line(errors: Console) -> Iterator[None]:
-    """Say what failed in one line, and leave with 2 where a value must change, else with 1.
+    """Print an expected error in one line and exit, with code 2 if a value must be changed, else with code 1.
+
+    Args:
+        errors: the console on stderr.
 
     Raises:
-        typer.Exit: something failed.
+        typer.Exit: an expected error was printed.
     """
     try:
         yield
     except EXPECTED as error:
-        if isinstance(error, typer.Exit):  # which is a RuntimeError
+        if isinstance(error, typer.Exit):  # itself a RuntimeError
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         errors.print(f"[bold red]Error[/] {escape(text)}")

@@ -1,4 +1,4 @@
-"""`hf-peft-ext lm-eval`: lm-evaluation-harness, with the adapters of this package known to it."""
+"""`hf-peft-ext lm-eval`: lm-evaluation-harness with the adapters of this package."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,10 @@ import typer
 
 
 def lm_eval(arguments: Sequence[str]) -> None:
-    """Run lm-evaluation-harness with arguments of its own.
+    """Run lm-evaluation-harness.
+
+    Args:
+        arguments: its own command line.
 
     Raises:
         typer.Exit: lm-evaluation-harness is not installed.

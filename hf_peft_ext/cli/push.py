@@ -1,4 +1,4 @@
-"""`hf-peft-ext push`: an adapter's folder to the Hub, from the command line."""
+"""`hf-peft-ext push`: pushes an adapter's folder to the Hub."""
 
 import os
 import shutil
@@ -18,21 +18,27 @@ from hf_peft_ext.hub_cards.card import write_card
 from hf_peft_ext.hub_cards.peft_integration import CARD, full_id, published_cards
 from hf_peft_ext.hub_cards.push import check_adapter, check_files, check_request, explained, publishable, push_adapter
 
-WEIGHTS = ".safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
 
 
 def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> None:
-    """Carry out the command; `hf_peft_ext_cli` says what its arguments are.
+    """Push a folder, or show what would be pushed.
+
+    Args:
+        folder: the adapter's folder.
+        repo_id: the repository on the Hub.
+        options: further arguments of `push_adapter`.
+        dry_run: whether to send nothing.
 
     Raises:
-        typer.Exit: the folder was refused or the push failed, which has been said.
+        typer.Exit: the folder was refused or the push failed; the error was printed.
     """
     console, errors = Console(), Console(stderr=True)
     try:
         check_request(repo_id, options)
         check_adapter(folder, publishable(folder))
         if dry_run:
-            console.print(rehearsed(folder, repo_id, options))
+            console.print(preview(folder, repo_id, options))
             return
         with explained(folder, repo_id, options):
             repo_id = full_id(repo_id)
@@ -46,22 +52,22 @@ def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> 
     console.print(info.pr_url or info.commit_url, markup=False, soft_wrap=True)
 
 
-def rehearsed(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
-    """What would go, found out by doing all but the sending on a copy, so that it refuses what the push refuses."""
-    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS)]
+def preview(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
+    """The files that a push would send. It does all but the sending on a copy, so it refuses what the push refuses."""
+    weights = [name for name in publishable(folder) if name.endswith(WEIGHTS_SUFFIX)]
     with copied(folder, weights) as copy:
         try:
             renew_cards(copy, repo_id, {})
-            files = sorted([*publishable(copy), *weights])  # which are links there
+            files = sorted([*publishable(copy), *weights])  # links in the copy
             check_files(copy, files, options)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(folder))) from error
-        return contents(copy, files, beside=folder)
+        return contents(copy, files, original=folder)
 
 
 @contextmanager
 def copied(folder: Path, weights: Sequence[str]) -> Iterator[Path]:
-    """A copy of what may be pushed, with links for the weights, under the same name, which a card can show."""
+    """A copy of the files that may be pushed, with links to the weights, under the same name: a card may show it."""
     with TemporaryDirectory() as place:
         copy = Path(place, folder.resolve().name)
         copy.mkdir()
@@ -73,23 +79,23 @@ def copied(folder: Path, weights: Sequence[str]) -> Iterator[Path]:
 
 
 def renew_cards(folder: Path, repo_id: str, published: Mapping[str, str]) -> None:
-    """The cards of the adapters in a folder, below it only where there is one already: not in plain checkpoints."""
+    """Write the cards of the adapters in a folder. Subfolders without a card, such as checkpoints, get none."""
     for file in publishable(folder):
         card = PurePath(file).parent / CARD
         if PurePath(file).name == CONFIG_NAME and (file == CONFIG_NAME or (folder / card).exists()):
-            inside = None if file == CONFIG_NAME else card.parent.as_posix()
+            subfolder = None if file == CONFIG_NAME else card.parent.as_posix()
             text = published.get(card.as_posix())
-            write_card(folder / card.parent, repo_id=repo_id, subfolder=inside, published=text)
+            write_card(folder / card.parent, repo_id=repo_id, subfolder=subfolder, published=text)
 
 
-def contents(folder: Path, files: Sequence[str], beside: Path | None = None) -> Table:
-    """What goes, with sizes, and what stays, in the folder or, where that is a copy, in the one that it is of."""
+def contents(folder: Path, files: Sequence[str], original: Path | None = None) -> Table:
+    """A table of the files to push, with sizes, and of the others. `original` is the folder that `folder` copies."""
     table = Table(box=None, show_header=False)
     for file in files:
         table.add_row("push", Text(file), f"{(folder / file).stat().st_size:,} bytes")
-    home = beside or folder
-    everything = (Path(parent, name) for parent, _, names in os.walk(home) for name in names)
-    for name in sorted(file.relative_to(home).as_posix() for file in everything):
+    home = original or folder
+    all_files = (Path(parent, name) for parent, _, names in os.walk(home) for name in names)
+    for name in sorted(file.relative_to(home).as_posix() for file in all_files):
         if name not in files:
             table.add_row("keep", Text(name), "", style="dim")
     return table

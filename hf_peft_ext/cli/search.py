@@ -1,4 +1,4 @@
-"""`hf-peft-ext search`: a worker of a search, and the search's report, from the command line."""
+"""`hf-peft-ext search`: a worker of a search, and the search's report."""
 
 import sys
 import warnings
@@ -21,47 +21,55 @@ if TYPE_CHECKING:
 out, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def search(path: Path, changes: Sequence[str]) -> None:
-    """Work on a search until it is done; `hf_peft_ext_cli` says what the arguments are.
+def search_command(path: Path, changes: Sequence[str]) -> None:
+    """Work on a search until it is finished; write its report and the resulting config.
+
+    Args:
+        path: the search's YAML file.
+        changes: each `section.key=value`.
 
     Raises:
-        typer.Exit: something failed, which has been said. Failures of single runs are recorded in the search instead.
+        typer.Exit: an error was printed. Errors of single runs are recorded in the search instead.
     """
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # they are for programmers
+        warnings.simplefilter("ignore")  # warnings are for developers
     with one_line(errors):
-        wanted = read(path, changes)
-        folder = Path(wanted.search.output_dir)
+        recipe = read_search(path, changes)
+        folder = Path(recipe.search.output_dir)
         check_writable("search.output_dir", folder)
         no_bars()
-        with wanted.explained():
-            result = wanted.load().search()
+        with recipe.recipe_errors():
+            result = recipe.load().search()
         for decision in result.decisions:
             tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
             out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
-        write(result, folder)
+        write_and_print(result, folder)
         result.config.save_pretrained(str(folder))
         out.print(f"[cyan]config[/]  {folder / 'adapter_config.json'}")
 
 
-def report(path: Path, changes: Sequence[str]) -> None:
+def report_command(path: Path, changes: Sequence[str]) -> None:
     """Write the report of a search, finished or not.
 
+    Args:
+        path: the search's YAML file.
+        changes: each `section.key=value`.
+
     Raises:
-        typer.Exit: something failed, which has been said.
+        typer.Exit: an error was printed.
     """
     with one_line(errors):
-        wanted = read(path, changes)
-        check_writable("search.output_dir", wanted.search.output_dir)
+        recipe = read_search(path, changes)
+        check_writable("search.output_dir", recipe.search.output_dir)
         from hf_peft_ext.search import SearchResult
 
-        with wanted.explained():
-            result = SearchResult.load(wanted.search.storage, wanted.search.study_name)
-        write(result, Path(wanted.search.output_dir))
+        with recipe.recipe_errors():
+            result = SearchResult.load(recipe.search.storage, recipe.search.study_name)
+        write_and_print(result, Path(recipe.search.output_dir))
 
 
-def read(path: Path, changes: Sequence[str]) -> "SearchRecipe":
-    """The search of a file. Its module is imported here: it needs what comes with an extra."""
+def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
+    """Read the search of a file. Its module is imported late: it needs the packages of an extra."""
     for module in ("optuna", "matplotlib"):
         optional(module, "search", "A search")
     from hf_peft_ext.recipes.search import SearchRecipe
@@ -69,7 +77,8 @@ def read(path: Path, changes: Sequence[str]) -> "SearchRecipe":
     return SearchRecipe.read(path, changes)
 
 
-def write(result: "SearchResult", folder: Path) -> None:
+def write_and_print(result: "SearchResult", folder: Path) -> None:
+    """Write the report and print its path."""
     from hf_peft_ext.search import write_report
 
     out.print(f"[cyan]report[/]  {escape(str(write_report(result, folder)))}")

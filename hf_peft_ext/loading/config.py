@@ -14,8 +14,8 @@ from torch import nn
 
 from hf_peft_ext.attach.config import RegisteredConfig
 from hf_peft_ext.validation.checks import check
-from hf_peft_ext.validation.config_schema import MAX_NAMES, NAME, known_fields, read_json, refuse
-from hf_peft_ext.validation.module_patterns import SECONDS, endings_of, matching
+from hf_peft_ext.validation.config_schema import MAX_NAMES, MODULE_NAME, known_fields, read_json, refuse
+from hf_peft_ext.validation.module_patterns import PATTERN_SECONDS, endings_of, matching
 
 # peft's own types that the tests load. The others read further files, allocate what no file holds, or were not tried.
 STOCK = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS",
@@ -95,14 +95,15 @@ def check_prompt(config: PromptLearningConfig, model: nn.Module) -> None:
 
 def name_modules(config: Any, paths: list[str]) -> None:
     """Put the names of modules where the config has regular expressions."""
-    until = time.process_time() + SECONDS
+    until = time.process_time() + PATTERN_SECONDS
     named_by: dict[str, list[str]] = {}  # ending -> paths
     for path in paths:
         for ending in endings_of(path):
             named_by.setdefault(ending, []).append(path)
     for field in PATTERNS:
         pattern = getattr(config, field, None)
-        if isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND and not NAME.fullmatch(pattern):
+        is_text = isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if is_text and not MODULE_NAME.fullmatch(pattern):
             named = matching(pattern, paths, until)
             if not named and field == "target_modules":
                 refuse(field, pattern, "matches no module of this model")
@@ -116,10 +117,10 @@ def name_modules(config: Any, paths: list[str]) -> None:
             setattr(config, field, type(pattern)(named))
     for field in KEYED_PATTERNS:
         numbers = getattr(config, field, None) or {}
-        if len(numbers) > MAX_NAMES or not all(map(NAME.fullmatch, numbers)):
+        if len(numbers) > MAX_NAMES or not all(map(MODULE_NAME.fullmatch, numbers)):
             number_of: dict[str, Any] = {}
             for pattern, number in numbers.items():
-                plain = NAME.fullmatch(pattern)
+                plain = MODULE_NAME.fullmatch(pattern)
                 named = named_by.get(pattern, []) if plain else matching(rf"(?:.*\.)?(?:{pattern})", paths, until)
                 number_of |= {path: number for path in named if path not in number_of}
             setattr(config, field, by_number(number_of))

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.checks import check, is_hub_id
 
 
 def adapter_folder(
@@ -27,7 +25,7 @@ def adapter_folder(
         folder, commit = Path(id_or_path), None
     else:
         rule = "is neither a folder nor an id on the Hub"
-        check("id_or_path", str(id_or_path), is_repo_id(str(id_or_path)), rule)
+        check("id_or_path", str(id_or_path), is_hub_id(str(id_or_path)), rule)
         wanted = [(inside / name).as_posix() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
         folder = Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=wanted, token=token))
         commit = folder.name  # the cache has a folder for each commit
@@ -39,11 +37,3 @@ def adapter_folder(
             f"{id_or_path} has no {SAFETENSORS_WEIGHTS_NAME}; pickles such as {WEIGHTS_NAME} are not loaded."
         )
     return folder, commit
-
-
-def is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

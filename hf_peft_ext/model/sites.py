@@ -26,7 +26,7 @@ from hf_peft_ext.model.structure import (
     leaf_size,
     prefix_act,
 )
-from hf_peft_ext.validation.module_patterns import SECONDS, matching
+from hf_peft_ext.validation.module_patterns import PATTERN_SECONDS, matching
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -62,7 +62,7 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
         ValueError: no module matches, or what matches cannot be such a site.
     """
     layers, modules = layer_paths(model), dict(own_modules(model))
-    until = time.process_time() + SECONDS
+    until = time.process_time() + PATTERN_SECONDS
     for name, pattern in overrides.items():
         hosts = matching(pattern, filter(None, modules), until)
         if not hosts:

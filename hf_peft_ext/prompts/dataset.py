@@ -71,6 +71,11 @@ class PromptedDataset(Dataset[dict[str, Any]]):
 
 
 def check_templates(templates: Sequence[PromptTemplate]) -> None:
+    """Refuse an empty list of templates, or two of the same name.
+
+    Raises:
+        ValueError: `templates` is empty or repeats a name.
+    """
     names = [template.name for template in templates]
     check("templates", names, len(names) > 0, "must hold at least one template")
     check("templates", names, len(set(names)) == len(names), "must each have a name of its own")

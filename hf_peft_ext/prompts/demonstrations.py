@@ -89,6 +89,7 @@ def draw(demonstrations: Sequence[Prompted], example: Prompted, k: int, seed: st
 
 
 def tells(shown: Prompted, example: Prompted) -> bool:
+    """Whether a demonstration has the example's prompt and one of its choices, so that it gives the answer away."""
     return shown["prompt"] == example["prompt"] and shown["choices"][shown["answer"]] in example["choices"]
 
 

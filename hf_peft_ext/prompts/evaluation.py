@@ -33,6 +33,7 @@ class TemplateScores:
 
     @property
     def median(self) -> float:
+        """Median score of the templates."""
         return float(np.median(list(self.scores.values())))
 
     @property
@@ -43,6 +44,7 @@ class TemplateScores:
 
     @property
     def interquartile_range(self) -> float:
+        """Third quartile of the scores minus the first."""
         first, third = self.quartiles
         return third - first
 

@@ -62,6 +62,12 @@ def documented_fields(source: str | Path) -> dict[str, str]:
 
 
 def read(path: Path) -> list[PromptTemplate]:
+    """The templates of a YAML file.
+
+    Raises:
+        TypeError: a part of the file is of the wrong kind.
+        ValueError: the file breaks a rule, see `load_templates`.
+    """
     content = parsed(path)
     defaults = {key: value for key, value in content.items() if key in OF_A_TEMPLATE}
     templates = [template(path, i, part, defaults) for i, part in enumerate(content["templates"])]
@@ -96,6 +102,12 @@ def parsed(path: Path) -> dict[str, Any]:
 
 
 def template(path: Path, index: int, part: Any, defaults: Mapping[str, Any]) -> PromptTemplate:
+    """One entry of `templates`, completed by the keys that the file sets for all.
+
+    Raises:
+        TypeError: the entry is of the wrong kind.
+        ValueError: a key is missing, unknown or breaks a rule.
+    """
     check_keys(path, f"template {index + 1}", part, OF_A_TEMPLATE, {"name", "prompt", "choices"} - defaults.keys())
     try:
         return PromptTemplate(**{**defaults, **part})
@@ -104,6 +116,12 @@ def template(path: Path, index: int, part: Any, defaults: Mapping[str, Any]) -> 
 
 
 def check_keys(path: Path, what: str, part: Any, known: set[str], needed: set[str]) -> None:
+    """Refuse a mapping with unknown keys or without needed ones.
+
+    Raises:
+        TypeError: `part` is no mapping.
+        ValueError: a key is unknown or missing.
+    """
     if not isinstance(part, dict):
         raise TypeError(f"{path.name}: {what} must be a mapping of keys to values, not a {type(part).__name__}.")
     strange, missing = sorted(part.keys() - known), sorted(needed - part.keys())
@@ -116,4 +134,5 @@ def check_keys(path: Path, what: str, part: Any, known: set[str], needed: set[st
 
 
 def refuse(path: Path, rule: str) -> NoReturn:
+    """Raise a ValueError that names the file."""
     raise ValueError(f"{path.name} {rule}.")

@@ -36,11 +36,13 @@ def join(values: Any, separator: str = "") -> str:
 
 
 def replace(text: str, old: str, new: str) -> str:
+    """`str.replace` with a limit on the length of the result."""
     bounded(len(text) + text.count(old) * len(new))
     return text.replace(old, new)
 
 
 def rstrip(text: str, characters: str | None = None) -> str:
+    """`str.rstrip`, which Jinja has no filter for."""
     return text.rstrip(characters)
 
 
@@ -54,6 +56,11 @@ def counted(context: Context, values: Any) -> Iterator[Any]:
 
 
 def bounded(length: int) -> None:
+    """Refuse a text that would have more than `MAX_TEXT` characters.
+
+    Raises:
+        ValueError: `length` is larger than that.
+    """
     if length > MAX_TEXT:
         raise ValueError(f"it makes a text of more than {MAX_TEXT:,} characters")
 
@@ -69,6 +76,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Fields of a mapping come before its methods: `{{ row.items }}` is the field."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        """The item of a mapping with this name, or else the attribute."""
         if isinstance(obj, Mapping) and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)

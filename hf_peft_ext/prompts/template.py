@@ -67,6 +67,7 @@ class PromptTemplate:
 
     @property
     def choice_texts(self) -> tuple[str, ...]:
+        """The Jinja sources of the choices; one where a single text renders to all of them."""
         return (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
 
     @property
@@ -89,6 +90,11 @@ class PromptTemplate:
         return rendered | ({"answer": self.index(row, rendered["choices"])} if answered else {})
 
     def rendered_choices(self, row: Mapping[str, Any]) -> list[str]:
+        """The texts of the choices for a row.
+
+        Raises:
+            ValueError: a choice is empty, or a text of the row holds the separator.
+        """
         choices = [self.text("choices", text, row) for text in self.choice_texts]
         if isinstance(self.choices, str):
             fields = parse(self.choices)[1]
@@ -100,6 +106,11 @@ class PromptTemplate:
         return choices
 
     def index(self, row: Mapping[str, Any], choices: list[str]) -> int:
+        """The index of the right choice of a row.
+
+        Raises:
+            ValueError: the row has no answer, or one that is none of the choices.
+        """
         if self.answer not in row:
             had = ", ".join(map(str, row)) or "none"
             self.refuse("answer", f"is the field {self.answer!r}, which the row does not have; it has {had}")
@@ -112,16 +123,27 @@ class PromptTemplate:
         self.refuse("answer", rule)
 
     def text(self, field: str, source: str, row: Mapping[str, Any]) -> str:
+        """A Jinja source rendered for a row; errors name the template and the field.
+
+        Raises:
+            ValueError: the source cannot be rendered for this row.
+        """
         try:
             return render(source, row)
         except ValueError as error:
             self.refuse(field, str(error), error)
 
     def check_text(self, field: str, value: object) -> None:
+        """Refuse a value that is no text.
+
+        Raises:
+            TypeError: `value` is no `str`.
+        """
         if not isinstance(value, str):
             raise TypeError(f"`{field}` of template {self.name!r} must be a text, not {type(value).__name__}.")
 
     def refuse(self, field: str, rule: str, cause: Exception | None = None) -> NoReturn:
+        """Raise a ValueError that names the field and the template."""
         raise ValueError(f"`{field}` of template {self.name!r} {rule}.") from cause
 
 

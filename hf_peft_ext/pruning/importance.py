@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from hf_peft_ext.model.modes import frozen
 from hf_peft_ext.model.quantization import keep_4bit_trainable, plain_weight
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import covers, innermost, leaf_size, own_modules
@@ -92,7 +93,8 @@ def importance(
         add_magnitudes(model, found)
     else:
         check("batches", batches, batches is not None, f"must be given for {kind}")
-        with frozen_eval(model):
+        keep_4bit_trainable(model)
+        with frozen(model):
             for batch in batches or ():
                 batch = {key: value.to(device) for key, value in batch.items()}
                 examples = len(next(iter(batch.values())))
@@ -237,24 +239,6 @@ def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[[str, Tensor
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, with all weights frozen; afterwards as it was."""
-    keep_4bit_trainable(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
-        for module in training:
-            module.training = True
 
 
 def by_example(path: str, y: Tensor, examples: int) -> Tensor:

@@ -13,13 +13,13 @@ forward, nor on the side that the tokenizer pads on.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_peft_ext.model.modes import evaluating
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.ranking.encode import Example, collate, encode_choices
 from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
@@ -197,15 +197,3 @@ def lengths(example: Example, texts: Sequence[str], normalization: Normalization
         case "character":
             return [len(text) for text in texts]
     return [1] * len(texts)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to the mode of each module."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -1,4 +1,7 @@
-"""The metrics of recipes and prompt templates, by name; each compares what was predicted with what is right."""
+"""The metrics of recipes and prompt templates, by name. Each compares predictions with labels.
+
+scikit-learn is imported on the first use of a metric, because its import is slow.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,31 +12,38 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 Metric = Callable[[Any, Any], float]
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The share of the rows that is right."""
+def accuracy(
+    predicted: np.ndarray,  # shape: (rows,): class indices
+    labels: np.ndarray,  # shape: (rows,)
+) -> float:
+    """The share of correct rows."""
     return float((predicted == labels).mean())
 
 
-def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """F1 = 2 TP / (2 TP + FP + FN) of each class, and the mean over the classes (macro)."""
-    classes = np.union1d(predicted, labels)
-    scores = [
-        2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum()) for c in classes
-    ]
-    return float(np.mean(scores))
+def f1(
+    predicted: np.ndarray,  # shape: (rows,): class indices
+    labels: np.ndarray,  # shape: (rows,)
+) -> float:
+    """The mean over all classes of F1 = 2 TP / (2 TP + FP + FN), "macro" in scikit-learn."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predicted, average="macro"))
 
 
-def matthews_correlation(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The correlation of predicted and right classes, any number of them (Gorodkin 2004); 0 if one is constant."""
-    classes = np.union1d(predicted, labels)
-    p, y = (np.asarray(x)[:, None] == classes for x in (predicted, labels))
-    p, y = p - p.mean(0), y - y.mean(0)
-    norm = np.sqrt((p * p).sum() * (y * y).sum())
-    return float((p * y).sum() / norm) if norm else 0.0
+def matthews_correlation(
+    predicted: np.ndarray,  # shape: (rows,): class indices
+    labels: np.ndarray,  # shape: (rows,)
+) -> float:
+    """The correlation of predictions and labels for any number of classes (Gorodkin 2004); 0 if either is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if len(np.union1d(predicted, labels)) == 1:  # scikit-learn returns 0 too, with a warning
+        return 0.0
+    return float(matthews_corrcoef(labels, predicted))
 
 
 def exact_match(predicted: Sequence[str], labels: Sequence[str]) -> float:
-    """The share of the texts that are right to the letter, spaces at the ends left out."""
+    """The share of texts that equal their labels, without the white space at both ends."""
     return sum(p.strip() == y.strip() for p, y in zip(predicted, labels, strict=True)) / len(labels)
 
 
@@ -42,7 +52,7 @@ GENERATION: dict[str, Metric] = {"exact_match": exact_match}
 
 
 def classification_metrics(metrics: dict[str, Metric]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of a Trainer that classifies."""
+    """`compute_metrics` of a Trainer for classification; predictions are logits of shape (rows, classes)."""
 
     def compute(evaluated: EvalPrediction) -> dict[str, float]:
         logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
@@ -55,7 +65,7 @@ def classification_metrics(metrics: dict[str, Metric]) -> Callable[[EvalPredicti
 def generation_metrics(
     metrics: dict[str, Metric], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of a Trainer that generates text."""
+    """`compute_metrics` of a Trainer for text generation; predictions and labels are token ids (rows, length)."""
 
     def texts(ids: Any) -> list[str]:
         ids = np.where(np.asarray(ids) >= 0, ids, tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Recipes: a run of training as one YAML file, from the command line or from Python."""
+"""Recipes: a training run as one YAML file, for the command line or for Python."""
 
 from hf_peft_ext.recipes.recipe import Recipe as Recipe
 from hf_peft_ext.recipes.recipe_source import RecipeError as RecipeError

@@ -1,22 +1,22 @@
-"""What each task reads: which columns of the rows hold what, and how they become a model's inputs."""
+"""The data of each task: the columns it reads, and how they become a model's inputs."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from hf_peft_ext.prompts import PromptTemplate, chat
-from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.validation.checks import check
 
 
 @dataclass
-class Classification(Rows):
+class ClassificationData(DatasetArguments):
     """Data of SEQ_CLS.
 
     Args:
-        text_column: the text, or a list of two columns for pairs of texts.
-        label_column: the class: words, whole numbers, or a ClassLabel of `datasets`.
-        max_length: tokens after which a text is cut; None for what the model takes.
+        text_column: column of the text, or a list of two columns for pairs of texts.
+        label_column: column of the class: strings, whole numbers, or a ClassLabel of `datasets`.
+        max_length: longer texts are cut to so many tokens; None for the model's own limit.
     """
 
     text_column: str | list[str] = "text"
@@ -24,19 +24,24 @@ class Classification(Rows):
     max_length: int | None = None
 
     def texts(self) -> list[str]:
+        """The text columns."""
         return [self.text_column] if isinstance(self.text_column, str) else list(self.text_column)
 
     def columns(self) -> list[str]:
+        """The columns that are read."""
         return [*self.texts(), self.label_column]
 
     def labels(self, rows: Any) -> list[str]:
-        """The names of the classes, in the order of their indices."""
+        """The names of the classes, in the order of their indices.
+
+        Raises:
+            RecipeError: the labels are neither strings nor whole numbers.
+        """
         feature = rows.features[self.label_column]
         if hasattr(feature, "names"):
             return list(feature.names)
-        kinds = {type(label) for label in rows[self.label_column]}
-        if not kinds <= {str, int, bool}:
-            raise RecipeError(f"`data.label_column` (={self.label_column!r}) must hold words or whole numbers.")
+        if not {type(label) for label in rows[self.label_column]} <= {str, int, bool}:
+            raise RecipeError(f"`data.label_column` (={self.label_column!r}) must hold strings or whole numbers.")
         return [str(label) for label in sorted(set(rows[self.label_column]))]
 
     def _names(self, rows: Any) -> list[str]:
@@ -44,29 +49,35 @@ class Classification(Rows):
         return [feature.names[i] if hasattr(feature, "names") else str(i) for i in rows[self.label_column]]
 
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
+        """Tokens of the texts, and indices of the classes as `labels`.
+
+        Raises:
+            RecipeError: a row has a class that is not in `labels`.
+        """
+
         def inputs(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [batch[column] for column in self.texts()]
             return dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
 
         index = {label: i for i, label in enumerate(labels)}
         names = self._names(rows)
-        strange = sorted(set(names) - set(labels))
-        if strange:
-            rule = f"has classes that no row to train on has: {', '.join(strange[:5])}"
+        unknown = sorted(set(names) - set(labels))
+        if unknown:
+            rule = f"has classes that no training row has: {', '.join(unknown[:5])}"
             raise RecipeError(f"`data.eval_split` (={self.eval_split!r}) {rule}.")
         encoded = rows.map(inputs, batched=True, remove_columns=rows.column_names)
         return encoded.add_column("labels", [index[name] for name in names])
 
 
 @dataclass
-class Instruction(Rows):
-    """Data of CAUSAL_LM, for TRL's SFTTrainer: plain text, a prompt and its response, or chats. One of the three.
+class InstructionData(DatasetArguments):
+    """Data of CAUSAL_LM, for TRL's SFTTrainer: plain text, or prompts with responses, or chats.
 
     Args:
-        text_column: plain text.
-        prompt_column: what is asked; the loss leaves it out.
-        response_column: what is to be answered.
-        messages_column: chats, as lists of {"role": ..., "content": ...}; needs a chat template.
+        text_column: column of plain text.
+        prompt_column: column of prompts, which the loss leaves out.
+        response_column: column of responses.
+        messages_column: column of chats: lists of {"role": ..., "content": ...}; needs a chat template.
     """
 
     text_column: str | None = None
@@ -76,32 +87,35 @@ class Instruction(Rows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {key for key in ("text", "prompt", "response", "messages") if getattr(self, f"{key}_column")}
-        rule = "must stand alone: `text_column`, or `messages_column`, or `prompt_column` with `response_column`"
-        check("columns", sorted(given), given in ({"text"}, {"messages"}, {"prompt", "response"}), rule)
+        kinds = {key for key in ("text", "prompt", "response", "messages") if getattr(self, f"{key}_column")}
+        rule = "must be one of: `text_column`; `messages_column`; `prompt_column` with `response_column`"
+        check("columns", sorted(kinds), kinds in ({"text"}, {"messages"}, {"prompt", "response"}), rule)
 
-    def named(self) -> dict[str, str]:
-        """Column -> what TRL calls it."""
-        given = (self.text_column, self.messages_column, self.prompt_column, self.response_column)
-        return {old: new for old, new in zip(given, ("text", "messages", "prompt", "completion"), strict=True) if old}
+    def trl_names(self) -> dict[str, str]:
+        """Column -> its name in TRL."""
+        columns = (self.text_column, self.messages_column, self.prompt_column, self.response_column)
+        names = ("text", "messages", "prompt", "completion")
+        return {column: name for column, name in zip(columns, names, strict=True) if column}
 
     def columns(self) -> list[str]:
-        return list(self.named())
+        """The columns that are read."""
+        return list(self.trl_names())
 
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
-        named = self.named()
-        return rows.select_columns(list(named)).rename_columns({old: new for old, new in named.items() if old != new})
+        """The columns under TRL's names; TRL makes tokens of them."""
+        names = self.trl_names()
+        return rows.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
 
 
 @dataclass
-class Sequences(Rows):
+class SequenceData(DatasetArguments):
     """Data of SEQ_2_SEQ_LM.
 
     Args:
-        prompt_column: what the encoder reads.
-        response_column: what the decoder is to write.
-        max_length: tokens after which a prompt is cut; None for what the model takes.
-        max_target_length: the same for a response.
+        prompt_column: column of the encoder's texts.
+        response_column: column of the decoder's texts.
+        max_length: longer prompts are cut to so many tokens; None for the model's own limit.
+        max_target_length: the same for responses.
     """
 
     prompt_column: str = "prompt"
@@ -110,9 +124,12 @@ class Sequences(Rows):
     max_target_length: int | None = None
 
     def columns(self) -> list[str]:
+        """The columns that are read."""
         return [self.prompt_column, self.response_column]
 
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
+        """Tokens of the prompts, and tokens of the responses as `labels`."""
+
         def inputs(batch: dict[str, list[str]]) -> dict[str, Any]:
             prompts = tokenizer(batch[self.prompt_column], truncation=True, max_length=self.max_length)
             responses = tokenizer(
@@ -124,15 +141,15 @@ class Sequences(Rows):
 
 
 @dataclass
-class Ranking(Rows):
-    """Data of T-Few, for CAUSAL_LM and SEQ_2_SEQ_LM: a prompt for each row, and choices to answer it with.
+class RankingData(DatasetArguments):
+    """Data of T-Few, for CAUSAL_LM and SEQ_2_SEQ_LM: a prompt for each row, and answer choices.
 
     Args:
-        prompt: the prompt in Jinja, whose names are columns.
-        choices: a list of texts in Jinja; one text that renders to all of them with "|||" between; or a mapping from
-            what may stand in `answer_column` to the choice that it means.
-        answer_column: the right choice: its text, its index, or a key of `choices`.
-        use_chat_template: whether prompts go through the tokenizer's chat template.
+        prompt: a Jinja template of the prompt; its names are columns.
+        choices: a list of Jinja templates; one template that renders to all choices, separated by "|||"; or a mapping
+            from the values of `answer_column` to their choices.
+        answer_column: column of the right choice: its text, its index, or a key of `choices`.
+        use_chat_template: whether to apply the tokenizer's chat template to prompts.
     """
 
     prompt: str = ""
@@ -142,17 +159,30 @@ class Ranking(Rows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("prompt", self.prompt, bool(self.prompt.strip()), "must be a text in Jinja, such as '{{ text }} Topic:'")
+        check(
+            "prompt", self.prompt, bool(self.prompt.strip()), "must be a Jinja template, such as '{{ text }} Topic:'"
+        )
         self.template()
 
     def template(self) -> PromptTemplate:
+        """The template of prompt and choices.
+
+        Raises:
+            ValueError: it is not a valid template.
+        """
         choices = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
         return PromptTemplate("data", self.prompt, choices, self.answer_column)
 
     def columns(self) -> list[str]:
+        """The columns that are read."""
         return sorted(self.template().fields | {self.answer_column})
 
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
+        """The prompt, the choices and the index of the right choice, for T-Few's trainer.
+
+        Raises:
+            RecipeError: a row cannot be rendered.
+        """
         template = self.template()
 
         def rendered(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -165,7 +195,7 @@ class Ranking(Rows):
         return rows.map(rendered, with_indices=True, remove_columns=rows.column_names)
 
     def _answer(self, row: dict[str, Any]) -> Any:
-        """The right choice, as the template takes it."""
+        """The right choice, as the template expects it."""
         answer = row[self.answer_column]
         if not isinstance(self.choices, dict):
             return answer

@@ -1,4 +1,4 @@
-"""The rows of the `data` section: where they lie, which are for training, and whether their columns are there."""
+"""The rows of the `data` section: their files, their splits, and a check of their columns."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -7,26 +7,27 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from hf_peft_ext.recipes.recipe_source import RecipeError, did_you_mean, optional
+from hf_peft_ext.recipes.recipe_source import RecipeError, optional
 from hf_peft_ext.validation.checks import check, check_count
+from hf_peft_ext.validation.suggestions import did_you_mean
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass
-class Rows(ABC):
-    """Where the data are; `path`, `name`, `data_files` and `revision` are those of `datasets.load_dataset`.
+class DatasetArguments(ABC):
+    """The rows; `path`, `name`, `data_files` and `revision` are arguments of `datasets.load_dataset`.
 
     Args:
-        path: an id on the Hub, or a folder; left out where `data_files` says it all.
+        path: an id on the Hub, or a folder; not needed with `data_files`.
         name: the configuration of a dataset on the Hub.
-        data_files: local CSV, JSON, JSON-lines, Parquet or text files, relative to the working directory; one, a list,
-            or a mapping of splits to them.
+        data_files: local CSV, JSON, JSON lines, Parquet or text files, relative to the working directory: one file, a
+            list, or a mapping of splits to files.
         revision: branch, tag or commit on the Hub.
-        train_split: what is trained on.
-        eval_split: what is evaluated on; None for nothing.
-        split_column: a column that names each row's split, for data that come as one table.
-        max_train_samples: so many rows are drawn for training, by `training.seed`; None for all.
+        train_split: the split to train on.
+        eval_split: the split to evaluate on; None for no evaluation.
+        split_column: a column with the name of each row's split, if the data are a single table.
+        max_train_samples: number of rows drawn for training, by `training.seed`; None for all.
         max_eval_samples: the same for evaluation.
 
     Raises:
@@ -44,17 +45,17 @@ class Rows(ABC):
     max_eval_samples: int | None = None
 
     def __post_init__(self) -> None:
-        check("path", self.path, bool(self.path or self.data_files), "must be given, or else `data_files`")
+        check("path", self.path, bool(self.path or self.data_files), "must be set, or `data_files` must be")
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         files = list(_files(self.data_files))
         for file in files:
-            there = self.path or "://" in file or glob(file, recursive=True)
-            check("data_files", file, bool(there), f"must be there; the working directory is {Path.cwd()}")
+            exists = self.path or "://" in file or glob(file, recursive=True)
+            check("data_files", file, bool(exists), f"must exist; the working directory is {Path.cwd()}")
         if self.path is None:
             kinds = {BUILDERS.get(Path(file).suffix) for file in files}
-            rule = f"must be files of one kind ({', '.join(BUILDERS)}), or `path` must name it"
+            rule = f"must be files of one kind ({', '.join(BUILDERS)}); for other kinds set `path`"
             check("data_files", self.data_files, len(kinds) == 1 and None not in kinds, rule)
 
     @abstractmethod
@@ -63,17 +64,29 @@ class Rows(ABC):
 
     @abstractmethod
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
-        """The rows as a trainer takes them."""
+        """The rows as the task's trainer expects them.
+
+        Args:
+            rows: a `datasets.Dataset`.
+            tokenizer: the model's tokenizer.
+            labels: the names of the classes, from `labels`.
+        """
 
     def labels(self, rows: Any) -> list[str]:
-        """The names of the classes, in the order of their indices; none where nothing is classified."""
+        """The names of the classes, in the order of their indices; empty unless the task is classification."""
         return []
 
     def load(self, seed: int) -> tuple[Any, Any, list[str]]:
-        """The rows to train on, those to evaluate on (None without `eval_split`), and the classes there are in all.
+        """Load the rows.
+
+        Args:
+            seed: draws `max_train_samples` and `max_eval_samples`.
+
+        Returns:
+            The rows to train on, the rows to evaluate on (None without `eval_split`), and the names of the classes.
 
         Raises:
-            RecipeError: there are no such data, splits or columns, or a cell is empty.
+            RecipeError: the data, a split or a column does not exist, or a cell is empty.
         """
         train = self._split(self.train_split, "train_split")
         evaluated = None if self.eval_split is None else self._split(self.eval_split, "eval_split")
@@ -85,7 +98,7 @@ class Rows(ABC):
     def _split(self, split: str, key: str) -> Any:
         datasets = optional("datasets", "train")
         builder = self.path or BUILDERS[Path(next(_files(self.data_files))).suffix]
-        part = "train" if self.split_column else split  # a single table is read as "train"
+        part = "train" if self.split_column else split  # `datasets` loads a single table as "train"
         try:
             rows = datasets.load_dataset(
                 builder, self.name, data_files=self.data_files, revision=self.revision, split=part
@@ -98,26 +111,26 @@ class Rows(ABC):
         if self.split_column:
             names = [str(value) for value in rows[self.split_column]]
             if split not in names:
-                known = ", ".join(sorted(set(names))[:10])
-                raise RecipeError(
-                    f"`data.{key}` (={split!r}) must stand in the column `{self.split_column}`: {known}."
-                )
+                splits = ", ".join(sorted(set(names))[:10])
+                rule = f"must be a value of the column `{self.split_column}`: {splits}"
+                raise RecipeError(f"`data.{key}` (={split!r}) {rule}.")
             chosen = rows.select([i for i, name in enumerate(names) if name == split]).flatten_indices()
             rows = datasets.Dataset(chosen.data, chosen.info, datasets.NamedSplit(split))
         if self.path is None:
-            rows.info.dataset_name = self.title  # else that of the reader: "csv"
+            rows.info.dataset_name = self.title  # otherwise the builder's: "csv"
         return rows
 
     @property
     def title(self) -> str:
-        """What the data are called."""
+        """The name of the data."""
         return self.path or Path(next(_files(self.data_files))).stem
 
     def _check_columns(self, rows: Any, columns: list[str]) -> None:
         for column in columns:
             if column not in rows.column_names:
-                known = f"{', '.join(rows.column_names)}{did_you_mean(column, rows.column_names)}"
-                raise RecipeError(f"`data`: {self.title} has no column `{column}`, but {known}")
+                hint = did_you_mean(column, rows.column_names) or "."
+                names = ", ".join(rows.column_names)
+                raise RecipeError(f"`data`: {self.title} has no column `{column}`; it has {names}{hint}")
             empty = next((i for i, value in enumerate(rows[column]) if value is None), None)
             if empty is not None:
                 raise RecipeError(f"`data`: row {empty} of the column {column!r} of {self.title} is empty.")
@@ -128,7 +141,7 @@ class Rows(ABC):
 
 
 def _files(data_files: Any) -> Iterator[str]:
-    """The files, given as one, as a list, or as a mapping of splits to them."""
+    """The files of one file, a list of files, or a mapping of splits to files."""
     if isinstance(data_files, str):
         yield data_files
     else:

@@ -1,25 +1,28 @@
-"""Which keys a recipe has: those of the classes that its sections become; and what is said of any other."""
+"""The keys of a recipe: those of the classes that its sections become; and the errors about any other key."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
-from huggingface_hub.dataclasses import type_validator
 from transformers import BitsAndBytesConfig
 
-from hf_peft_ext.recipes.recipe_source import Draft, RecipeError, did_you_mean, nearest, split_override
-from hf_peft_ext.recipes.tasks import CONFIGS, TASKS, task_of
+from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
+from hf_peft_ext.recipes.tasks import CONFIGS, RECIPE_TASKS, task_of
 from hf_peft_ext.trainers.redact import is_secret
+from hf_peft_ext.validation.config_schema import fits, type_hints, type_name
+from hf_peft_ext.validation.suggestions import did_you_mean, nearest
 
 SECTIONS = ("model", "quantization", "peft", "data", "training", "metrics")
-KINDS = ("peft.peft_type", "peft.task_type")  # what decides which keys the sections have
+KINDS = ("peft.peft_type", "peft.task_type")  # these decide which keys the sections have
 REQUIRED = ("model.model_name_or_path", *KINDS, "training.output_dir")
-# fields of the classes that are not for a recipe: peft and the trainers fill them in, or the model is there already
+# Fields that no recipe may set: peft and the trainers fill them in, or the model is loaded already.
 NOT_IN_RECIPES = {
     "peft": ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     "training": ("hub_token", "model_init_kwargs"),
 }
+
+Keys = Mapping[str, Any]  # key -> type
 
 
 @dataclass
@@ -28,12 +31,12 @@ class ModelArguments:
 
     Args:
         model_name_or_path: a Hub id or a folder.
-        local_path: where the same model lies on this machine, which is loaded instead, while the adapter goes on
-            naming `model_name_or_path`: a folder, or `package:NAME/FOLDER` for one inside an installed package.
+        local_path: a local copy of the model, which is loaded instead; the adapter still names `model_name_or_path`.
+            A folder, or `package:NAME/FOLDER` for one inside an installed package.
         revision: branch, tag or commit on the Hub.
         dtype: "float32", "bfloat16", "float16" or "auto".
         attn_implementation: "sdpa" or "eager" for methods with prefixes.
-        gguf_file: the file in the model's folder, if it is one in GGUF; its weights are unpacked.
+        gguf_file: a GGUF file in the model's folder; its weights are dequantized.
     """
 
     model_name_or_path: str
@@ -44,15 +47,15 @@ class ModelArguments:
     gguf_file: str | None = None
 
 
-def override(draft: Draft, changes: Sequence[str]) -> None:
-    """Apply changes from the command line: whole sections, then what decides which keys there are, then keys.
+def override(source: RecipeSource, changes: Sequence[str]) -> None:
+    """Apply changes from the command line: whole sections, then `peft_type` and `task_type`, then other keys.
 
     Args:
-        draft: is changed.
-        changes: each `section.key=value`, or `key=value` where one section alone has the key.
+        source: the recipe, which is changed.
+        changes: each `section.key=value`, or `key=value` if only one section has the key.
 
     Raises:
-        RecipeError: a key is not known, stands in several sections, or is a secret.
+        RecipeError: a key is unknown, is in several sections, or is a secret.
     """
 
     def rank(change: tuple[str, Any]) -> int:
@@ -60,30 +63,30 @@ def override(draft: Draft, changes: Sequence[str]) -> None:
 
     for name, value in sorted(map(split_override, changes), key=rank):
         if name.partition(".")[0] in SECTIONS:
-            draft.set(name, value)
+            source.set(name, value)
         elif f"peft.{name}" in KINDS:
-            draft.set(f"peft.{name}", value)
+            source.set(f"peft.{name}", value)
         elif is_secret(name):
-            draft.set(f"training.{name}", value)  # refused there
+            source.set(f"training.{name}", value)  # raises
         else:
-            draft.set(_full_name(name, known_keys(draft)), value)
+            source.set(_full_name(name, section_keys(source)), value)
 
 
-def known_keys(draft: Draft) -> dict[str, dict[str, Any]]:
+def section_keys(source: RecipeSource) -> dict[str, Keys]:
     """Section -> its keys and their types.
 
     Raises:
-        RecipeError: a section is not known or no mapping, or the kind of adapter or task is missing or not known.
+        RecipeError: a section is unknown or not a mapping, or `peft_type` or `task_type` is missing or unknown.
     """
-    for name, section in draft.sections.items():
+    for name, section in source.sections.items():
         if name not in SECTIONS:
             hint = did_you_mean(name, SECTIONS)
-            raise draft.error(str(name), f"is not a section of a recipe ({', '.join(SECTIONS)}){hint}")
+            raise source.error(str(name), f"is not a section of a recipe ({', '.join(SECTIONS)}){hint}")
         if section is not None and not isinstance(section, list if name == "metrics" else dict):
-            raise draft.error(name, f"must be a {'list' if name == 'metrics' else 'mapping of keys to values'}")
-    config = CONFIGS[_choice(draft, "peft_type", list(CONFIGS))]
-    task = task_of(_choice(draft, "task_type", list(TASKS)), draft.sections.get("data"))
-    known = {
+            raise source.error(name, f"must be a {'list' if name == 'metrics' else 'mapping of keys to values'}")
+    config = CONFIGS[_choice(source, "peft_type", list(CONFIGS))]
+    task = task_of(_choice(source, "task_type", list(RECIPE_TASKS)), source.sections.get("data"))
+    keys = {
         "model": fields_of(ModelArguments),
         "quantization": {
             name: Any if parameter.default is None else type(parameter.default)
@@ -92,81 +95,86 @@ def known_keys(draft: Draft) -> dict[str, dict[str, Any]]:
         },
         "peft": fields_of(config),
         "data": fields_of(task.data),
-        "training": fields_of(task.training()),
+        # `resume_from_checkpoint` is an argument of `Trainer.train`, which takes True as well
+        "training": {**fields_of(task.training()), "resume_from_checkpoint": bool | str | None},
     }
     for section, names in NOT_IN_RECIPES.items():
-        known[section] = {key: kind for key, kind in known[section].items() if key not in names}
-    known["training"]["resume_from_checkpoint"] = (
-        bool | str | None
-    )  # as `Trainer.train` takes it, not as its arguments
-    return known
+        keys[section] = {key: hint for key, hint in keys[section].items() if key not in names}
+    return keys
 
 
-def check_keys(draft: Draft, known: dict[str, dict[str, Any]]) -> None:
-    """Raise a RecipeError where a key is not known, has a value of the wrong kind, or is missing."""
-    kinds = " and ".join(draft.sections["peft"][name.partition(".")[2]] for name in KINDS)
-    for section, keys in known.items():
-        for key, value in (draft.sections.get(section) or {}).items():
-            name = f"{section}.{key}"
+def check_recipe(source: RecipeSource) -> None:
+    """Check the keys of all sections.
+
+    Raises:
+        RecipeError: a key is unknown, has a value of the wrong type, or is missing.
+    """
+    schema = section_keys(source)
+    kinds = " and ".join(source.sections["peft"][name.partition(".")[2]] for name in KINDS)
+    for section, keys in schema.items():
+        for key in source.sections.get(section) or {}:
             if key not in keys:
-                raise draft.error(name, f"is not a key of `{section}` for {kinds}{_hint(section, str(key), known)}")
-            if not fits(value, keys[key]):
-                kind = keys[key].__name__ if isinstance(keys[key], type) else str(keys[key]).replace("typing.", "")
-                raise draft.error(name, f"(={value!r}) must be {kind}, not {type(value).__name__}")
+                hint = _hint(section, str(key), schema)
+                raise source.error(f"{section}.{key}", f"is not a key of `{section}` for {kinds}{hint}")
+        check_types(source, section, source.sections.get(section) or {}, keys)
     for name in REQUIRED:
         section, _, key = name.partition(".")
-        if (draft.sections.get(section) or {}).get(key) is None:
-            raise draft.error(section, f"lacks `{key}`, which every recipe needs")
+        if (source.sections.get(section) or {}).get(key) is None:
+            raise source.error(section, f"lacks `{key}`, which every recipe needs")
+
+
+def check_types(source: RecipeSource, section: str, values: Mapping[str, Any], keys: Keys) -> None:
+    """Check the types of a section's values. Strings for a Literal pass: the class itself checks its choices.
+
+    Raises:
+        RecipeError: a value has the wrong type.
+    """
+    for key, value in values.items():
+        is_choice = "Literal" in str(keys[key]) and isinstance(value, str)  # peft has "pissa_niter_[number of iters]"
+        if not (is_choice or fits(value, keys[key])):
+            rule = f"(={value!r}) must be {type_name(keys[key])}, not {type(value).__name__}"
+            raise source.error(f"{section}.{key}", rule)
 
 
 def fields_of(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
+    """The arguments of a dataclass, with their types."""
+    hints = type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls) if field.init}
 
 
-def _choice(draft: Draft, key: str, choices: list[str]) -> str:
-    value = (draft.sections.get("peft") or {}).get(key)
+def _choice(source: RecipeSource, key: str, choices: list[str]) -> str:
+    value = (source.sections.get("peft") or {}).get(key)
     if value not in choices:
-        given = "is missing; it" if value is None else f"(={value!r})"
+        actual = "is missing; it" if value is None else f"(={value!r})"
         hint = did_you_mean(str(value).upper(), choices)
-        raise draft.error(f"peft.{key}", f"{given} must be one of {', '.join(choices)}{hint}")
+        raise source.error(f"peft.{key}", f"{actual} must be one of {', '.join(choices)}{hint}")
     return value
 
 
-def _full_name(name: str, known: dict[str, dict[str, Any]]) -> str:
-    """`name`, with its section in front."""
+def _full_name(name: str, schema: Mapping[str, Keys]) -> str:
+    """The key with its section in front.
+
+    Raises:
+        RecipeError: no section, or more than one, has the key.
+    """
     first, _, rest = name.partition(".")
-    found = [section for section in known if first in known[section]]
-    if len(found) > 1:
-        choices = " or ".join(f"`{section}.{name}`" for section in found)
-        raise RecipeError(f"command line: `{name}` stands in more than one section; write {choices}.")
-    if not found:
+    sections = [section for section, keys in schema.items() if first in keys]
+    if len(sections) > 1:
+        choices = " or ".join(f"`{section}.{name}`" for section in sections)
+        raise RecipeError(f"command line: `{name}` is a key of more than one section; write {choices}.")
+    if not sections:
         section = did_you_mean(first, SECTIONS).replace("`?", f".{rest}`?") if rest else ""
-        raise RecipeError(
-            f"command line: `{name}` is not a key of a recipe{section or _hint('', first, known) or '.'}"
-        )
-    return f"{found[0]}.{name}"
+        hint = section or _hint("", first, schema) or "."
+        raise RecipeError(f"command line: `{name}` is not a key of a recipe{hint}")
+    return f"{sections[0]}.{name}"
 
 
-def _hint(section: str, key: str, known: dict[str, dict[str, Any]]) -> str:
-    """The nearest right name: the same key in another section, else a similar one in this section, else anywhere."""
-    for other in known:
-        if key in known[other]:
+def _hint(section: str, key: str, schema: Mapping[str, Keys]) -> str:
+    """A suggestion: the same key in another section, else a similar one in this section, else in any."""
+    for other in schema:
+        if key in schema[other]:
             return f"; did you mean `{other}.{key}`?"
-    here = did_you_mean(key, known.get(section, ()), f"{section}.")
-    dotted = {name: f"{other}.{name}" for other in known for name in known[other]}
+    dotted = {name: f"{other}.{name}" for other in schema for name in schema[other]}
     near = nearest(key, dotted)
-    return here or (f"; did you mean `{dotted[near]}`?" if near else "")
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value has the kind of an annotation; a whole number is a number too, and classes check their words."""
-    if "Literal" in str(kind) and isinstance(value, str):
-        return True  # some of peft's are patterns: "pissa_niter_[number of iters]"
-    for candidate in (value, float(value) if type(value) is int else value):
-        try:
-            type_validator("value", candidate, kind)
-        except TypeError:
-            continue
-        return True
-    return False
+    similar = f"; did you mean `{dotted[near]}`?" if near else ""
+    return did_you_mean(key, schema.get(section, ()), f"{section}.") or similar

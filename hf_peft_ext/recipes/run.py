@@ -1,4 +1,4 @@
-"""Carries out a recipe: data, model and adapter, trainer; then training, evaluation, and the adapter saved once."""
+"""Runs a recipe: loads data and model, creates the trainer, trains, evaluates, and saves the adapter."""
 
 import importlib.util
 import os
@@ -16,17 +16,19 @@ from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics, 
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.recipe_schema import ModelArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
-from hf_peft_ext.recipes.tasks import Task
+from hf_peft_ext.recipes.tasks import RecipeTask
 
 
 class WithModel(Protocol):
-    """What a recipe and a search say of their base model."""
+    """The base model of a recipe or a search, and its task."""
 
     model: ModelArguments
     quantization: Any
 
     @property
-    def task(self) -> Task: ...
+    def task(self) -> RecipeTask:
+        """Model class, data, trainer and metrics."""
+        ...
 
 
 @dataclass
@@ -34,9 +36,9 @@ class Outcome:
     """A finished run.
 
     Args:
-        folder: where the adapter lies.
-        metrics: what was measured on the evaluation rows.
-        seconds: how long the training took.
+        folder: folder of the saved adapter.
+        metrics: results on the evaluation rows.
+        seconds: time of training.
     """
 
     folder: Path
@@ -45,15 +47,15 @@ class Outcome:
 
 
 def prepare(recipe: Recipe) -> Any:
-    """The trainer, with data, model and adapter in it. It makes its folder, and writes nothing there.
+    """Load data and model, and create the trainer. The trainer creates its folder and writes nothing yet.
 
     Raises:
-        RecipeError: there are no such data, no such model, the adapter does not fit it, or the processes that were
-            started are not one group.
+        RecipeError: data or model cannot be loaded, the adapter does not fit the model, or several processes were
+            started that do not form one group.
     """
     args, data = recipe.training, recipe.data
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != args.world_size:  # each would train for itself, and write over the others
+    if started != args.world_size:  # each would train alone and overwrite the others
         raise RecipeError(
             f"{started} processes were started, but train as {args.world_size}: on CPUs, add `use_cpu=true`."
         )
@@ -62,8 +64,8 @@ def prepare(recipe: Recipe) -> Any:
         *rows, labels = data.load(args.seed)
     source = find_model(recipe)
     with loading(source):
-        wanted = recipe.model
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted.revision, gguf_file=wanted.gguf_file)
+        names = recipe.model
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=names.revision, gguf_file=names.gguf_file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     with args.main_process_first(desc="tokens"):
@@ -87,14 +89,18 @@ def prepare(recipe: Recipe) -> Any:
 
 
 def train(recipe: Recipe, trainer: Any) -> Outcome:
-    """Train what `prepare` made, evaluate it, and save the adapter with its record and its recipe, from rank 0.
+    """Train and evaluate the adapter, and save it with its record and its recipe, from rank 0.
+
+    Args:
+        recipe: the recipe.
+        trainer: its trainer, from `prepare`.
 
     Raises:
-        RecipeError: there was no step to train; nothing is saved.
+        RecipeError: training had no steps; nothing is saved.
     """
     trained = trainer.train(resume_from_checkpoint=recipe.resume_from_checkpoint)
     if trainer.state.global_step == 0:
-        raise RecipeError("`training` came to 0 steps: the rows to train on make no batch, so nothing was trained.")
+        raise RecipeError("`training` had 0 steps: the training rows do not fill a batch, so nothing was trained.")
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     folder = Path(recipe.training.output_dir)
@@ -105,10 +111,10 @@ def train(recipe: Recipe, trainer: Any) -> Outcome:
 
 
 def find_model(recipe: WithModel) -> str:
-    """Where the model is loaded from: `local_path` if it is given.
+    """The Hub id or folder to load the model from: `local_path` if the recipe has one.
 
     Raises:
-        RecipeError: there is no such package or folder.
+        RecipeError: the package or folder of `local_path` does not exist.
     """
     path = recipe.model.local_path
     if path is None:
@@ -117,17 +123,17 @@ def find_model(recipe: WithModel) -> str:
         package, _, inner = path.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            rule = f"is in no installed package: pip install {package.replace('_', '-')}, or `local_path=null`"
+            rule = f"is in no installed package: pip install {package.replace('_', '-')}, or set `local_path=null`"
             raise RecipeError(f"`model.local_path` (={path!r}) {rule} to load {recipe.model.model_name_or_path}.")
         path = str(Path(spec.origin).parent / inner)
     if not Path(path).is_dir():
-        raise RecipeError(f"`model.local_path` (={path!r}) must be a folder.")
+        raise RecipeError(f"`model.local_path` (={path!r}) must be an existing folder.")
     return path
 
 
 @contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Turns what goes wrong with a model's files, or with what they need, into a `RecipeError`."""
+    """Turn errors of loading a model, or of a missing package that it needs, into a `RecipeError`."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -135,16 +141,26 @@ def loading(source: str) -> Iterator[None]:
 
 
 def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any) -> Any:
-    """The base model, quantised if the recipe says so."""
-    wanted = recipe.model
-    options: dict[str, Any] = {"revision": wanted.revision, "dtype": wanted.dtype}
-    if wanted.attn_implementation is not None:
-        options["attn_implementation"] = wanted.attn_implementation
+    """Load the base model.
+
+    Args:
+        recipe: the recipe or search.
+        source: Hub id or folder, from `find_model`.
+        labels: names of the classes; empty unless the task is classification.
+        tokenizer: its padding token becomes the model's.
+
+    Raises:
+        RecipeError: the model cannot be loaded.
+    """
+    names = recipe.model
+    options: dict[str, Any] = {"revision": names.revision, "dtype": names.dtype}
+    if names.attn_implementation is not None:
+        options["attn_implementation"] = names.attn_implementation
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if wanted.gguf_file is not None:
-        options["gguf_file"] = wanted.gguf_file
-        if hasattr(transformers, "GgufConfig"):  # before there was one, transformers always unpacked
+    if names.gguf_file is not None:
+        options["gguf_file"] = names.gguf_file
+        if hasattr(transformers, "GgufConfig"):  # transformers without it always dequantizes
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if recipe.quantization is not None:
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
@@ -152,12 +168,12 @@ def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any
         model = recipe.task.model.from_pretrained(source, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.name_or_path = model.config._name_or_path = wanted.model_name_or_path  # what the adapter will name
+    model.name_or_path = model.config._name_or_path = names.model_name_or_path  # the adapter saves this name
     return model
 
 
 def _task_options(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What the trainer of a task takes beside what all take."""
+    """The arguments that only this task's trainer has."""
     metrics = {name: recipe.task.metrics[name] for name in recipe.metrics}
     if recipe.task.metrics is CLASSIFICATION:
         return {"compute_metrics": classification_metrics(metrics)} if metrics else {}

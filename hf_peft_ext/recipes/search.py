@@ -1,7 +1,7 @@
-"""A search in a file: base model, tasks, design space, training, queue; in YAML, checked at once."""
+"""A search as a YAML file: base model, tasks, design space, training and queue; checked when it is read."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +13,18 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics
-from hf_peft_ext.recipes import run as runs
-from hf_peft_ext.recipes.data import Classification
-from hf_peft_ext.recipes.recipe import checked
-from hf_peft_ext.recipes.recipe_schema import ModelArguments, fields_of, fits
-from hf_peft_ext.recipes.recipe_source import Draft, RecipeError, did_you_mean, split_override
-from hf_peft_ext.recipes.tasks import TASKS, Task
+from hf_peft_ext.recipes.data import ClassificationData
+from hf_peft_ext.recipes.recipe import construct
+from hf_peft_ext.recipes.recipe_schema import Keys, ModelArguments, check_types, fields_of
+from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
+from hf_peft_ext.recipes.run import find_model, load_model, loading
+from hf_peft_ext.recipes.tasks import RECIPE_TASKS, RecipeTask
 from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
 from hf_peft_ext.validation.checks import check, check_count
+from hf_peft_ext.validation.suggestions import did_you_mean
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECTIONS = ("model", "tasks", "space", "training", "search")
+SEARCH_SECTIONS = ("model", "tasks", "space", "training", "search")
 
 
 @dataclass
@@ -34,10 +35,10 @@ class QueueArguments:
         storage: a database's URL, "sqlite:///FILE" or "postgresql+psycopg://USER@HOST/NAME".
         study_name: the search's name in it.
         n_models: models sampled under each constraint.
-        seed: of the samples and of the drawn rows.
-        early_stopping: stop models that, after some epoch, are in the lowest quarter of those of their stage.
-        heartbeat: seconds between signs of life of a run.
-        output_dir: where the report and the winner's config go.
+        seed: seed of the sampled models and of the drawn rows.
+        early_stopping: stop models whose score after an epoch is in the lowest quarter of their stage.
+        heartbeat: seconds between two heartbeats of a run.
+        output_dir: folder for the report and the config of the result.
     """
 
     storage: str = "sqlite:///search.db"
@@ -55,23 +56,27 @@ class QueueArguments:
 
 
 @dataclass
-class TaskArguments(Classification):
-    """A task of the `tasks` section: the data of a recipe that classifies, and the metric that counts."""
+class TaskArguments(ClassificationData):
+    """A task of the `tasks` section: classification data as in a recipe, and the metric that is the score."""
 
     metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check("metric", self.metric, self.metric in CLASSIFICATION, f"must be one of {', '.join(CLASSIFICATION)}")
-        check("eval_split", self.eval_split, self.eval_split is not None, "must name the rows to be scored on")
+        check("eval_split", self.eval_split, self.eval_split is not None, "must name the rows to score models on")
 
 
 @dataclass
 class SearchRecipe:
-    """One search, by `read`.
+    """One search, made by `read`.
 
-    Raises:
-        RecipeError: a key is not known, or its value is of the wrong kind or breaks a rule.
+    Args:
+        model: the base model.
+        tasks: name -> data and metric.
+        space: arguments of `DesignSpace.of`.
+        training: how each run trains.
+        search: the queue, and the number of models.
     """
 
     model: ModelArguments
@@ -80,46 +85,57 @@ class SearchRecipe:
     training: RunArguments
     search: QueueArguments
     quantization: None = field(default=None, init=False)
-    task: Task = field(default=TASKS["SEQ_CLS"], init=False)
+    task: RecipeTask = field(default=RECIPE_TASKS["SEQ_CLS"], init=False)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> "SearchRecipe":
-        """The search of a YAML file, with changes, each `section.key=value`."""
-        draft = Draft.read(path)
+        """Read the search of a YAML file.
+
+        Args:
+            path: the file.
+            overrides: changes, each `section.key=value`.
+
+        Raises:
+            RecipeError: a key is unknown, or its value has the wrong type or breaks a rule.
+        """
+        source = RecipeSource.read(path)
         for name, value in map(split_override, overrides):
-            draft.set(name, value)
-        check_sections(draft)
+            source.set(name, value)
+        check_sections(source)
         return cls(
-            model=checked(draft, "model", ModelArguments, draft.sections["model"]),
+            model=construct(source, "model", ModelArguments, source.sections["model"]),
             tasks={
-                name: checked(draft, f"tasks.{name}", TaskArguments, dict(values))
-                for name, values in draft.sections["tasks"].items()
+                name: construct(source, f"tasks.{name}", TaskArguments, dict(values))
+                for name, values in source.sections["tasks"].items()
             },
-            space=dict(draft.sections.get("space") or {}),
-            training=checked(draft, "training", RunArguments, draft.sections.get("training") or {}),
-            search=checked(draft, "search", QueueArguments, draft.sections.get("search") or {}),
+            space=dict(source.sections.get("space") or {}),
+            training=construct(source, "training", RunArguments, source.sections.get("training") or {}),
+            search=construct(source, "search", QueueArguments, source.sections.get("search") or {}),
         )
 
     def load(self, progress: bool = True) -> DesignSpaceSearch:
-        """The search, with model and data in it.
+        """Load the model and the data.
+
+        Args:
+            progress: whether the search shows its progress.
 
         Raises:
-            RecipeError: there are no such data, no such model, or the space does not fit it.
+            RecipeError: data or model cannot be loaded, the space does not fit the model, or the database fails.
         """
-        source = runs.find_model(self)
-        with runs.loading(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=self.model.revision)
-        parts = {name: task.load(self.search.seed) for name, task in self.tasks.items()}
-        models = {name: runs.load_model(self, source, labels, tokenizer) for name, (*_, labels) in parts.items()}
+        path = find_model(self)
+        with loading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=self.model.revision)
+        datasets = {name: task.load(self.search.seed) for name, task in self.tasks.items()}
+        models = {name: load_model(self, path, labels, tokenizer) for name, (*_, labels) in datasets.items()}
         for model in share_trunk(models).values():
             model.to(DEVICE)
         tasks = {}
-        for name, (train, evaluated, labels) in parts.items():
-            rows, scored = (self.tasks[name].encode(part, tokenizer, labels) for part in (train, evaluated))
+        for name, (*splits, labels) in datasets.items():
+            train, evaluation = (self.tasks[name].encode(rows, tokenizer, labels) for rows in splits)
             metric = classification_metrics({self.tasks[name].metric: CLASSIFICATION[self.tasks[name].metric]})
-            tasks[name] = SearchTask(models[name], rows, scored, metric, DataCollatorWithPadding(tokenizer))
+            tasks[name] = SearchTask(models[name], train, evaluation, metric, DataCollatorWithPadding(tokenizer))
         settings = self.search
-        with self.explained():
+        with self.recipe_errors():
             space = DesignSpace.of(next(iter(models.values())), **{"task_type": "SEQ_CLS", **self.space})
             return DesignSpaceSearch(
                 tasks, space, self.training,
@@ -129,64 +145,67 @@ class SearchRecipe:
             )  # fmt: skip
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn what is wrong with the space or the database, found in whatever stage, into a `RecipeError`."""
+    def recipe_errors(self) -> Iterator[None]:
+        """Turn errors of the space and of the database into a `RecipeError`."""
         try:
             yield
         except (OptunaError, SQLAlchemyError) as error:
             cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
-            said = cause.orig if isinstance(cause, DBAPIError) else cause
-            raise RecipeError(f"`search.storage` (={self.search.storage!r}) cannot be used: {said}.") from error
+            reason = cause.orig if isinstance(cause, DBAPIError) else cause
+            raise RecipeError(f"`search.storage` (={self.search.storage!r}) cannot be used: {reason}.") from error
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
 
-def check_sections(draft: Draft) -> None:
-    """Raise a RecipeError where a section or a key is not known, has a value of the wrong kind, or is missing."""
-    known = {
+def check_sections(source: RecipeSource) -> None:
+    """Check the sections of a search and their keys.
+
+    Raises:
+        RecipeError: a section or a key is unknown, has a value of the wrong type, or is missing.
+    """
+    schema = {
         "model": fields_of(ModelArguments),
         "space": space_keys(),
         "training": fields_of(RunArguments),
         "search": fields_of(QueueArguments),
     }
-    for name, section in draft.sections.items():
-        if name not in SECTIONS:
-            hint = name_hint(str(name), known)
-            raise draft.error(str(name), f"is not a section of a search ({', '.join(SECTIONS)}){hint}")
+    for name, section in source.sections.items():
+        if name not in SEARCH_SECTIONS:
+            hint = section_hint(str(name), schema)
+            raise source.error(str(name), f"is not a section of a search ({', '.join(SEARCH_SECTIONS)}){hint}")
         if section is not None and not isinstance(section, dict):
-            raise draft.error(name, "must be a mapping of keys to values")
-    if not draft.sections.get("model", {}).get("model_name_or_path"):
-        raise draft.error("model", "lacks `model_name_or_path`, which every search needs")
-    if not draft.sections.get("tasks"):
-        raise draft.error("tasks", "must hold at least one task")
-    for name, keys in known.items():
-        check_keys(draft, name, draft.sections.get(name) or {}, keys)
-    for name, values in draft.sections["tasks"].items():
-        if not isinstance(values, dict):
-            raise draft.error(f"tasks.{name}", "must be a mapping of keys to values")
-        check_keys(draft, f"tasks.{name}", values, fields_of(TaskArguments))
+            raise source.error(name, "must be a mapping of keys to values")
+    if not source.sections.get("model", {}).get("model_name_or_path"):
+        raise source.error("model", "lacks `model_name_or_path`, which every search needs")
+    if not source.sections.get("tasks"):
+        raise source.error("tasks", "must hold at least one task")
+    for name, keys in schema.items():
+        check_section(source, name, source.sections.get(name) or {}, keys)
+    for name, values in source.sections["tasks"].items():
+        check_section(source, f"tasks.{name}", values, fields_of(TaskArguments))
 
 
-def name_hint(name: str, known: dict[str, dict[str, Any]]) -> str:
-    """For what is no section: the key of that name in a section, else the nearest section, else the nearest key."""
-    for section, keys in known.items():
+def check_section(source: RecipeSource, section: str, values: Any, keys: Keys) -> None:
+    """Check the keys of a section and the types of its values."""
+    if not isinstance(values, dict):
+        raise source.error(section, "must be a mapping of keys to values")
+    for key in values:
+        if key not in keys:
+            raise source.error(f"{section}.{key}", f"is not a key of `{section}`{did_you_mean(key, keys)}")
+    check_types(source, section, values, keys)
+
+
+def section_hint(name: str, schema: Mapping[str, Keys]) -> str:
+    """A suggestion for an unknown section: the key of that name, else the nearest section, else the nearest key."""
+    for section, keys in schema.items():
         if name in keys:
             return f"; did you mean `{section}.{name}`?"
-    near = (did_you_mean(name, keys, f"{section}.") for section, keys in known.items())
-    return did_you_mean(name, SECTIONS) or next(filter(None, near), "")
+    near = (did_you_mean(name, keys, f"{section}.") for section, keys in schema.items())
+    return did_you_mean(name, SEARCH_SECTIONS) or next(filter(None, near), "")
 
 
-def check_keys(draft: Draft, section: str, values: dict[str, Any], keys: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if key not in keys:
-            raise draft.error(f"{section}.{key}", f"is not a key of `{section}`{did_you_mean(key, keys)}")
-        if not fits(value, keys[key]):
-            kind = keys[key].__name__ if isinstance(keys[key], type) else str(keys[key]).replace("typing.", "")
-            raise draft.error(f"{section}.{key}", f"(={value!r}) must be {kind}, not {type(value).__name__}")
-
-
-def space_keys() -> dict[str, Any]:
-    """What `DesignSpace` takes beside the model."""
+def space_keys() -> Keys:
+    """The arguments of `DesignSpace.of`, without the model, and their types."""
     hints = get_type_hints(DesignSpace.of)
     names = [name for name in inspect.signature(DesignSpace.of).parameters if name not in ("model", "fields")]
     return {name: hints.get(name, Any) for name in names}

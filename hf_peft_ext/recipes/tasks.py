@@ -1,6 +1,6 @@
-"""The tasks a recipe can train: which model, data, trainer and metrics belong to each `task_type`.
+"""The tasks of recipes: model class, data, trainer and metrics of each `task_type`.
 
-A language model with `data.choices` ranks them: that is T-Few's task.
+A language model with `data.choices` learns to rank the choices: T-Few's task.
 """
 
 from collections.abc import Mapping
@@ -12,53 +12,53 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_peft_ext import trainers
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, Metric
-from hf_peft_ext.recipes.data import Classification, Instruction, Ranking, Sequences
-from hf_peft_ext.recipes.dataset_config import Rows
+from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
+from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a `task_type` of peft means for a recipe.
+class RecipeTask:
+    """A `task_type` of peft in a recipe.
 
     Args:
         model: transformers' auto class.
-        data: what the `data` section becomes.
-        arguments: what the `training` section becomes: a class of transformers, of TRL or of ours, by name.
-        trainer_name: its trainer in `hf_peft_ext.trainers`.
-        metrics: the metrics that can be asked for, beside the loss.
+        data: class of the `data` section.
+        arguments: name of the class of the `training` section, from transformers, TRL or `hf_peft_ext.trainers`.
+        trainer_name: name of the trainer in `hf_peft_ext.trainers`.
+        metrics: the available metrics, besides the loss.
     """
 
     model: Any
-    data: type[Rows]
+    data: type[DatasetArguments]
     arguments: str
     trainer_name: str
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def training(self) -> Any:
-        """The class of the `training` section."""
+        """The class of the `training` section; imported late, since TRL is an extra."""
         if self.arguments == "SFTConfig":
             return optional("trl", "trl").SFTConfig
         return getattr(trainers if hasattr(trainers, self.arguments) else transformers, self.arguments)
 
     def trainer(self) -> Any:
-        """The trainer; imported late, since TRL is an extra."""
+        """The class of the trainer; imported late, since TRL is an extra."""
         return getattr(trainers, self.trainer_name)
 
 
-TASKS = {
-    "SEQ_CLS": Task(
+RECIPE_TASKS = {
+    "SEQ_CLS": RecipeTask(
         transformers.AutoModelForSequenceClassification,
-        Classification,
+        ClassificationData,
         "TrainingArguments",
         "AdapterTrainer",
         CLASSIFICATION,
     ),
-    "CAUSAL_LM": Task(transformers.AutoModelForCausalLM, Instruction, "SFTConfig", "AdapterSFTTrainer"),
-    "SEQ_2_SEQ_LM": Task(
+    "CAUSAL_LM": RecipeTask(transformers.AutoModelForCausalLM, InstructionData, "SFTConfig", "AdapterSFTTrainer"),
+    "SEQ_2_SEQ_LM": RecipeTask(
         transformers.AutoModelForSeq2SeqLM,
-        Sequences,
+        SequenceData,
         "Seq2SeqTrainingArguments",
         "AdapterSeq2SeqTrainer",
         GENERATION,
@@ -66,8 +66,8 @@ TASKS = {
 }
 T_FEW = {
     task_type: replace(
-        TASKS[task_type],
-        data=Ranking,
+        RECIPE_TASKS[task_type],
+        data=RankingData,
         arguments="TFewTrainingArguments",
         trainer_name="TFewTrainer",
         metrics=CLASSIFICATION,
@@ -75,9 +75,14 @@ T_FEW = {
     for task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 }
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-CONFIGS["TFEW"] = TFewConfig  # which becomes one of peft's, as soon as it has a model
+CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
 
-def task_of(task_type: str, data: Mapping[str, Any] | None) -> Task:
-    """The task of a recipe, from its `peft.task_type` and its `data` section."""
-    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else TASKS[task_type]
+def task_of(task_type: str, data: Mapping[str, Any] | None) -> RecipeTask:
+    """The task of a recipe.
+
+    Args:
+        task_type: its `peft.task_type`.
+        data: its `data` section.
+    """
+    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else RECIPE_TASKS[task_type]

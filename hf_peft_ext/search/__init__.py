@@ -1,4 +1,4 @@
-"""S4's design spaces, and the search through them: sample architectures, train and compare them, narrow the space."""
+"""Design spaces of S4, and a search: sample architectures, train and compare them, narrow the space."""
 
 from hf_peft_ext.search.compare import Comparison as Comparison
 from hf_peft_ext.search.compare import compare as compare
@@ -8,15 +8,16 @@ try:
     from hf_peft_ext.search.report import write_report as write_report
     from hf_peft_ext.search.result import Decision as Decision
     from hf_peft_ext.search.result import SearchResult as SearchResult
+    from hf_peft_ext.search.run_record import Record as Record
+    from hf_peft_ext.search.run_record import Run as Run
     from hf_peft_ext.search.search import DesignSpaceSearch as DesignSpaceSearch
     from hf_peft_ext.search.stopping import LowestShare as LowestShare
     from hf_peft_ext.search.training import RunArguments as RunArguments
     from hf_peft_ext.search.training import SearchTask as SearchTask
     from hf_peft_ext.search.training import share_trunk as share_trunk
-    from hf_peft_ext.search.trial_queue import Record as Record
-    from hf_peft_ext.search.trial_queue import Run as Run
 except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "matplotlib"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("optuna", "sqlalchemy", "matplotlib"):
         raise
-    said = f"A search needs {error.name}: pip install 'hf_peft_ext[search]'."
-    raise ModuleNotFoundError(said, name=error.name) from error
+    message = f"A search needs {package}: pip install 'hf_peft_ext[search]'."
+    raise ModuleNotFoundError(message, name=error.name) from error

@@ -1,4 +1,4 @@
-"""Compares the constraints of a stage by the scores of the models that keep to them."""
+"""Compares the constraints of a stage by the scores of their models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ from hf_peft_ext.validation.checks import check
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the scores of a stage say.
+    """The scores of a stage, compared.
 
     Args:
         winner: the constraint with the highest mean, the first of equals.
-        runner_up: the next; None if there is but one.
-        means: constraint -> mean of its scores; NaN where no run has finished.
+        runner_up: the constraint with the next highest mean; None if only one has scores.
+        means: constraint -> mean of its scores; NaN without a score.
         spreads: constraint -> standard deviation of its scores; NaN with fewer than two.
         runs: constraint -> number of scores.
-        p_value: of Welch's t-test between winner and runner-up, on both sides; None where it cannot be taken.
-        tie: whether the gap between the two is not significant; then the winner may be chance.
+        p_value: of a two-sided Welch's t-test between winner and runner-up; None if it is not defined.
+        tie: whether the difference between the two is not significant; then the winner may be chance.
     """
 
     winner: str
@@ -35,20 +35,20 @@ class Comparison:
 
 
 def compare(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Comparison:
-    """Find the constraint with the highest mean, and whether it is significantly above the next.
+    """Find the constraint with the highest mean, and test whether it is significantly above the next.
 
-    The p-value is that of one comparison. It leaves out that winner and runner-up were picked from several constraints
-    by the same scores, so that it is, if anything, too small.
+    The p-value is for a single comparison. Winner and runner-up were picked from several constraints by the same
+    scores, so the p-value is rather too small.
 
     Args:
-        scores: constraint -> the score of each model, higher is better; NaN for a run that failed, which is left out.
-        alpha: the gap is significant where the p-value is below.
+        scores: constraint -> the score of each model, higher is better; NaN, a failed run, is left out.
+        alpha: the difference is significant if the p-value is smaller.
 
     Raises:
         ValueError: no run has a score.
     """
-    finished = {name: [score for score in found if not math.isnan(score)] for name, found in scores.items()}
-    means = {name: fmean(found) if found else math.nan for name, found in finished.items()}
+    finished = {name: [score for score in values if not math.isnan(score)] for name, values in scores.items()}
+    means = {name: fmean(values) if values else math.nan for name, values in finished.items()}
     ranked = sorted((name for name in finished if finished[name]), key=lambda name: -means[name])
     check("scores", dict(scores), bool(ranked), "must hold the score of at least one run")
     winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
@@ -57,17 +57,17 @@ def compare(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Compa
         winner=winner,
         runner_up=runner_up,
         means=means,
-        spreads={name: stdev(found) if len(found) > 1 else math.nan for name, found in finished.items()},
-        runs={name: len(found) for name, found in finished.items()},
+        spreads={name: stdev(values) if len(values) > 1 else math.nan for name, values in finished.items()},
+        runs={name: len(values) for name, values in finished.items()},
         p_value=p_value,
         tie=runner_up is not None and (p_value is None or p_value >= alpha),
     )
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The p-value of Welch's t-test; None where it has none: a single score, or scores without any spread."""
+    """The p-value of Welch's t-test; None for a single score or for scores without spread."""
     if min(len(first), len(second)) < 2 or not (stdev(first) or stdev(second)):
         return None
     moments = (fmean(first), stdev(first), len(first), fmean(second), stdev(second), len(second))
-    found: Any = ttest_ind_from_stats(*moments, equal_var=False)
-    return float(found.pvalue)
+    test: Any = ttest_ind_from_stats(*moments, equal_var=False)
+    return float(test.pvalue)

@@ -1,4 +1,4 @@
-"""What tells the models and metrics of a search from others, the same in every process, in time that has a bound."""
+"""Fingerprints of the models and metrics of a search: equal in every process, and fast for models of any size."""
 
 import functools
 import hashlib
@@ -12,60 +12,63 @@ from torch import Tensor, nn
 
 from hf_peft_ext.validation.checks import check
 
-SAMPLED = 64  # values of each tensor that count
-# Settings of a model's config that say where it comes from and how it runs, not what it is.
+VALUES_PER_TENSOR = 64  # values of each tensor in the hash
+# Settings of a model's config on its source and execution, which do not change its function.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "use_cache")
 
 
-def of_weights(model: Any) -> str:
-    """Of the trunk: names, shapes, types, and values from all over each tensor. Heads start anew in every search, so
-    their shapes alone count.
+def weights_fingerprint(model: Any) -> str:
+    """A hash of names, shapes and types of all tensors, and of values of the trunk's tensors.
+
+    The values of heads are left out: each search starts them anew.
     """
     trunk = getattr(model, "base_model", model)
-    within = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
-    found = hashlib.sha256()
+    in_trunk = {id(tensor) for tensor in (*trunk.parameters(), *trunk.buffers())}
+    digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if id(tensor) in within and not tensor.is_meta:
-            found.update(sampled(tensor))
-    return found.hexdigest()[:12]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if id(tensor) in in_trunk and not tensor.is_meta:
+            digest.update(sampled(tensor))
+    return digest.hexdigest()[:12]
 
 
 def sampled(tensor: Tensor) -> bytes:
-    """Values at equal distances, the first and the last among them."""
+    """Evenly spaced values of a tensor, the first and the last included, as bytes."""
     flat = tensor.detach().reshape(-1)
-    where = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLED, len(flat)), dtype=torch.float64).long()
-    return flat[where.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    indices = torch.linspace(0, max(len(flat) - 1, 0), min(VALUES_PER_TENSOR, len(flat)), dtype=torch.float64).long()
+    return flat[indices.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def of_config(model: nn.Module) -> dict[str, Any]:
-    """The settings of a model, as JSON has them."""
+def config_settings(model: nn.Module) -> dict[str, Any]:
+    """The settings of a model's config, as values for JSON."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     kept = {name: value for name, value in settings.items() if name not in NOT_THE_MODEL}
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
-def of_metric(metric: Any) -> str | None:
-    """A function by its name and what it does; an object by its class and its settings."""
-    return (
-        None if metric is None else f"{name_of(metric)} {hashlib.sha256(described(metric).encode()).hexdigest()[:8]}"
-    )
+def metric_fingerprint(metric: Any) -> str | None:
+    """Name and hash of a metric: of a function's code and values, or of an object's class and settings."""
+    if metric is None:
+        return None
+    return f"{metric_name(metric)} {hashlib.sha256(described(metric).encode()).hexdigest()[:8]}"
 
 
-def name_of(metric: Any) -> str:
+def metric_name(metric: Any) -> str:
+    """The name of a function, or of an object's class."""
     metric = innermost_function(metric)
     return str(getattr(metric, "__qualname__", type(metric).__qualname__))
 
 
 def innermost_function(metric: Any) -> Any:
+    """The function inside `functools.partial`."""
     while isinstance(metric, functools.partial):
         metric = metric.func
     return metric
 
 
 def described(value: Any, depth: int = 0) -> str:
-    """A value in words that do not change from process to process: no addresses."""
+    """A value as text without memory addresses, equal in every process."""
     if isinstance(value, (str, int, float, bool, bytes, type(None))):
         return repr(value)
     if depth > 6:
@@ -96,21 +99,27 @@ def described(value: Any, depth: int = 0) -> str:
 
 
 def is_doc(code: CodeType, constant: Any) -> bool:
+    """Whether a constant of a function is its docstring."""
     return isinstance(constant, str) and bool(code.co_consts) and constant is code.co_consts[0]
 
 
-def check_same(study: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_same(study: str, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuse tasks whose weights, settings or metric are not those of the study.
 
+    Args:
+        study: its name, for the error.
+        recorded: task -> `SearchTask.fingerprint` in the study.
+        current: the same of the tasks of this process.
+
     Raises:
-        ValueError: they differ; the message names the task and what differs.
+        ValueError: they differ; the message names the task and the difference.
     """
-    for task, known in there.items():
-        now = here.get(task, {})
+    for task, before in recorded.items():
+        now = current.get(task, {})
         rule = f"of the task {task!r} is not that of the study {study!r}; choose another `study_name`"
-        check("compute_metrics", now.get("metric"), now.get("metric") == known["metric"], rule)
-        before, after = known["config"], now.get("config", {})
-        other = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        check("config", {name: after.get(name) for name in other[:3]}, not other, rule)
-        hint = f"{rule}, or load the same weights (those made at random from the same seed)"
-        check("weights", now.get("weights"), now.get("weights") == known["weights"], hint)
+        check("compute_metrics", now.get("metric"), now.get("metric") == before["metric"], rule)
+        old, new = before["config"], now.get("config", {})
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        check("config", {name: new.get(name) for name in changed[:3]}, not changed, rule)
+        hint = f"{rule}, or load the same weights (random ones need the same seed)"
+        check("weights", now.get("weights"), now.get("weights") == before["weights"], hint)

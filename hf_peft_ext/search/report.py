@@ -1,4 +1,4 @@
-"""The report of a search: one HTML page that needs nothing else, and a CSV beside it."""
+"""The report of a search: one self-contained HTML page, and a CSV file beside it."""
 
 from pathlib import Path
 from statistics import mean
@@ -14,51 +14,55 @@ PAGE, RUNS = "report.html", "runs.csv"
 
 
 def write_report(result: SearchResult, folder: str | Path) -> Path:
-    """Write the page and the table of all runs into a folder; the search may still be running.
+    """Write the report of a search, finished or not: `report.html`, and `runs.csv` with a row for each run.
+
+    Args:
+        result: the search.
+        folder: is created if it is missing.
 
     Returns:
-        The page.
+        The path of the page.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     result.to_csv(folder / RUNS)
     page = folder / PAGE
-    page.write_text(render(result), encoding="utf-8")
+    page.write_text(report_page(result), encoding="utf-8")
     return page
 
 
-def render(result: SearchResult) -> str:
-    """The page as text."""
+def report_page(result: SearchResult) -> str:
+    """The page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.jinja").render(
         result=result,
-        stages=[stage(result, name) for name in result.stages],
-        architecture=architecture(result),
-        cost=cost(result),
+        stages=[stage_values(result, name) for name in result.stages],
+        architecture=architecture_svg(result),
+        cost=search_cost(result),
         tasks=result.tasks,
         mean=mean,
     )
 
 
-def stage(result: SearchResult, name: str) -> dict[str, Any]:
-    """What the page tells of a stage."""
+def stage_values(result: SearchResult, name: str) -> dict[str, Any]:
+    """The values of a stage that the page shows."""
     decision = next((decision for decision in result.decisions if decision.stage == name), None)
     scores, records = result.scores(name), result.of(name)
     figure = svg(stage_figure(scores, decision), f"{result.study_name} {name}") if scores else ""
     return {"name": name, "decision": decision, "scores": scores, "records": records, "figure": figure}
 
 
-def architecture(result: SearchResult) -> str:
-    """What was found, drawn; nothing while the search goes on."""
-    if result.found is None or not isinstance(result.config, PlacedConfig):
+def architecture_svg(result: SearchResult) -> str:
+    """The resulting config as an SVG figure; empty while the search is unfinished, or if the config has no layers."""
+    if result.config_values is None or not isinstance(result.config, PlacedConfig):
         return ""
-    return svg(architecture_figure(result.config, result.protocol["layers"]), f"{result.study_name} found")
+    return svg(architecture_figure(result.config, result.protocol["layers"]), f"{result.study_name} result")
 
 
-def cost(result: SearchResult) -> dict[str, Any]:
-    """What the search took so far."""
+def search_cost(result: SearchResult) -> dict[str, Any]:
+    """Time, workers and seeds of the search so far."""
     states = [record.state for record in result.records]
     return {
         "states": {state: states.count(state) for state in dict.fromkeys(states)},

@@ -1,4 +1,4 @@
-"""Stops runs that have no hope, early."""
+"""Stops runs with low scores early."""
 
 import numpy as np
 from optuna.pruners import BasePruner
@@ -11,14 +11,14 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class LowestShare(BasePruner):
-    """Stops a run whose score, after some epoch, is in the lowest quarter of those of its stage after the same epoch.
+    """Stops a run if its score after an epoch is in the lowest quarter of the stage's scores after the same epoch.
 
-    Optuna's PercentilePruner compares a run's best score so far, which across tasks is that of the easiest one, with
-    all trials of the study, of which those of earlier stages are usually worse.
+    Optuna's PercentilePruner is not used: it compares a run's best score, which is that of the easiest task, and
+    compares it with all stages of the study, of which earlier ones are usually worse.
 
     Args:
-        share: what is stopped, 0.25 for the lowest quarter.
-        n_startup_runs: so many runs of a stage must have come as far before one is stopped.
+        share: share of the runs that is stopped; 0.25 stops the lowest quarter.
+        n_startup_runs: no run is stopped after an epoch that fewer finished runs of its stage have reached.
 
     Raises:
         ValueError: a value breaks a rule.
@@ -30,6 +30,7 @@ class LowestShare(BasePruner):
         self.share, self.n_startup_runs = share, n_startup_runs
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether to stop a trial after its last report."""
         step, stage = trial.last_step, trial.user_attrs["run"]["stage"]
         if step is None:
             return False

@@ -1,4 +1,8 @@
-"""One run of a search: an adapter is put into a base model that stays, trained on one task, scored, and taken out."""
+"""One run of a search: add an adapter to a base model that stays loaded, train and score it, remove it.
+
+The loop is our own: transformers' Trainer builds an Accelerator, data loaders and callbacks for each of hundreds of
+short runs, and makes their batches again. `docs/guides/search.md` has the times.
+"""
 
 import copy
 import hashlib
@@ -15,25 +19,26 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, SchedulerType, default_data_collator, get_scheduler
 from transformers.trainer_pt_utils import EvalLoopContainer
 
-from hf_peft_ext.search.fingerprint import of_config, of_metric, of_weights
+from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
+from hf_peft_ext.search.fingerprint import config_settings, metric_fingerprint, weights_fingerprint
 from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
 
-Batch = Mapping[str, Tensor]
-Metric = Callable[[EvalPrediction], float | Mapping[str, float]]
+ModelInputs = Mapping[str, Tensor]
+ComputeMetrics = Callable[[EvalPrediction], float | Mapping[str, float]]
 
 
 @dataclass
 class RunArguments:
-    """How every run trains, in the words of `transformers.TrainingArguments`.
+    """How every run trains, with the names of `transformers.TrainingArguments`.
 
     Args:
         num_train_epochs: passes over the training rows.
-        learning_rate: of AdamW, at its highest.
-        per_device_train_batch_size: rows of a step.
-        per_device_eval_batch_size: rows of a batch in evaluation.
-        warmup_ratio: share of the steps over which the rate rises.
-        lr_scheduler_type: what it does then, a name that `transformers.get_scheduler` knows.
-        weight_decay: of AdamW.
+        learning_rate: highest learning rate of AdamW.
+        per_device_train_batch_size: rows in a training step.
+        per_device_eval_batch_size: rows in an evaluation batch.
+        warmup_ratio: share of the steps over which the learning rate rises.
+        lr_scheduler_type: its schedule after that, a name for `transformers.get_scheduler`.
+        weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         bf16: autocast to bfloat16.
 
@@ -59,25 +64,28 @@ class RunArguments:
         for name in ("warmup_ratio", "weight_decay"):
             value = getattr(self, name)
             check(name, value, is_number(value) and 0 <= value < 1, "must lie in [0, 1)")
-        known = [str(name.value) for name in SchedulerType]
+        schedules = [str(schedule.value) for schedule in SchedulerType]
         name = self.lr_scheduler_type
-        check("lr_scheduler_type", name, name in known, f"must be one of {', '.join(known)}")
+        check("lr_scheduler_type", name, name in schedules, f"must be one of {', '.join(schedules)}")
 
 
 class SearchTask:
-    """A data set to train on and to be scored on. Its batches are made once, for all runs.
+    """A dataset to train and score models on. Its batches are made once, for all runs.
 
-    Batches hold rows of about one length, which saves padding; a run draws their order by its seed, so that runs of
-    one seed see the same batches in the same order.
+    Batches hold rows of similar length, which saves padding. A run draws the order of the batches by its seed, so that
+    runs with equal seeds see the same batches in the same order.
 
     Args:
         model: the base model with this task's head; it is not changed. Models of several tasks may share their trunk
             (`share_trunk`).
-        train: rows to train on: mappings with what the model takes, `labels` among it.
-        evaluation: rows to be scored on.
-        compute_metrics: as of `transformers.Trainer`: an `EvalPrediction` to a number, or to named numbers, of which
-            the first counts. Higher is better. None scores by the loss, with its sign turned.
+        train: rows to train on: mappings with the model's inputs, `labels` included.
+        evaluation: rows to score models on.
+        compute_metrics: as in `transformers.Trainer`: maps an `EvalPrediction` to a number, or to named numbers, of
+            which the first is the score. Higher is better. None scores by the negative loss.
         data_collator: makes a batch of rows; by default transformers' own, which does not pad.
+
+    Raises:
+        ValueError: there are no rows.
     """
 
     def __init__(
@@ -85,80 +93,87 @@ class SearchTask:
         model: nn.Module,
         train: Sequence[Mapping[str, Any]],
         evaluation: Sequence[Mapping[str, Any]],
-        compute_metrics: Metric | None = None,
+        compute_metrics: ComputeMetrics | None = None,
         data_collator: Callable[[list[Any]], Any] = default_data_collator,
     ):
         for name, rows in (("train", train), ("evaluation", evaluation)):
             check(name, rows, len(rows) > 0, "must hold rows")
         self.model, self.compute_metrics, self.collate = model, compute_metrics, data_collator
         self.train, self.evaluation = list(train), list(evaluation)
-        self._made: dict[tuple[str, int], list[Batch]] = {}
+        self._batches: dict[tuple[str, int], list[ModelInputs]] = {}
 
     def digest(self) -> str:
-        """The same for the same rows, in another process, too."""
+        """A hash of the rows, equal in every process."""
         rows = [{name: np.asarray(x).tolist() for name, x in row.items()} for row in (*self.train, *self.evaluation)]
         return hashlib.sha256(json.dumps([len(self.train), rows]).encode()).hexdigest()[:12]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells model and metric from others, in another process, too."""
-        metric = of_metric(self.compute_metrics)
-        return {"weights": of_weights(self.model), "config": of_config(self.model), "metric": metric}
+        """What identifies model and metric, equal in every process."""
+        metric = metric_fingerprint(self.compute_metrics)
+        return {"weights": weights_fingerprint(self.model), "config": config_settings(self.model), "metric": metric}
 
-    def batches(self, part: str, size: int) -> list[Batch]:
-        """The batches of "train" or "evaluation", on the model's device."""
-        if (part, size) not in self._made:
+    def batches(self, part: str, size: int) -> list[ModelInputs]:
+        """The batches of "train" or "evaluation", with `size` rows each, on the model's device."""
+        if (part, size) not in self._batches:
             rows = sorted(getattr(self, part), key=lambda row: len(row.get("input_ids", ())))
             device = next(self.model.parameters()).device
-            made = [self.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-            self._made[part, size] = [{name: x.to(device) for name, x in batch.items()} for batch in made]
-        return self._made[part, size]
+            batches = [self.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+            self._batches[part, size] = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+        return self._batches[part, size]
 
 
 def share_trunk(models: Mapping[str, Any]) -> dict[str, Any]:
-    """Lets models that differ in their heads alone hold their common trunk once, that of the first.
+    """Let models that differ only in their heads share the trunk of the first.
 
     Args:
         models: task -> a transformers model, such as `AutoModelForSequenceClassification` with the task's labels.
+
+    Returns:
+        The models, changed in place.
 
     Raises:
         ValueError: a model has another architecture than the first.
     """
     first, *others = models.values()
     for model in others:
-        same = model.base_model_prefix == first.base_model_prefix and type(model.base_model) is type(first.base_model)
-        check("models", type(model).__name__, same, f"must have the trunk of the first, {type(first).__name__}")
+        trunks = [(one.base_model_prefix, type(one.base_model)) for one in (first, model)]
+        is_same = trunks[0] == trunks[1]
+        check("models", type(model).__name__, is_same, f"must have the trunk of the first, {type(first).__name__}")
         setattr(model, model.base_model_prefix, first.base_model)
     return dict(models)
 
 
 @contextmanager
 def adapted(model: nn.Module, config: PeftConfig, seed: int) -> Iterator[PeftModel]:
-    """The base model with a fresh adapter; afterwards it is as it was, head included."""
+    """The base model with a new adapter, drawn by `seed`. On exit, the model and its head are restored."""
     torch.manual_seed(seed)
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    was_training = model.training
-    peft_model: Any = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
-    try:
-        yield peft_model
-    finally:
-        peft_model.delete_adapter("default")  # or unloading leaves its head in the model
-        peft_model.unload()
-        model.train(was_training)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
+    with evaluating(model), preserve_requires_grad(model):
+        peft_model: Any = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
+        try:
+            yield peft_model
+        finally:
+            peft_model.delete_adapter("default")  # otherwise unloading leaves the trained head in the model
+            peft_model.unload()
 
 
-def train(
+def train_adapter(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[ModelInputs],
     args: RunArguments,
     seed: int,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW over the batches, in an order drawn by `seed`; `after_epoch` is called with 1, 2, ...
+    """Train the trainable parameters with AdamW.
+
+    Args:
+        model: the model; its outputs have a `loss`.
+        batches: the batches of an epoch.
+        args: how to train.
+        seed: draws the order of the batches.
+        after_epoch: called with the number of the finished epoch, from 1 on.
 
     Raises:
-        ValueError: a loss is not finite; seen at the end of its epoch.
+        ValueError: a loss is not finite; checked at the end of each epoch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -167,28 +182,30 @@ def train(
     order = torch.Generator().manual_seed(seed)
     for epoch in range(1, args.num_train_epochs + 1):
         model.train()
-        finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)  # asked for once an epoch: it waits
+        is_finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)  # read once an epoch: it syncs
         for i in torch.randperm(len(batches), generator=order).tolist():
             with autocast(parameters[0], args):
                 loss = model(**batches[i]).loss
-            finite &= loss.detach().isfinite()
+            is_finite &= loss.detach().isfinite()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        if not finite:
+        if not is_finite:
             raise ValueError(f"A loss of epoch {epoch} is not finite.")
         if after_epoch is not None:
             after_epoch(epoch)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], args: RunArguments, metric: Metric | None) -> float:
-    """The score on the batches; without a metric, the mean loss of a row with its sign turned.
+def evaluate(
+    model: nn.Module, batches: Sequence[ModelInputs], args: RunArguments, metric: ComputeMetrics | None
+) -> float:
+    """The score on the batches; without a metric, the negative mean loss of a row.
 
     Raises:
-        ValueError: an output is not a number, which a metric may well take for an answer.
+        ValueError: an output is NaN, which many metrics would count as an answer.
     """
     model.eval()
     predictions, labels, losses = EvalLoopContainer(), EvalLoopContainer(), 0.0
@@ -204,10 +221,11 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], args: RunArguments, met
             labels.add(batch["labels"])
     if metric is None:
         return -losses / sum(len(batch["labels"]) for batch in batches)
-    arrays: list[Any] = [found.get_arrays() for found in (predictions, labels)]
+    arrays: list[Any] = [container.get_arrays() for container in (predictions, labels)]
     score = metric(EvalPrediction(predictions=arrays[0], label_ids=arrays[1]))
     return float(next(iter(score.values())) if isinstance(score, Mapping) else score)
 
 
 def autocast(parameter: Tensor, args: RunArguments) -> torch.autocast:
+    """The autocast context of `args.bf16` on a parameter's device."""
     return torch.autocast(parameter.device.type, torch.bfloat16, enabled=args.bf16)

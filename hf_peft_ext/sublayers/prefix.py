@@ -37,14 +37,14 @@ class Prefix(nn.Module):
     ):
         super().__init__()
         self.shift_positions = shift_positions
-        self.keys = nn.Parameter(torch.empty(heads, n_tokens, d_k))
-        self.values = nn.Parameter(torch.empty(heads, n_tokens, d_v))
+        self.P_K = nn.Parameter(torch.empty(heads, n_tokens, d_k))
+        self.P_V = nn.Parameter(torch.empty(heads, n_tokens, d_v))
         self.gate = gate
-        nn.init.normal_(self.keys, std=0.02)
-        nn.init.normal_(self.values, std=0.02)
+        nn.init.normal_(self.P_K, std=0.02)
+        nn.init.normal_(self.P_V, std=0.02)
 
     def vectors(self) -> tuple[Tensor, Tensor]:  # shapes: (heads, n_tokens, d_k), (heads, n_tokens, d_v)
-        return self.keys, self.values
+        return self.P_K, self.P_V
 
     def forward(
         self,
@@ -94,7 +94,7 @@ class ProjectedPrefix(Prefix):
         shift_positions: bool = False,
     ):
         super().__init__(heads, n_tokens, d_k, d_v, gate, shift_positions)
-        del self.keys, self.values
+        del self.P_K, self.P_V
         self.projection = projection
         self.shape = (heads, n_tokens, d_k, d_v)
         self.last = nn.Linear(projection.hidden.out_features, heads * (d_k + d_v))
@@ -113,6 +113,6 @@ class ProjectedPrefix(Prefix):
             weight.device, weight.dtype
         )
         with torch.no_grad():
-            for parameter, value in zip((prefix.keys, prefix.values), self.vectors(), strict=True):
+            for parameter, value in zip((prefix.P_K, prefix.P_V), self.vectors(), strict=True):
                 parameter.copy_(value)
         return prefix.requires_grad_(weight.requires_grad).train(self.training)

@@ -1,4 +1,4 @@
-"""Plug-in transfer: what was tuned on a small model, made to fit a large one that is never trained."""
+"""Plug-in transfer: adapters trained on a small model are carried to a large model that is not trained."""
 
 from hf_peft_ext.pruning import Importance as Importance
 from hf_peft_ext.pruning import PrunedModel as PrunedModel

@@ -1,4 +1,4 @@
-"""What an adapter adds to the residual stream in each layer, on the inputs that the layer has with it."""
+"""The change that an adapter makes in each layer's residual stream, on the layer's inputs in the adapted model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,33 +8,34 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.model.structure import stacks
 
 Batch = Mapping[str, Tensor]
 
 
 def base_states(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
-    """The output of each block of the untouched model, a row for each token or text."""
-    with frozen_eval(model), model.disable_adapter():
-        found = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
-    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+    """The output of each block of the base model, a row for each token or text."""
+    with evaluating(model), preserve_requires_grad(model), model.disable_adapter():
+        rows = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
+    return [torch.cat(layer) for layer in zip(*rows, strict=True)]
 
 
 def deltas(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
-    """What the active adapter adds in each block to what the block gives on the same input without it."""
-    found = []
+    """The output of each block with the active adapter minus that on the same input without it."""
+    rows = []
     for batch in batches:
-        with frozen_eval(model):
+        with evaluating(model), preserve_requires_grad(model):
             with_it = calls(model, batch)
             with torch.no_grad(), model.disable_adapter():
                 without = [call.again() for call in with_it]
         pairs = zip(with_it, without, strict=True)
-        found.append([rows_of(call.output - base, call.mask, by_text) for call, base in pairs])
-    return [torch.cat(layer) for layer in zip(*found, strict=True)]
+        rows.append([rows_of(call.output - base, call.mask, by_text) for call, base in pairs])
+    return [torch.cat(layer) for layer in zip(*rows, strict=True)]
 
 
 class Call(NamedTuple):
-    """One call of a block, and which of its tokens are no padding."""
+    """One call of a block; the mask is False at padding."""
 
     block: nn.Module
     args: tuple[Any, ...]
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     mask: Tensor
 
     def again(self) -> Tensor:
+        """The output of the block on the same inputs."""
         return first(self.block.forward(*self.args, **self.kwargs))
 
 
@@ -51,16 +53,16 @@ def calls(model: PeftModel, batch: Batch) -> list[Call]:
     base: Any = model.get_base_model()
     blocks = [block for _, stack in stacks(base) for block in stack]
     encoder = len(next(stacks(base))[1]) if base.config.is_encoder_decoder else 0
-    labels, seen = batch.get("labels"), {}
+    labels, by_block = batch.get("labels"), {}
 
     def after(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         output = first(output)
         mask = batch.get("attention_mask")
-        if len(seen) >= encoder > 0:
+        if len(by_block) >= encoder > 0:
             mask = batch.get("decoder_attention_mask", labels != -100 if labels is not None else None)
         if mask is None or mask.shape != output.shape[:2]:
             mask = torch.ones(output.shape[:2])
-        seen[block] = Call(block, args, kwargs, output, mask.bool().cpu())
+        by_block[block] = Call(block, args, kwargs, output, mask.bool().cpu())
 
     handles = [block.register_forward_hook(after, with_kwargs=True) for block in blocks]
     try:
@@ -70,11 +72,11 @@ def calls(model: PeftModel, batch: Batch) -> list[Call]:
     finally:
         for handle in handles:
             handle.remove()
-    return [seen[block] for block in blocks]
+    return [by_block[block] for block in blocks]
 
 
 def rows_of(output: Tensor, mask: Tensor, by_text: bool) -> Tensor:
-    """The tokens that are no padding, one a row, or their mean over each text, in double precision."""
+    """A row for each token that is no padding, or their mean for each text, in double precision."""
     output = output.double().cpu()
     if not by_text:
         return output[mask]
@@ -87,23 +89,8 @@ def first(output: Any) -> Tensor:
 
 
 @contextmanager
-def frozen_eval(model: PeftModel) -> Iterator[None]:
-    """The model in evaluation; afterwards trained, and trainable, as it was: peft thaws what it enables again."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
-
-
-@contextmanager
 def shuffled(model: PeftModel, generator: torch.Generator) -> Iterator[None]:
-    """The model with an untrained adapter: the entries of each of its tensors in random order."""
+    """An untrained adapter for the length of the block: the entries of each of its tensors are shuffled."""
     tuner: Any = model.base_model
     prefix, name = tuner.prefix, model.active_adapter
     own = [p for key, p in model.named_parameters() if prefix in key and f".{name}" in key]

@@ -1,12 +1,12 @@
-"""How alike two adapters are that were trained on models of different size: the paper's 75 % claim, beside chance.
+"""Similarity of two adapters that were trained on models of different size: the paper's 75 %, beside chance levels.
 
 The paper (Jin et al. 2023, Figure 1b) reports a cosine of up to 75 % between the modules of GPT2-base or -medium and
-of GPT2-XL, and does not say how modules of 768 and of 1600 channels were compared. Weights of two models that were
-trained by themselves share no channels, so we compare what the modules *do* to the same texts. For layer i of b, and
-the layer of a that corresponds to it,
+of GPT2-XL, and does not say how modules of 768 and of 1600 channels were compared. Two models that were trained
+separately share no channels, so this compares the effect of the modules on the same texts. For layer i of b, and the
+corresponding layer of a,
 
-    D    what the adapter adds to the residual stream in that layer: block(x) with it, less block(x) without it, on the
-         input x that the block has in the adapted model; a row for each token, shape: (rows, d)
+    D    the change that the adapter makes in the residual stream in that layer: block(x) with it minus block(x)
+         without it, x being the block's input in the adapted model; a row for each token, shape: (rows, d)
     H    the block's output in the untouched model, centred, shape: (rows, d)
     Q    the orthogonal map from a's channels to b's that fits H best: argmin ||H_a Q - H_b||, from the singular
          vectors of H_a^T H_b (Procrustes)
@@ -14,17 +14,17 @@ the layer of a that corresponds to it,
     cosine = <D_a Q, D_b> / (||D_a Q|| ||D_b||)
     CKA    = ||D_a^T D_b||^2 / (||D_a^T D_a|| ||D_b^T D_b||), D centred
 
-CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) is itself a cosine, of the matrices of similarities
-between rows, and needs no map between channels. Both modules read the same texts, so they may be alike before anything
-was learnt: the chance level is that of untrained modules, the same tensors with their entries shuffled.
+CKA (Kornblith et al. 2019, https://arxiv.org/abs/1905.00414) is a cosine of the matrices of similarities between
+rows, and needs no map between channels. Both modules read the same texts, so they may be similar without training. The
+chance level is that of untrained modules: the same tensors with their entries shuffled.
 
-That level is about 0 for the cosine, and a cosine above it says that the modules do something in common. For CKA it is
-high and no floor: an untrained module echoes its input, which both models share, where a trained one answers to few
-directions of it. Two trained modules can be less alike than two untrained ones; then CKA says nothing of what they
-learnt. What is to be expected of modules that learnt the same, only those of other seeds can tell.
+The chance level is about 0 for the cosine; a higher cosine means that the modules have an effect in common. For CKA it
+is high: an untrained module echoes its input, which both models share, and a trained one responds to few directions of
+it. Two trained modules can have a lower CKA than two untrained ones; CKA then says nothing about what they learnt. For
+comparison, train the same module with several seeds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -44,7 +44,7 @@ PAPERS = 0.75
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """One layer of `b` beside one of `a`; the chance levels are those of the draws, one by one."""
+    """The similarity in one layer of `b` and the corresponding one of `a`; a chance level for each draw."""
 
     layer_a: int
     layer_b: int
@@ -56,11 +56,11 @@ class LayerSimilarity:
 
 @dataclass(frozen=True)
 class ModuleSimilarity:
-    """How alike two adapters are, layer by layer.
+    """The similarity of two adapters, layer by layer.
 
     Args:
-        layers: those of `b` where both adapters do something.
-        rows: over how many tokens or texts.
+        layers: the layers of `b` in which both adapters have an effect.
+        rows: the number of tokens or texts.
     """
 
     layers: list[LayerSimilarity]
@@ -87,8 +87,8 @@ class ModuleSimilarity:
         return fmean(value for layer in self.layers for value in layer.chance_cka)
 
     def table(self) -> Table:
-        """Layer by layer, chance levels as their mean and, in brackets, the highest of the draws."""
-        table = Table(title=f"What the modules add to the stream, {self.rows} rows")
+        """A row for each layer; chance levels as the mean and, in brackets, the maximum of the draws."""
+        table = Table(title=f"Changes of the residual stream, {self.rows} rows")
         for column in ("layer of b", "of a", "cosine", "by chance", "CKA", "by chance"):
             table.add_column(column, justify="right")
         for layer in self.layers:
@@ -101,7 +101,7 @@ class ModuleSimilarity:
         return table
 
     def figure(self, path: str | Path) -> None:
-        """Draw cosine and CKA by layer, each above the range that untrained modules reach, into a file.
+        """Draw cosine and CKA by layer into a file, with the range of untrained modules.
 
         Needs matplotlib (`pip install "hf_peft_ext[figures]"`).
         """
@@ -136,62 +136,66 @@ def module_similarity(
     order: Order = "interleaved",
     seed: int = 0,
 ) -> ModuleSimilarity:
-    """How alike the active adapters of a small and a large model are.
+    """The similarity of the active adapters of a small and a large model.
 
     Args:
         a: the small model with its adapter.
         b: the large model with its adapter.
-        batches: texts as the models take them, as mappings of tensors. Some thousand tokens at least: with fewer rows
-            than channels, a map between the streams is found for anything.
-        batches_b: the same texts for `b`, where it has another tokeniser; an example's mean over its tokens is then a
-            row. None where both read the same tokens; each token that is no padding is a row.
-        draws: how often untrained modules are drawn for the chance level.
-        order: which layer of `a` corresponds to one of `b` (see `layer_map`).
+        batches: the models' inputs, as mappings of tensors. Some thousand tokens at least: with fewer rows than
+            channels, any two streams have a map between them.
+        batches_b: the same texts for `b`, if it has another tokenizer; a row is then the mean over a text's tokens.
+            None if both read the same tokens; a row is then a token that is no padding.
+        draws: the number of untrained pairs for the chance level.
+        order: which layer of `a` corresponds to a layer of `b` (see `layer_map`).
         seed: of the draws.
 
     Raises:
         TypeError: a model is not a `PeftModel`.
-        ValueError: there are no rows, the models do not read as many, their stacks of layers do not correspond, or no
-            layer has something of both adapters.
+        ValueError: there are no rows, the models have different numbers of them, their stacks of layers do not
+            correspond, or the adapters act together in no layer.
     """
     for name, model in (("a", a), ("b", b)):
         if not isinstance(model, PeftModel):
             raise TypeError(f"`{name}` must be a PeftModel, not {type(model).__name__}.")
     check_count("draws", draws)
     depths = [[len(stack) for _, stack in stacks(model.get_base_model())] for model in (a, b)]
-    corresponding = layer_map(depths[0], depths[1], order)
-    texts = [list(batches), list(batches_b or ())]
-    by_text = batches_b is not None
-    sides = [(a, texts[0]), (b, texts[1] if by_text else texts[0])]
-    check("batches", texts[0], all(batch for _, batch in sides), "must hold at least one batch")
+    layers = layer_map(depths[0], depths[1], order)
+    by_text, texts = batches_b is not None, list(batches)
+    sides = [(a, texts), (b, list(batches_b or ()) if by_text else texts)]
+    check("batches", texts, all(batch for _, batch in sides), "must hold at least one batch")
     states = [base_states(*side, by_text) for side in sides]
     rows = [len(side[0]) for side in states]
     check("batches_b", rows[1], rows[0] == rows[1], f"must hold as many texts as `batches`, {rows[0]}")
-    trained = [deltas(*side, by_text) for side in sides]
-    pairs = [(i, j) for j, i in enumerate(corresponding) if trained[0][i].any() and trained[1][j].any()]
+    of_a, of_b = (deltas(*side, by_text) for side in sides)
+    pairs = [(i, j) for j, i in enumerate(layers) if of_a[i].any() and of_b[j].any()]
     check("a", a.active_adapter, bool(pairs), "and the adapter of `b` act together in no layer")
     maps = {j: procrustes(states[0][i], states[1][j]) for i, j in pairs}
     generator = torch.Generator().manual_seed(seed)
-    drawn: list[list[list[Tensor]]] = []
-    for _ in range(draws):
-        drawn.append([])
-        for side in sides:  # one after the other: both may be the same model
-            with shuffled(side[0], generator):
-                drawn[-1].append(deltas(*side, by_text))
-    found = [
-        LayerSimilarity(i, j, cosine(trained[0][i] @ maps[j], trained[1][j]), cka(trained[0][i], trained[1][j]),
-                        [cosine(one[i] @ maps[j], other[j]) for one, other in drawn],
-                        [cka(one[i], other[j]) for one, other in drawn])
+    untrained = [untrained_deltas(sides, by_text, generator) for _ in range(draws)]
+    return ModuleSimilarity([
+        LayerSimilarity(i, j, cosine(of_a[i] @ maps[j], of_b[j]), cka(of_a[i], of_b[j]),
+                        [cosine(x[i] @ maps[j], y[j]) for x, y in untrained],
+                        [cka(x[i], y[j]) for x, y in untrained])
         for i, j in pairs
-    ]  # fmt: skip
-    return ModuleSimilarity(found, rows[0])
+    ], rows[0])  # fmt: skip
+
+
+def untrained_deltas(
+    sides: Sequence[tuple[PeftModel, list[Batch]]], by_text: bool, generator: torch.Generator
+) -> list[list[Tensor]]:
+    """`deltas` of each side, with shuffled adapters, one after the other, since both may be the same model."""
+    drawn = []
+    for model, batches in sides:
+        with shuffled(model, generator):
+            drawn.append(deltas(model, batches, by_text))
+    return drawn
 
 
 def procrustes(
     x: Tensor,  # shape: (rows, d_a)
     y: Tensor,  # shape: (rows, d_b)
 ) -> Tensor:  # shape: (d_a, d_b)
-    """Q = argmin ||x Q - y||, both centred, over maps with orthonormal rows (or columns, where they are fewer)."""
+    """Q = argmin ||x Q - y||, both centred, over maps with orthonormal rows, or columns if those are fewer."""
     u, _, v = torch.linalg.svd((x - x.mean(0)).T @ (y - y.mean(0)), full_matrices=False)
     return u @ v
 

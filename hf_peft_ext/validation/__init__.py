@@ -1,1 +1,1 @@
-"""Checks of values, of configs from files and of patterns that name modules."""
+"""Checks of values, of config files, of patterns that match modules, and of folders; suggestions for wrong names."""

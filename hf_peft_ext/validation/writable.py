@@ -1,4 +1,4 @@
-"""Whether a folder can be written, found out by writing: permissions say nothing of a full or read-only disk."""
+"""Checks that a folder can be written, by writing: permissions do not show a full or read-only disk."""
 
 import os
 from pathlib import Path
@@ -8,22 +8,22 @@ from hf_peft_ext.validation.checks import check
 
 
 def check_writable(name: str, folder: str | Path, value: object = None) -> None:
-    """Raise where a folder cannot be made, or nothing can be written in it. It is not made, and nothing is left.
+    """Check that a folder can be created and written. Nothing is left behind.
 
     Args:
         name: the field that names the folder, for the error.
-        folder: need not be there.
-        value: what the field holds, where that is not the folder.
+        folder: the folder, which may not exist yet.
+        value: the field's value, if it is not the folder.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the folder cannot be created or written.
     """
     path = Path(os.path.abspath(folder))
-    there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     reason = ""
     try:
-        with TemporaryDirectory(dir=there, prefix=".hf_peft_ext-") as probe:
-            Path(probe, path.relative_to(there)).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=existing, prefix=".hf_peft_ext-") as probe:
+            Path(probe, path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"{there}: {error.strerror}"
+        reason = f"{existing}: {error.strerror}"
     check(name, value or str(folder), not reason, f"must lie where files can be written ({reason})")

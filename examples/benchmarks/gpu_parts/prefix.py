@@ -115,11 +115,11 @@ def vectors_of(model: Any, bare: nn.Module) -> Vectors:
     paths = {path for path, _ in bare.named_modules()}
     found: Vectors = {}
     for name in state:
-        if name.endswith(".keys"):
+        if name.endswith(".P_K"):
             path = name.removeprefix("base_model.model.")
             while path not in paths:
                 path = path.rpartition(".")[0]
-            found[path] = state[name].float(), state[f"{name.removesuffix('keys')}values"].float()
+            found[path] = state[name].float(), state[f"{name.removesuffix('P_K')}P_V"].float()
     return found
 
 

@@ -185,7 +185,7 @@ def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[S
         options = {"num_virtual_tokens": method["prefix_length"], **({"shift_positions": True} if t5 else {})}
         keys, values = prefix_vectors(method, checkpoint, place, found)
         for site, p_k, p_v in zip(found, keys, values, strict=True):
-            tensors = {"keys": p_k, "values": p_v}
+            tensors = {"P_K": p_k, "P_V": p_v}
             if method.get("use_gating"):
                 tensors |= named(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
             yield Filled("prefix", site, gate_of(method), options, tensors)

@@ -1,43 +1,42 @@
-"""The delta bridge: a thin copy that only carries what the module changes, while the large model itself does the rest.
+"""The delta bridge: a pruned copy carries the change that the adapters make; the large model computes everything else.
 
-The large model runs forward, without gradients. In the thin copy a leaf then gives not W' x but
+The large model runs forward, without gradients. A leaf of the pruned copy then gives, instead of W' x,
 
     y = y_large[rows kept] + W' (x - x_ref),
 
-where x_ref is what the leaf reads when nothing is changed, and a norm divides by the norm of the large model's whole
-stream. So where nothing is changed the thin copy *is* the large model, its logits included, and what the module
-changes goes on through slices of the large model's own weights, from which the module has its gradient.
+where x_ref is the input of the leaf without a change. A norm divides by the norm of the large model's whole residual
+stream. So without a change the copy has the large model's values, its logits included. A change passes through slices
+of the large model's own weights, and the adapters get their gradient through them.
 
-`around` says what counts as unchanged:
+`around` says what counts as no change:
 
-    "plugged"  the large model with the module as it is. x_ref is x itself, cut off from the gradient: the loss is that
-               of the plugged model, exactly and at every step; only its gradient goes the thin way.
-    "base"     the large model without the module. What it changes is carried by the thin copy, in values too, which
-               drift away from the plugged model's as the module grows.
+    "plugged"  the large model with its adapters. x_ref is x itself, detached: the loss is that of the plugged model,
+               exactly and at every step; only its gradient takes the way through the copy.
+    "base"     the large model without its adapters. The copy carries their change in its values too, which drift away
+               from the plugged model's as the adapters grow.
 
-The module reads the whole of what it reads in the large model; of what it writes, the thin copy sees the channels that
-it has.
+The adapters read all channels that they read in the large model; of what they write, the copy has its own channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.layer import hidden_states
-from hf_peft_ext.model.sites import Site
+from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.structure import covers, innermost, is_norm, leaf_size, own_modules
 from hf_peft_ext.pruning import PrunedModel
-from hf_peft_ext.transfer.bridges.activations import check_weights, preserve_requires_grad
-from hf_peft_ext.transfer.bridges.bridge import bridge, kept_channels
-from hf_peft_ext.transfer.map.adapter_tensors import SEEN, Part, parts_of
-from hf_peft_ext.transfer.map.projections import RESIDUAL
+from hf_peft_ext.transfer.bridges.activations import check_weights
+from hf_peft_ext.transfer.bridges.bridge import kept_channels, pruned_bridge
+from hf_peft_ext.transfer.bridges.held import HeldLeaf, States, WholeCode, WholeInput
+from hf_peft_ext.transfer.bridges.whole_norm import WholeNorm
+from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors
+from hf_peft_ext.transfer.map.projections import RESIDUAL, Projections
 from hf_peft_ext.validation.checks import check
 
 Around = Literal["plugged", "base"]
@@ -45,227 +44,178 @@ Around = Literal["plugged", "base"]
 
 @contextmanager
 def delta_bridge(plugged: PeftModel, thin: PrunedModel, around: Around = "plugged") -> Iterator[PeftModel]:
-    """The thin copy with the plugged module, held to the large model. Training it trains the plugged one.
+    """The pruned copy with the plugged adapters, held to the large model. Training it trains the plugged ones.
 
         with delta_bridge(plugged, pruned_copy(large, 4)) as model:
             task.loss(model, rows).backward()
 
-    It is called as the large model is and gives its logits, in evaluation mode, which both are put into. Only the
-    module is trained: the slices are the large model's own weights. Behind the `with` the large model is as it was.
+    It takes the large model's inputs and gives its logits, in evaluation mode, which both models are put into. Only
+    the adapters are trained: the slices are the large model's own weights. After the `with` block the large model has
+    no hooks of the bridge.
 
     Args:
-        plugged: what `plug` returned, or any large model with a LoRA or an adapter of this package. It is run by each
-            forward of the bridge, without gradients.
-        thin: the thin copy of its base model (`pruning.pruned_copy`), as it was cut.
-        around: the large model with the module as it is ("plugged") or without it ("base").
+        plugged: what `plug` returned, or any large model with LoRAs or adapters of this package. Each forward of the
+            bridge runs it, without gradients.
+        thin: the pruned copy of its base model (`pruning.pruned_copy`), not trained since.
+        around: the large model with its adapters ("plugged") or without them ("base").
 
     Raises:
-        ValueError: `around` is unknown, the thin copy is not of this large model, or that has no weights.
+        ValueError: `around` is unknown, the pruned copy is not of this large model, or that has no weights.
     """
-    check("around", around, around in get_args(Around), f"must be one of {', '.join(get_args(Around))}")
-    check_weights("plugged", plugged.get_base_model(), "a delta bridge runs it")
-    model = bridge(plugged, thin, train_bridge=False)
-    if hasattr(thin.model, "model_dim"):  # T5 divides by its root in front of a tied head
-        thin.model.model_dim = plugged.get_base_model().model_dim  # pyright: ignore
-    anchors = Anchors(plugged.eval(), model.eval(), thin, around)
-    try:
+    with hold(AdapterTensors(plugged), thin, around) as model:
         yield model
+
+
+@contextmanager
+def hold(source: AdapterTensors, thin: PrunedModel, around: Around) -> Iterator[PeftModel]:
+    """As `delta_bridge`, from tensors of the plugged model that were read already."""
+    check("around", around, around in get_args(Around), f"must be one of {', '.join(get_args(Around))}")
+    large: Any = source.model.get_base_model()
+    check_weights("plugged", large, "a delta bridge runs it")
+    copy = pruned_bridge(source, thin, Projections("slice", trainable=False, index=kept_channels(thin)))
+    if hasattr(thin.model, "model_dim"):  # T5 divides by its root in front of a tied head
+        thin.model.model_dim = large.model_dim  # pyright: ignore[reportArgumentType]
+    source.model.eval()
+    copy.model.eval()
+    held = HeldCopy(source, copy, thin, around)
+    try:
+        yield copy.model
     finally:
-        anchors.remove()
+        held.remove()
 
 
-class Anchors:
-    """The hooks that hold a thin copy to the large model.
+class HeldCopy:
+    """The hooks that hold a pruned copy to the large model.
 
     Args:
-        plugged: the large model.
-        model: the thin copy with the module's tensors.
-        thin: the same copy, and what it kept.
+        source: tensors of the plugged model.
+        copy: tensors of the pruned copy.
+        thin: the same copy, and the channels that it has.
         around: see above.
     """
 
-    def __init__(self, plugged: PeftModel, model: PeftModel, thin: PrunedModel, around: Around):
-        self.plugged, self.model, self.thin, self.around = plugged, model, thin, around
-        self.large: Any = plugged.get_base_model()
-        self.residual = thin.kept[RESIDUAL]
-        self.seen: dict[str, Any] = {}  # path -> what the large model had there in this forward
-        self.ref: dict[str, Tensor] | None = None  # path -> what the thin copy had where nothing was changed
-        self.recording = False
-        self.handles: list[RemovableHandle] = []
+    def __init__(self, source: AdapterTensors, copy: AdapterTensors, thin: PrunedModel, around: Around):
+        self.plugged, self.model, self.thin, self.around = source.model, copy.model, thin, around
+        self.large: Any = source.model.get_base_model()
+        self.copy: Any = copy.model.get_base_model()
+        self.states = States()
         self.norms: list[WholeNorm] = []
-        copy: Any = model.get_base_model()
-        self.handles.append(copy.register_forward_pre_hook(self.run_large, with_kwargs=True))
-        larges, thins = dict(own_leaves(self.large)), dict(own_leaves(copy))
-        whole = tuple(part.host for part in parts_of(plugged) if part.layer < 0)  # trained, not held
-        for path, leaf in thins.items():
-            if not covers(whole, path):
-                self.anchor(path, larges[path], leaf)
-        sources = {part.key: part for part in parts_of(plugged)}
-        parts = {part.key: part for part in parts_of(model)}
-        for key, part in parts.items():
-            self.read_whole(part, sources[key], parts)
+        self.branches: list[Any] = []
+        self.handles: list[RemovableHandle] = [
+            self.copy.register_forward_pre_hook(self.run_large, with_kwargs=True),
+        ]
+        large_leaves = dict(own_leaves(self.large))
+        trained = tuple(tensor.host for tensor in source if tensor.layer == HEAD)
+        for path, leaf in own_leaves(self.copy):
+            if not covers(trained, path):
+                self.hold_leaf(path, large_leaves[path], leaf)
+        of_large, of_copy = source.by_key(), copy.by_key()
+        channels = kept_channels(thin)
+        for key, own in of_copy.items():
+            self.read_whole(of_large[key], own, of_copy, channels)
 
     def run_large(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the thin copy runs: the large one, and for "base" the thin copy with nothing changed."""
-        for norm in self.norms:
-            norm.calls = 0
-        if self.recording:
+        """Before each forward of the copy: run the large model, and for "base" the copy without its adapters."""
+        self.rewind_norms()
+        if self.states.recording:
             return
         for norm in self.norms:
-            norm.measured.clear()
-        self.seen.clear()
-        self.ref = None
+            norm.statistics.clear()
+        self.states.clear()
         with torch.no_grad(), preserve_requires_grad(self.plugged), preserve_requires_grad(self.model):
             if self.around == "plugged":
                 self.large(*args, **kwargs)
                 return
             with self.plugged.disable_adapter():
                 self.large(*args, **kwargs)
-            self.recording, self.ref = True, {}
+            self.states.recording, self.states.reference = True, {}
             try:
                 with self.model.disable_adapter():
                     module(*args, **kwargs)
             finally:
-                self.recording = False
-            for norm in self.norms:
-                norm.calls = 0
+                self.states.recording = False
+            self.rewind_norms()
+
+    def rewind_norms(self) -> None:
+        for norm in self.norms:
+            norm.calls = 0
 
     def remove(self) -> None:
-        """Leave both models to themselves."""
+        """Take the hooks off both models."""
         for handle in self.handles:
             handle.remove()
         for norm in self.norms:
             norm.remove()
-        self.seen.clear()
+        for branch in self.branches:
+            del branch.project
+        self.states.clear()
 
-    def anchor(self, path: str, large: nn.Module, thin: nn.Module) -> None:
-        """Hold a leaf, or a norm along the stream, to the large model's."""
-        if leaf_size(thin):
-            rows = self.thin.rows_of(path)
+    def hold_leaf(self, path: str, large: nn.Module, leaf: nn.Module) -> None:
+        """Hold a linear leaf, or a norm along the residual stream, to the large model's."""
+        kept = self.thin.kept[RESIDUAL]
+        if leaf_size(leaf):
+            held = HeldLeaf(self.states, path, self.thin.rows_of(path))
+            self.handles += [large.register_forward_hook(held.record), leaf.register_forward_hook(held.hold)]
+        elif is_norm(leaf) and len(leaf.weight) == len(kept) < len(large.weight):  # pyright: ignore
+            self.norms.append(WholeNorm(large, leaf, kept))
 
-            def note(_: nn.Module, args: Any, output: Tensor) -> None:
-                self.seen[path] = output if rows is None else output[..., rows.to(output.device)]
-
-            def hold(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-                return self.seen[path] + output - self.reference(path, output)
-
-            self.handles += [large.register_forward_hook(note), thin.register_forward_hook(hold)]
-        elif is_norm(thin) and len(thin.weight) == len(self.residual) < len(large.weight):  # pyright: ignore
-            self.norms.append(WholeNorm(large, thin, self.residual))
-
-    def reference(self, key: str, value: Tensor) -> Tensor:
-        """The value where nothing is changed."""
-        if self.recording:
-            assert self.ref is not None
-            self.ref[key] = value
-            return value
-        return value.detach() if self.ref is None else self.ref[key]
-
-    def read_whole(self, part: Part, source: Part, parts: dict[Any, Part]) -> None:
-        """Let a tensor that reads the model read all of what it reads there, and not only the channels kept."""
-        if not any(axis.side == "read" for axis in part.axes):
+    def read_whole(
+        self, source: AdapterTensor, own: AdapterTensor, of_copy: dict[Any, AdapterTensor], channels: dict[Any, Tensor]
+    ) -> None:
+        """Let a tensor that reads the model read all channels of the large model."""
+        axis = next((axis for axis in own.axes if axis.side == "read"), None)
+        if axis is None:
             return
-        key = f"{part.host} {part.tensor}"
+        if own.site is None:  # LoRA's A, a head: leaves that are called
+            if isinstance(own.owner, nn.Linear):
+                self.read_whole_input(source, own)
+            return
+        (name,) = axis.rows
+        code = WholeCode(self.states, source, own, channels[name, None if name == RESIDUAL else own.layer])
+        self.handles.append(self.record_input(own, code))
+        owner: Any = own.owner
+        if own.name == "weight":
+            bias = of_copy[own.adapter, own.host, own.tensor.removesuffix("weight") + "bias", own.sites].owner
+            computed: Any = bias.parametrizations["bias"]  # pyright: ignore
+            self.handles.append(computed.register_forward_hook(code.widen))
+        else:
+            owner.project = code.project
+            self.branches.append(owner)
 
-        def note(x: Tensor) -> None:
-            self.seen[key] = x
+    def read_whole_input(self, source: AdapterTensor, own: AdapterTensor) -> None:
+        """Hold a leaf of an adapter to the whole input of its host."""
+        writes = any(axis.side == "write" for axis in own.axes)  # the dense layer in front of a classifier
+        whole = WholeInput(self.states, source, self.thin.kept[RESIDUAL] if writes else None)
+        self.handles.append(own.owner.register_forward_hook(whole.hold))
+        for model, record in ((self.large, whole.record), (self.copy, whole.record_reference)):
+            for module in called_with_input(model, own):
+                self.handles.append(module.register_forward_pre_hook(record))
 
-        if isinstance(part.owner, nn.Linear) and part.site is None:  # LoRA's A, a head: leaves that are called
-
-            def noted(_: nn.Module, args: Any) -> None:
-                if self.recording:
-                    self.reference(key, args[0])
-
-            def whole(leaf: Any, args: Any, output: Tensor) -> Tensor:
-                ref = args[0].detach() if self.ref is None else self.ref[key]
-                return output + F.linear(self.seen[key], source.value) - F.linear(ref, leaf.weight)
-
-            host = self.model.get_base_model().get_submodule(part.host)
-            self.handles += [host.register_forward_pre_hook(noted), part.owner.register_forward_hook(whole)]
-            self.handles.append(
-                self.large.get_submodule(part.host).register_forward_pre_hook(lambda _, args: note(args[0]))
+    def record_input(self, own: AdapterTensor, code: WholeCode) -> RemovableHandle:
+        """Record the input of a sub-layer of the large model, also while it is disabled."""
+        site: Any = own.site
+        if site.act in ("output", "norm"):
+            host = self.large.get_submodule(site.host)
+            return host.register_forward_hook(
+                lambda _, args, output: code.record(output[0] if isinstance(output, tuple) else output), prepend=True
             )
-        elif (
-            part.site is not None
-            and (bias := replace(part, tensor=part.tensor.replace("weight", "bias"))).key in parts
-        ):
-            kept = kept_channels(self.thin)[RESIDUAL, None]
-
-            def unseen(_: nn.Module, args: Any, output: Tensor) -> Tensor:  # shape: (batch, length, r)
-                x = self.seen[key]
-                return output + F.linear(x, source.value) - F.linear(x[..., kept.to(x.device)], part.value)
-
-            # what the code has of the other channels is, to the thin copy, a bias that each token has of its own
-            owner = parts[bias.key].owner
-            self.handles.append(owner.get_submodule(SEEN + "bias").register_forward_hook(unseen))
-            self.handles.append(watch(self.large, part.site, note))
+        module = self.large.get_submodule(site.reads or site.host)
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: code.record(hidden_states(args, kwargs)), with_kwargs=True
+        )
 
 
-def watch(model: nn.Module, site: Site, note: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have what a sub-layer at this site reads noted, whether it acts or not."""
-    if site.act in ("output", "norm"):
-
-        def after(_: nn.Module, args: Any, output: Any) -> None:
-            note(output[0] if isinstance(output, tuple) else output)
-
-        return model.get_submodule(site.host).register_forward_hook(after, prepend=True)
-    return model.get_submodule(site.reads or site.host).register_forward_pre_hook(
-        lambda _, args, kwargs: note(hidden_states(args, kwargs)), with_kwargs=True
-    )
-
-
-class WholeNorm:
-    """A norm over all channels of the large model's stream, of which the thin copy has and changes some.
-
-    With c = x - mu over the kept channels, and R_1, R_2 the sums of c and c^2 over the others in the large model:
-    y = gain (c - m) / sqrt((sum c^2 + R_2) / d - m^2 + eps) + bias, m = (sum c + R_1) / d. An RMS norm has mu = m = 0.
-
-    It takes the place of `forward`, not of a hook: a Pfeiffer adapter calls the norm's forward a second time. In the
-    thin copy the n-th call goes by what the large model had in its n-th, or in its last.
-    """
-
-    def __init__(self, large: Any, thin: Any, kept: Tensor):
-        self.large, self.thin, self.d, self.kept, self.eps = large, thin, len(large.weight), kept, eps_of(large)
-        self.centred = isinstance(large, nn.LayerNorm)
-        self.measured: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.calls = 0
-        if self.centred:
-            self.gain, self.bias = thin.weight, thin.bias
-        else:  # some add one to their weight: what they make of ones tells the gain
-            with torch.no_grad():
-                self.gain, self.bias = thin(torch.ones_like(thin.weight)) * (1 + self.eps) ** 0.5, None
-        self.plain = large.forward
-        large.forward, thin.forward = self.measure, self.divide
-
-    def remove(self) -> None:
-        del self.large.forward, self.thin.forward
-
-    def measure(self, x: Tensor) -> Tensor:
-        """What the large norm does, noting mu, R_1 and R_2 of each token, shapes: (*batch, 1)."""
-        wide = x.float()
-        mu = wide.mean(-1, keepdim=True) if self.centred else wide.new_zeros(*x.shape[:-1], 1)
-        c = wide - mu
-        kept = c[..., self.kept.to(x.device)]
-        r_2 = c.square().sum(-1, keepdim=True) - kept.square().sum(-1, keepdim=True)
-        self.measured.append((mu, c.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True), r_2))
-        return self.plain(x)
-
-    def divide(self, x: Tensor) -> Tensor:
-        mu, r_1, r_2 = self.measured[min(self.calls, len(self.measured) - 1)]
-        self.calls += 1
-        c = x.float() - mu
-        m = (c.sum(-1, keepdim=True) + r_1) / self.d if self.centred else 0.0
-        mean_square = (c.square().sum(-1, keepdim=True) + r_2) / self.d
-        y = self.gain * ((c - m) * (mean_square - m * m + self.eps).rsqrt())
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
-
-
-def eps_of(norm: Any) -> float:
-    return next(getattr(norm, name) for name in ("eps", "variance_epsilon", "layer_norm_eps") if hasattr(norm, name))
+def called_with_input(model: nn.Module, tensor: AdapterTensor) -> list[nn.Module]:
+    """The modules that are called with the input of a leaf of an adapter, with and without the adapter."""
+    host: Any = model.get_submodule(tensor.host)
+    if tensor.layer != HEAD:
+        return [host]
+    path = tensor.tensor.rpartition(".")[0]
+    return [head.get_submodule(path) for head in (host.original_module, host.modules_to_save[tensor.adapter])]
 
 
 def own_leaves(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Linear leaves and norms by the paths of the model without tuners."""
+    """Linear leaves and norms, by their paths in the model without tuners."""
     for path, module in own_modules(model):
         if path and (leaf_size(module) or is_norm(module)):
             yield path, innermost(module)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter, and which of their dimensions lie along the model that it is made for."""
+"""The tensors of a model's active adapters, and the dimensions of each that run along the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.tuner import tuner_layers
@@ -17,42 +18,47 @@ from hf_peft_ext.sublayers import Bottleneck, LowRank, Prefix, ProjectedPrefix
 from hf_peft_ext.transfer.map.projections import RESIDUAL, Side
 from hf_peft_ext.validation.checks import check
 
-SEEN = "seen_"  # begins the names of modules that compute a tensor, in front of the tensor's (see `seen`)
-HEAD = -1  # the layer of what is trained outside the blocks
-# The space that a leaf's input lies in, where it is not the residual stream, and that of its output.
+HEAD = -1  # the layer of a module that is trained outside the blocks
+# The space of a leaf's input, and of its output, where it is not the residual stream.
 READS = {"attention_output": "heads", "ffn_output": "ffn"}
 WRITES = {"query": "query", "key": "key", "value": "value", "ffn_input": "ffn", "ffn_gate": "ffn"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension of a tensor that lies along the model.
+    """A dimension of a tensor that runs along the model.
 
     Args:
-        dim: which one; None for heads: (heads, n, d) lies along heads x d.
-        side: whether the tensor reads from there or writes there.
-        rows: space -> the indices along this dimension that are its; None for all.
+        dim: which dimension; None for the heads of a prefix: (heads, n, d) runs along heads x d.
+        side: whether the tensor reads from the model along it or writes to the model.
+        rows: space -> its indices along this dimension; None for all of them.
     """
 
     dim: int | None
     side: Side
     rows: dict[str, Tensor | None]
 
+    def size(self, value: Tensor) -> int:
+        """The size of a tensor along this axis."""
+        return value.shape[0] * value.shape[2] if self.dim is None else value.shape[self.dim]
+
 
 @dataclass(frozen=True)
-class Part:
+class AdapterTensor:
     """A tensor of an adapter.
 
     Args:
+        adapter: the adapter's name.
         layer: the layer that it acts in, `HEAD` outside the blocks.
-        sites: the sites that it acts at, several in a fused projection.
+        sites: names of the sites that it acts at, several in a fused projection.
         tensor: its name in the sub-layer.
         owner, name: the module and the attribute that hold it.
-        axes: its dimensions that lie along the model.
+        axes: its dimensions that run along the model.
         host: path of the module that the sub-layer sits at.
-        site: its site, if it is one of this package.
+        site: its site, for sub-layers of this package.
     """
 
+    adapter: str
     layer: int
     sites: frozenset[str]
     tensor: str
@@ -67,135 +73,172 @@ class Part:
         return getattr(self.owner, self.name)
 
     @property
-    def key(self) -> tuple[str, str, frozenset[str]]:
-        """What no other tensor of the adapter has."""
-        return self.host, self.tensor, self.sites
+    def key(self) -> tuple[str, str, str, frozenset[str]]:
+        """Unique among the tensors of a model, and the same in its pruned copy."""
+        return self.adapter, self.host, self.tensor, self.sites
 
-    def takes_from(self, other: "Part", layer: int) -> bool:
-        """Whether this tensor can be made of `other`, a tensor of another model, whose layer corresponds."""
-        return other.layer == layer and other.tensor == self.tensor and self.sites <= other.sites
+    def corresponds_to(self, other: "AdapterTensor", layer: int) -> bool:
+        """Whether `other`, a tensor of another model in the corresponding `layer`, has the same role."""
+        same = other.adapter == self.adapter and other.layer == layer and other.tensor == self.tensor
+        return same and self.sites <= other.sites
 
 
-def parts_of(model: PeftModel, adapter_name: str | None = None) -> list[Part]:
-    """The tensors of an adapter: a LoRA, or one of this package's own without biases and reparameterised prefixes.
+class AdapterTensors:
+    """The tensors of all active adapters of a model. Read them once for a model, and hand them on.
+
+    They stay valid while tensors are parametrized and merged, not when adapters are added, removed or activated.
 
     Args:
-        adapter_name: the adapter; None for the active one.
+        model: a model with LoRAs, or with adapters of this package without biases and reparameterised prefixes.
 
     Raises:
-        TypeError: the adapter is of another kind.
-        ValueError: the adapter has something that cannot be carried to another model.
+        TypeError: an adapter is of another kind.
+        ValueError: no adapter is active, or one has a part that cannot be carried to another model.
     """
-    name: Any = model.active_adapter if adapter_name is None else adapter_name
-    check("adapter_name", name, name in model.peft_config, f"must be one of {list(model.peft_config)}")
-    config: Any = model.peft_config[name]
+
+    def __init__(self, model: PeftModel):
+        self.model = model
+        self.adapters = list(model.active_adapters)
+        check("active_adapters", self.adapters, bool(self.adapters), "must hold at least one adapter")
+        self._all = [tensor for name in self.adapters for tensor in read_adapter(model, name)]
+
+    def __iter__(self) -> Iterator[AdapterTensor]:
+        return iter(self._all)
+
+    def by_key(self) -> dict[tuple[str, str, str, frozenset[str]], AdapterTensor]:
+        return {tensor.key: tensor for tensor in self}
+
+    def added(self) -> list[AdapterTensor]:
+        """The tensors in the blocks that are a factor of what their sub-layer adds: LoRA's B, up-projections."""
+        return [
+            tensor
+            for tensor in self
+            if tensor.layer != HEAD and any(axis.side == "write" and axis.dim is not None for axis in tensor.axes)
+        ]
+
+    @property
+    def has_prefix(self) -> bool:
+        return any(axis.dim is None for tensor in self for axis in tensor.axes)
+
+
+def read_adapter(model: PeftModel, adapter: str) -> Iterator[AdapterTensor]:
+    """The tensors of one adapter of a model."""
+    config: Any = model.peft_config[adapter]
     base = model.get_base_model()
     if isinstance(config, PlacedConfig):
-        found = list(placed_parts(base, name))
+        yield from placed_tensors(base, adapter)
     elif config.peft_type == PeftType.LORA:
-        check_plain(config)
-        found = list(lora_parts(base, name))
+        check_plain_lora(config)
+        yield from lora_tensors(base, adapter)
     else:
         kind = config.peft_type.value
         raise TypeError(f"`model` has an adapter of type {kind}; LORA, BOTTLENECK and LAYER_PREFIX can be plugged in.")
-    return found + list(head_parts(base, name))
+    yield from head_tensors(base, adapter)
 
 
-def check_plain(config: Any) -> None:
-    """Refuse what a LoRA may have beside A and B."""
+def check_plain_lora(config: Any) -> None:
+    """Refuse a LoRA with more than A and B."""
+    rule = "cannot be carried to another model; train the small one without"
     for field in ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication"):
         value = getattr(config, field, None)
-        check(field, value, not value, "cannot be carried to another model; train the small one without")
-    check(
-        "bias", config.bias, config.bias == "none", "cannot be carried to another model; train the small one without"
-    )
+        check(field, value, not value, rule)
+    check("bias", config.bias, config.bias == "none", rule)
 
 
-def lora_parts(base: nn.Module, name: str) -> Iterator[Part]:
-    sites: dict[str, list[Site]] = {}
-    for site in find_sites(base):
-        if site.act == "input" and site.name.removeprefix("cross_") in {*READS, *WRITES}:
-            sites.setdefault(site.host, []).append(site)
+def lora_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
+    sites = leaf_sites(base)
     for path, module in own_modules(base):
-        if isinstance(module, LoraLayer) and name in module.r:
-            check("target_modules", path, path in sites and name in module.lora_A, "is no leaf of a block")
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            check("target_modules", path, path in sites and adapter in module.lora_A, "is no leaf of a block")
             here = sites[path]
-            reads: dict[str, Tensor | None] = {space(here[0], "read"): None}
-            writes = {space(site, "write"): site.rows for site in here}
-            yield part(here, "A", module.lora_A[name], "weight", (Axis(1, "read", reads),))
-            yield part(here, "B", module.lora_B[name], "weight", (Axis(0, "write", writes),))
+            reads: dict[str, Tensor | None] = {space_of(here[0], "read"): None}
+            writes = {space_of(site, "write"): site.rows for site in here}
+            layer, names = here[0].layer, frozenset(site.name for site in here)
+            assert layer is not None
+            for tensor, owner, axis in (
+                ("A", module.lora_A[adapter], Axis(1, "read", reads)),
+                ("B", module.lora_B[adapter], Axis(0, "write", writes)),
+            ):
+                yield AdapterTensor(adapter, layer, names, tensor, owner, "weight", (axis,), path)
 
 
-def placed_parts(base: nn.Module, name: str) -> Iterator[Part]:
+def leaf_sites(model: nn.Module) -> dict[str, list[Site]]:
+    """Path of each linear leaf of the blocks -> its sites, several in a fused projection."""
+    sites: dict[str, list[Site]] = {}
+    for site in find_sites(model):
+        name = site.name.removeprefix("cross_")
+        if site.act == "input" and site.layer is not None and name in {*READS, *WRITES}:
+            sites.setdefault(site.host, []).append(site)
+    return sites
+
+
+def placed_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
     for layer in tuner_layers(base):
-        if name not in layer.sublayer_of:
+        if adapter not in layer.sublayer_of:
             continue
-        sublayer: Any = layer.sublayer_of[name]
-        rule = f"holds a {type(sublayer).__name__} at {layer.site.host}, which cannot be carried to another model"
-        known = isinstance(sublayer, LowRank | Bottleneck | Prefix) and not isinstance(sublayer, ProjectedPrefix)
-        check("adapter_name", name, known and layer.site.layer is not None, rule)
-        for tensor, axes in axes_of(layer.site, sublayer).items():
-            owner, _, attribute = tensor.rpartition(".")
-            kind = type(sublayer).__name__
-            yield part([layer.site], f"{kind}.{tensor}", sublayer.get_submodule(owner), attribute, axes)
+        sublayer: Any = layer.sublayer_of[adapter]
+        site, kind = layer.site, type_before_parametrizations(sublayer).__name__
+        portable = isinstance(sublayer, LowRank | Bottleneck | Prefix) and not isinstance(sublayer, ProjectedPrefix)
+        rule = f"holds a {kind} at {site.host}, which cannot be carried to another model"
+        check("adapter_name", adapter, portable and site.layer is not None, rule)
+        assert site.layer is not None
+        axes = axes_of(site)
+        for path in tensor_names(sublayer):
+            owner, _, name = path.rpartition(".")
+            along, module = axes.get(path, ()), sublayer.get_submodule(owner)
+            yield AdapterTensor(
+                adapter, site.layer, frozenset([site.name]), f"{kind}.{path}", module, name, along, site.host, site
+            )
 
 
-def axes_of(site: Site, sublayer: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """Tensor of a sub-layer -> its dimensions that lie along the model."""
-    reads: dict[str, Tensor | None] = {space(site, "read"): None}
-    writes: dict[str, Tensor | None] = {space(site, "write"): None}
-    found: dict[str, tuple[Axis, ...]] = {name: () for name in tensors_of(sublayer)}
+def axes_of(site: Site) -> dict[str, tuple[Axis, ...]]:
+    """Tensor of a sub-layer at this site -> its dimensions that run along the model; others have none."""
+    reads: dict[str, Tensor | None] = {space_of(site, "read"): None}
+    writes: dict[str, Tensor | None] = {space_of(site, "write"): None}
     cross = "cross_" if site.name.startswith("cross_") else ""
-    along = {
-        "A": Axis(1, "read", reads),
-        "B": Axis(0, "write", writes),
-        "down.weight": Axis(1, "read", reads),
-        "up.weight": Axis(0, "write", writes),
-        "up.bias": Axis(0, "write", writes),
-        "gate.weight": Axis(1, "read", reads),
-        "keys": Axis(None, "write", {f"{cross}key": None}),
-        "values": Axis(None, "write", {f"{cross}value": None}),
+    return {
+        "A": (Axis(1, "read", reads),),
+        "B": (Axis(0, "write", writes),),
+        "down.weight": (Axis(1, "read", reads),),
+        "up.weight": (Axis(0, "write", writes),),
+        "up.bias": (Axis(0, "write", writes),),
+        "gate.weight": (Axis(1, "read", reads),),
+        "P_K": (Axis(None, "write", {f"{cross}key": None}),),
+        "P_V": (Axis(None, "write", {f"{cross}value": None}),),
     }
-    return found | {name: (along[name],) for name in found if name in along}
 
 
-def tensors_of(module: nn.Module, path: str = "") -> Iterator[str]:
-    """Names of the parameters of a module, those among them that are computed now (see `seen`) under their own."""
+def tensor_names(module: nn.Module, path: str = "") -> Iterator[str]:
+    """Names of the parameters of a module; a parametrized one has its own name, not that of its original."""
     for name, value in module._parameters.items():
         if value is not None:
             yield path + name
+    if is_parametrized(module):
+        yield from (path + name for name in module.parametrizations)  # pyright: ignore
     for name, child in module.named_children():
-        if name.startswith(SEEN):
-            yield path + name.removeprefix(SEEN)
-        else:
-            yield from tensors_of(child, f"{path}{name}.")
+        if name != "parametrizations":
+            yield from tensor_names(child, f"{path}{name}.")
 
 
-def space(site: Site, side: Side) -> str:
+def space_of(site: Site, side: Side) -> str:
     """The space that a sub-layer at this site reads or writes."""
     cross = "cross_" if site.name.startswith("cross_") else ""
     name = (READS if side == "read" else WRITES).get(site.name.removeprefix("cross_"))
     return cross + name if name else RESIDUAL
 
 
-def part(sites: list[Site], tensor: str, owner: nn.Module, name: str, axes: tuple[Axis, ...]) -> Part:
-    layer = sites[0].layer
-    assert layer is not None
-    own = None if isinstance(owner, nn.Linear) and tensor in ("A", "B") else sites[0]
-    return Part(layer, frozenset(site.name for site in sites), tensor, owner, name, axes, sites[0].host, own)
-
-
-def head_parts(base: Any, name: str) -> Iterator[Part]:
-    """What is trained whole, such as a classification head: it reads the residual stream."""
+def head_tensors(base: Any, adapter: str) -> Iterator[AdapterTensor]:
+    """The tensors of modules that are trained whole, such as a classification head; it reads the residual stream."""
     d = base.config.get_text_config().hidden_size
     for path, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            for tensor in tensors_of(module.modules_to_save[name]):
-                owner, _, attribute = tensor.rpartition(".")
-                whole = module.modules_to_save[name].get_submodule(owner)
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            head = module.modules_to_save[adapter]
+            for tensor in tensor_names(head):
+                owner, _, name = tensor.rpartition(".")
+                whole = head.get_submodule(owner)
                 axes = tuple(
                     Axis(dim, "read" if dim else "write", {RESIDUAL: None})
-                    for dim, size in enumerate(getattr(whole, attribute).shape)
+                    for dim, size in enumerate(getattr(whole, name).shape)
                     if size == d
                 )
-                yield Part(HEAD, frozenset([path]), tensor, whole, attribute, axes, path)
+                yield AdapterTensor(adapter, HEAD, frozenset([path]), tensor, whole, name, axes, path)

@@ -1,4 +1,4 @@
-"""W_plug by least squares between what the small and the large model make of the same tokens."""
+"""W_plug by least squares between states of the small and the large model on the same tokens."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -9,11 +9,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import stacks
-from hf_peft_ext.transfer.bridges.activations import preserve_requires_grad
-from hf_peft_ext.transfer.map.adapter_tensors import READS, RESIDUAL, WRITES, space
-from hf_peft_ext.transfer.map.projections import Dense, Projections, Side, Space, key_of, least_squares
+from hf_peft_ext.transfer.map.adapter_tensors import READS, WRITES, space_of
+from hf_peft_ext.transfer.map.projections import RESIDUAL, Dense, Projections, Side, Space, key_of, least_squares
 from hf_peft_ext.validation.checks import check
 
 States = dict[Space, list[Tensor]]  # space of a layer -> shape of each: (tokens, d)
@@ -26,14 +26,14 @@ def align(
     layers: list[int],
     batches: Iterable[Mapping[str, Any]],
 ) -> None:
-    """Fill the projections in place: W x_small nearest to x_large where they write, and W^T x_large nearest to x_small
-    where they read.
+    """Fit the projections in place: W x_small to x_large on the write side, W^T x_large to x_small on the read side.
 
-    The residual stream is what the blocks read, all layers together; other spaces are what a layer's own leaves read
-    or write. Adapters are off. A good fit of states makes no good module: see the class `Projections`.
+    States of the residual stream are the inputs of the blocks, all layers together. States of other spaces are the
+    inputs or outputs of a layer's own leaves. Adapters are disabled. A good fit does not make a good adapter, see
+    `Projections`.
 
     Args:
-        projections: W_plug, as `plug` made it.
+        projections: W_plug.
         small, large: both models with adapters.
         layers: the small model's layer for each of the large one's.
         batches: inputs of both, without padding.
@@ -43,37 +43,44 @@ def align(
     """
     of_small, of_large = defaultdict(list), defaultdict(list)
     for batch in batches:
-        for model, found in ((small, of_small), (large, of_large)):
-            note_states(model, batch, found)
+        for model, states in ((small, of_small), (large, of_large)):
+            record_states(model, batch, states)
     check("batches", len(of_large), bool(of_large), "must hold at least one, to begin W_plug by least squares")
     pairs: defaultdict[Space, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (name, layer), states in of_large.items():
         assert layer is not None
-        where: Space = (name, None if name == RESIDUAL else layer)
-        pairs[where] += zip(of_small[name, layers[layer]], states, strict=True)
-    for where, found in pairs.items():
-        x_small, x_large = (torch.cat(states) for states in zip(*found, strict=True))
+        space: Space = (name, None if name == RESIDUAL else layer)
+        pairs[space] += zip(of_small[name, layers[layer]], states, strict=True)
+    for space, of_space in pairs.items():
+        x_small, x_large = (torch.cat(states) for states in zip(*of_space, strict=True))
         for side in ("read", "write"):
-            fill(projections, where, side, x_small, x_large)
+            fill(projections, space, side, x_small, x_large)
 
 
 @torch.no_grad()
-def fill(projections: Projections, where: Space, side: Side, x_small: Tensor, x_large: Tensor) -> None:
-    name = key_of(where, side)
+def fill(
+    projections: Projections,
+    space: Space,
+    side: Side,
+    x_small: Tensor,  # shape: (tokens, d_small)
+    x_large: Tensor,  # shape: (tokens, d_large)
+) -> None:
+    """Fill one projection, if it exists and is dense."""
+    name = key_of(space, side)
     dense = projections.of[name] if name in projections.of else None
     if isinstance(dense, Dense):
         reads = side == "read"
         dense.weight.copy_(least_squares(x_large, x_small).T if reads else least_squares(x_small, x_large))
 
 
-def note_states(model: PeftModel, batch: Mapping[str, Any], found: States) -> None:
-    """Run a model without its adapter and note the states of every space of every layer."""
+def record_states(model: PeftModel, batch: Mapping[str, Any], states: States) -> None:
+    """Run a model without its adapters, and append the states of every space of every layer to `states`."""
     base: Any = model.get_base_model()
     handles = []
     for layer, block in enumerate(block for _, blocks in stacks(base) for block in blocks):
 
         def stream(_: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
-            found[RESIDUAL, layer].append(hidden_states(args, kwargs).flatten(0, -2))
+            states[RESIDUAL, layer].append(hidden_states(args, kwargs).flatten(0, -2))
 
         handles.append(block.register_forward_pre_hook(stream, with_kwargs=True))
     for site in find_sites(base):
@@ -83,10 +90,10 @@ def note_states(model: PeftModel, batch: Mapping[str, Any], found: States) -> No
 
         def leaf(_: nn.Module, args: Any, output: Tensor, site: Any = site, name: str = name) -> None:
             if name in READS:
-                found[space(site, "read"), site.layer].append(args[0].flatten(0, -2))
+                states[space_of(site, "read"), site.layer].append(args[0].flatten(0, -2))
             if name in WRITES:
                 rows = output if site.rows is None else output[..., site.rows.to(output.device)]
-                found[space(site, "write"), site.layer].append(rows.flatten(0, -2))
+                states[space_of(site, "write"), site.layer].append(rows.flatten(0, -2))
 
         handles.append(base.get_submodule(site.host).register_forward_hook(leaf))
     try:

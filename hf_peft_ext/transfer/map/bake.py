@@ -1,17 +1,18 @@
-"""Makes plain tensors of those that are seen through projections, so that the adapter stands by itself."""
+"""Merges W_plug into an adapter, so that its tensors are plain."""
+
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
 
-from hf_peft_ext.transfer.map.adapter_tensors import SEEN
-from hf_peft_ext.transfer.map.parametrize import Computed, remove_parametrization
+from hf_peft_ext.transfer.map.parametrize import is_projected, remove_parametrization
 
 
 def merge_projections(model: PeftModel) -> PeftModel:
-    """Compute W_plug into the adapter, in place: a LoRA becomes a plain `LORA`, bottlenecks a `BOTTLENECK`, and so on.
+    """Compute W_plug into the adapters, in place: a LoRA becomes a plain `LORA`, a bottleneck a `BOTTLENECK`.
 
-    The logits stay what they were, nothing is left to compute at inference, and `save_pretrained` writes an adapter
-    that is loaded as any other.
+    The logits don't change. Nothing is left to compute at inference, and `save_pretrained` writes adapters that load
+    like any other.
 
     Args:
         model: what `plug` returned.
@@ -20,7 +21,7 @@ def merge_projections(model: PeftModel) -> PeftModel:
         The same model.
     """
     for module in list(model.modules()):
-        if isinstance(module, Computed):
+        if is_projected(module):
             remove_parametrization(module)
     if hasattr(model, "plug"):
         del model.plug
@@ -28,10 +29,11 @@ def merge_projections(model: PeftModel) -> PeftModel:
 
 
 def plain_state(model: PeftModel) -> dict[str, Tensor]:
-    """The state of a plugged model as it would be folded, for `save_pretrained(folder, state_dict=...)`."""
-    state = {name: value for name, value in model.state_dict().items() if SEEN not in name}
-    for path, module in model.named_modules():
-        if isinstance(module, Computed):
-            computed = [name.removeprefix(SEEN) for name in vars(module)["_modules"] if name.startswith(SEEN)]
-            state |= {f"{path}.{name}": getattr(module, name).detach() for name in computed}
+    """The state of a plugged model as `merge_projections` would leave it, for `save_pretrained(state_dict=...)`."""
+    projected = {path: module for path, module in model.named_modules() if is_projected(module)}
+    originals = tuple(f"{path}.parametrizations." for path in projected)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(originals)}
+    for path, module in projected.items():
+        names: Any = module.parametrizations
+        state |= {f"{path}.{name}": getattr(module, name).detach() for name in names}
     return state

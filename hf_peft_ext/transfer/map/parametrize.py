@@ -1,113 +1,120 @@
-"""A tensor of an adapter that is computed, each time it is asked for, from another one through projections.
+"""Tensors of an adapter that are computed from other tensors through projections, by `torch.nn.utils.parametrize`."""
 
-What torch.nn.utils.parametrize does, which cannot take a tensor that is called `keys`, nor one that follows another
-model's.
-"""
-
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from hf_peft_ext.transfer.map.adapter_tensors import SEEN, Part
+from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensor
 from hf_peft_ext.validation.checks import check
 
 
 class Block(NamedTuple):
-    """Some rows of a dimension and what projects them; None for all rows."""
+    """A projection of some rows of a dimension to some rows; None for all rows."""
 
     projection: nn.Module
     rows_from: Tensor | None
     rows_to: Tensor | None
 
+    def project(self, x: Tensor) -> Tensor:
+        return self.projection(x if self.rows_from is None else x[..., self.rows_from])
+
 
 class Step(NamedTuple):
-    """A dimension that is projected, and its size afterwards; None for heads x d of (heads, n, d)."""
+    """The projection of one dimension, to `size`; None for the heads of a prefix, (heads, n, d) along heads x d."""
 
     dim: int | None
     size: int
     blocks: list[Block]
 
+    def project(self, x: Tensor, heads: int) -> Tensor:
+        """The tensor with this dimension projected, block by block of its rows."""
+        if self.dim is None:
+            flat = self.blocks[0].project(x.transpose(0, 1).flatten(1))  # shape: (n, heads d)
+            return flat.unflatten(1, (heads, -1)).transpose(0, 1)
+        x = x.movedim(self.dim, -1)
+        if len(self.blocks) == 1 and self.blocks[0].rows_to is None:
+            y = self.blocks[0].project(x)
+        else:
+            y = x.new_zeros(*x.shape[:-1], self.size)
+            for block in self.blocks:
+                rows: Any = block.rows_to
+                y = y.index_copy(-1, rows.to(y.device), block.project(x))
+        return y.movedim(-1, self.dim)
 
-class Seen(nn.Module):
-    """The tensor that the steps make, one after the other: of a copy of its own, or of a tensor of another model.
+
+class Projected(nn.Module):
+    """P_n ... P_1 x, x being the parametrized tensor's original; computed in the wider type, returned in that of x.
 
     Args:
-        shape: of the result.
-        source: what it is made of.
-        steps: the projections.
-        follows: whether `source` itself is read each time, and trained with it, in place of a copy.
+        steps: the projections of its dimensions, one after the other.
+        heads: of the result, if it is a prefix.
     """
 
-    def __init__(self, shape: torch.Size, source: Part, steps: list[Step], follows: bool):
+    def __init__(self, steps: list[Step], heads: int):
         super().__init__()
-        self.shape, self.steps, self.name = shape, steps, source.name
+        self.steps, self.heads = steps, heads
         self.projections = nn.ModuleList(block.projection for step in steps for block in step.blocks)
-        self.original = None if follows else nn.Parameter(source.value.detach().clone())
-        self.owner = source.owner if follows else None  # a child, so that its parameters are this one's too
 
-    def forward(self) -> Tensor:
-        x: Any = self.original if self.owner is None else getattr(self.owner, self.name)
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(reduce(torch.promote_types, (p.dtype for p in self.projections.parameters()), x.dtype))
         for step in self.steps:
-            x = project(x, step) if step.dim is not None else project_heads(x, self.shape, step)
-        return x
+            y = step.project(y, self.heads)
+        return y.to(x.dtype)
 
 
-def project(x: Tensor, step: Step) -> Tensor:
-    """A dimension of x, block by block of its rows."""
-    dim: Any = step.dim
-    x = x.movedim(dim, -1)
-    if len(step.blocks) == 1 and step.blocks[0].rows_to is None:
-        y = through(step.blocks[0], x)
-    else:
-        y = x.new_zeros(*x.shape[:-1], step.size)
-        for block in step.blocks:
-            rows: Any = block.rows_to
-            y = y.index_copy(-1, rows.to(y.device), through(block, x))
-    return y.movedim(-1, dim)
+class Followed(Projected):
+    """The same of a tensor of another model, which is read each time and trained with this one.
+
+    Args:
+        source: that tensor. Its owner becomes a child, so that its parameters are this model's too.
+    """
+
+    def __init__(self, steps: list[Step], heads: int, source: AdapterTensor):
+        super().__init__(steps, heads)
+        self.owner, self.name = source.owner, source.name
+
+    def right_inverse(self, value: Tensor) -> tuple[()]:
+        """No original of its own."""
+        return ()
+
+    def forward(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(getattr(self.owner, self.name))
 
 
-def project_heads(x: Tensor, shape: torch.Size, step: Step) -> Tensor:
-    """(heads, n, d) along heads x d."""
-    heads, n, d = shape
-    flat = through(step.blocks[0], x.transpose(0, 1).flatten(1))  # shape: (n, heads d)
-    return flat.view(n, heads, d).transpose(0, 1)
+def parametrize(target: AdapterTensor, source: AdapterTensor, steps: list[Step], follow: bool = False) -> None:
+    """Replace a parameter by a tensor computed from `source` through `steps`.
 
-
-def through(block: Block, x: Tensor) -> Tensor:
-    return block.projection(x if block.rows_from is None else x[..., block.rows_from])
-
-
-def parametrize(part: Part, source: Part, steps: list[Step], follows: bool = False) -> None:
-    """Put in the place of a tensor what the steps make of another one.
+    Args:
+        follow: whether `source` itself is read each time and trained; otherwise a copy of it, in the target's type.
 
     Raises:
-        ValueError: that has not the shape which belongs there.
+        ValueError: the result has not the shape of the target.
     """
-    owner, name, shape = part.owner, part.name, part.value.shape
-    # in a model without weights a tensor is where it comes from
-    device = source.value.device if part.value.is_meta else part.value.device
-    seen = Seen(shape, source, steps, follows).to(device)
-    found = seen().shape
-    rule = f"becomes {tuple(found)}, where {tuple(shape)} belongs"
-    check(part.tensor, tuple(source.value.shape), found == shape, rule)
-    if not isinstance(owner, Computed):
-        kind = type(owner)
-        owner.__class__ = type(kind.__name__, (Computed, kind), {"__module__": kind.__module__})
-    delattr(owner, name)
-    owner.add_module(SEEN + name, seen)
-    setattr(type(owner), name, property(lambda self: self._modules[SEEN + name]()))
+    owner, name, value = target.owner, target.name, target.value
+    device = source.value.device if value.is_meta else value.device  # a model on the meta device has no weights
+    heads = value.shape[0]
+    computed = (Followed(steps, heads, source) if follow else Projected(steps, heads)).to(device)
+    shape = (computed() if follow else computed(source.value.detach().to(device))).shape
+    rule = f"has shape {tuple(shape)} after projection, expected {tuple(value.shape)}"
+    check(target.tensor, tuple(source.value.shape), shape == value.shape, rule)
+    if not follow:
+        owner.register_parameter(name, nn.Parameter(source.value.detach().clone().to(device, value.dtype)))
+    register_parametrization(owner, name, computed, unsafe=True)  # the shape differs from the original's
 
 
-class Computed:
-    """Marks the class of a module that has tensors of this kind. Each such module has a class of its own."""
+def is_projected(module: nn.Module) -> bool:
+    """Whether a module has tensors that `parametrize` made."""
+    lists: Any = module._modules.get("parametrizations", {})  # peft's wrappers give attributes of the module inside
+    return any(isinstance(lists[name][0], Projected) for name in lists)
 
 
 def remove_parametrization(owner: Any) -> None:
-    """Make parameters of a module's computed tensors."""
-    names = [name.removeprefix(SEEN) for name, child in owner.named_children() if isinstance(child, Seen)]
-    values = {name: getattr(owner, name).detach().clone() for name in names}
-    owner.__class__ = type(owner).__bases__[1]
-    for name, value in values.items():
-        delattr(owner, SEEN + name)
-        owner.register_parameter(name, nn.Parameter(value))
+    """Make trained parameters of a module's computed tensors."""
+    # a deep copy shares its class with the module that it was copied from, and torch deletes properties of the class
+    owner.__class__ = type(type(owner).__name__, type(owner).__bases__, dict(vars(type(owner))))
+    for name in list(owner.parametrizations):
+        remove_parametrizations(owner, name)
+        getattr(owner, name).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Puts the adapter of a small model on a large one, each tensor seen through W_plug."""
+"""Puts the adapters of a small model on a large one; W_plug computes each tensor from the small model's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -11,10 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.attach.config import PlacedConfig
-from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import innermost, own_modules, stacks
 from hf_peft_ext.transfer.bridges.activations import check_weights
-from hf_peft_ext.transfer.map.adapter_tensors import HEAD, READS, WRITES, Axis, Part, parts_of
+from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors, Axis, leaf_sites
 from hf_peft_ext.transfer.map.alignment import align
 from hf_peft_ext.transfer.map.parametrize import Block, Step, parametrize
 from hf_peft_ext.transfer.map.projections import RESIDUAL, Order, Projections, Space, layer_map
@@ -29,55 +28,78 @@ def plug(
     order: Order = "interleaved",
     batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
-    """The large model with the small one's adapter: the same kind, with tensors that are seen through W_plug.
+    """Put the active adapters of a small model on a large one, with tensors that W_plug computes.
 
-    Each layer of the large model has a copy of the tensors of its layer in the small one, in the small one's widths,
-    and W_plug makes of them the tensors that the adapter works with. What is trainable are the copies, and the
-    projections if they are. `merge_projections` makes plain tensors of it. A classification head that was
-    trained with the adapter comes along.
+    Each layer of the large model has a copy of the tensors of its layer in the small one, in the small one's widths.
+    W_plug computes from them the tensors that the adapters work with. The copies are trained, and the projections if
+    they are trainable; `merge_projections` leaves plain tensors. A classification head that was trained with an
+    adapter is carried over.
 
     Args:
-        small: a model with a LoRA, or with an adapter of this package's own (bottlenecks, prefixes, low-rank branches,
-            their gates) as the one active adapter; others that it has stay out. It stays as it is.
-        large: a model with its own parameters frozen from here on. It may be one without weights, built in
-            `with torch.device("meta")`, to be trained in a `bridge` and loaded onto the real one when it is folded.
+        small: a model with LoRAs, or with adapters of this package (bottlenecks, prefixes, low-rank branches and their
+            gates). All active adapters are carried over, under their names, and are active afterwards. It is not
+            changed.
+        large: a model, whose own parameters are frozen. It may be one without weights, built in
+            `with torch.device("meta")`, to be trained in a `bridge` and loaded onto the real one when it is merged.
         projections: W_plug; None for random orthogonal ones that are trained.
         order: which layer comes from which where depths differ, see `projections.layer_map`.
         batches: inputs of both models without padding, for projections that begin by least squares.
 
+    Returns:
+        The large model with the adapters.
+
     Raises:
-        TypeError: the adapter is of a kind that cannot be plugged in, or `large` has one already.
-        ValueError: several adapters are active, the adapter or the large model's structure does not allow it,
-            `batches` are missing, or there are some and the large model has no weights.
+        TypeError: an adapter is of a kind that cannot be plugged in, or `large` has one already.
+        ValueError: an adapter or the large model's structure does not allow it, `batches` are missing, or there are
+            some and the large model has no weights.
     """
-    check_one_active(small)
     check_no_adapter(large)
-    projections = Projections() if projections is None else projections
+    return plug_tensors(AdapterTensors(small), large, projections or Projections(), order, batches).model
+
+
+def plug_tensors(
+    source: AdapterTensors,
+    large: nn.Module,
+    projections: Projections,
+    order: Order,
+    batches: Iterable[Mapping[str, Any]] | None,
+) -> AdapterTensors:
+    """As `plug`, from tensors of the small model that were read already; returns those of the large one."""
     rule = "are needed by projections that begin by least squares, and by no others"
     check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
     if batches is not None:
         check_weights("large", large, "least squares run it")
-    given = parts_of(small)
-    layers = layer_map(depths(small.get_base_model()), depths(large), order)
-    base = small.get_base_model()
-    plugged = get_peft_model(large, config_for(large, small, given, layers))  # pyright: ignore
-    taken: set[int] = set()
+    layers = layer_map(depths(source.model.get_base_model()), depths(large), order)
+    plugged = attach(large, {name: config_for(large, source, name, layers) for name in source.adapters})
     try:
-        for part in parts_of(plugged):
-            layer = part.layer if part.layer == HEAD else layers[part.layer]
-            index = next((i for i, other in enumerate(given) if part.takes_from(other, layer)), -1)
-            check("small", type(base).__name__, index >= 0, f"has nothing to plug in at {part.host}")
-            taken.add(index)
-            parametrize(part, given[index], steps(part, given[index], projections))
-        left = [given[i].host for i in set(range(len(given))) - taken if given[i].layer in {HEAD, *layers}]
-        check("large", type(large).__name__, not left, f"has no place for what sits at {', '.join(sorted(left)[:3])}")
+        target = AdapterTensors(plugged)
+        connect(target, source, layers, projections)
     except ValueError:
         plugged.unload()  # pyright: ignore[reportCallIssue]
         raise
     if batches is not None:
-        align(projections, small, plugged, layers, batches)
+        align(projections, source.model, plugged, layers, batches)
     plugged.plug = projections
-    return plugged
+    return target
+
+
+def connect(target: AdapterTensors, source: AdapterTensors, layers: list[int], projections: Projections) -> None:
+    """Parametrize each tensor of the large model by the corresponding one of the small model.
+
+    Raises:
+        ValueError: a tensor of one model has none in the other.
+    """
+    small, large = (type(tensors.model.get_base_model()).__name__ for tensors in (source, target))
+    used: set[tuple[Any, ...]] = set()
+    for tensor in target:
+        layer = tensor.layer if tensor.layer == HEAD else layers[tensor.layer]
+        other = next((other for other in source if tensor.corresponds_to(other, layer)), None)
+        if other is None:
+            raise ValueError(f"`small` (={small!r}) has nothing to plug in at {tensor.host}.")
+        used.add(other.key)
+        parametrize(tensor, other, steps(tensor, other, projections))
+    left = sorted({other.host for other in source if other.key not in used and other.layer in {HEAD, *layers}})
+    check("large", large, not left, f"has no place for what sits at {', '.join(left[:3])}")
 
 
 def check_no_adapter(large: nn.Module) -> None:
@@ -86,99 +108,105 @@ def check_no_adapter(large: nn.Module) -> None:
         raise TypeError("`large` must be a model without adapters; its PeftModel can be unloaded.")
 
 
-def check_one_active(small: PeftModel) -> None:
-    """Refuse a small model in which several adapters act: one of them alone would come over.
-
-    Raises:
-        ValueError: not one adapter is active, or another than `small.active_adapter` was made so behind peft's back.
-    """
-    active = list(small.active_adapters)
-    rule = "must be one, set by `small.set_adapter`; make one of several LoRAs by peft's `add_weighted_adapter`"
-    check("active_adapters", active, active == [small.active_adapter], rule)
-
-
 def depths(model: nn.Module) -> list[int]:
     """The number of layers of each stack.
 
     Raises:
-        ValueError: the model has none that is understood.
+        ValueError: no supported transformer blocks were found.
     """
-    found = [len(stack) for _, stack in stacks(model)]
-    check("model", type(model).__name__, bool(found), "has no stack of blocks with attention that is understood here")
-    return found
+    layers = [len(stack) for _, stack in stacks(model)]
+    check("model", type(model).__name__, bool(layers), "must have supported transformer blocks, and none were found")
+    return layers
 
 
-def config_for(large: nn.Module, small: PeftModel, given: Sequence[Part], layers: list[int]) -> PeftConfig:
-    """The config of the same adapter on the large model."""
-    config = small.active_peft_config
-    has = {part.layer for part in given}
-    chosen = [i for i, layer in enumerate(layers) if layer in has]
+def attach(model: nn.Module, configs: Mapping[str, PeftConfig]) -> PeftModel:
+    """A model with a fresh adapter for each name, all of them active."""
+    (first, config), *others = configs.items()
+    adapted = get_peft_model(model, config, adapter_name=first)  # pyright: ignore[reportArgumentType]
+    if others:
+        tuner: Any = adapted.base_model
+        try:
+            for name, other in others:
+                adapted.add_adapter(name, other)
+            tuner.set_adapter(list(configs))
+        except ValueError:
+            tuner.unload()
+            raise
+    return adapted
+
+
+def config_for(large: nn.Module, source: AdapterTensors, name: str, layers: list[int]) -> PeftConfig:
+    """The config of a small model's adapter for the large model."""
+    config = source.model.peft_config[name]
+    tensors = [tensor for tensor in source if tensor.adapter == name]
     general: dict[str, Any] = {"base_model_name_or_path": None, "revision": None}  # peft names the new one
     if isinstance(config, PlacedConfig):
         rule = "must be None: the modules of the large model have other names; name sites instead"
         check("target_modules", config.target_modules, not config.target_modules, rule)
-        if hasattr(config, "reduction_factor"):  # a width relative to the model's is another one there
-            general |= {"reduction_factor": None, "r": code_width(given)}
+        if hasattr(config, "reduction_factor"):  # relative to the width of the model
+            general |= {"reduction_factor": None, "r": bottleneck_size(tensors)}
+        adapted = {tensor.layer for tensor in tensors}
+        chosen = [i for i, layer in enumerate(layers) if layer in adapted]
         return replace(config, layers_to_transform=chosen, inference_mode=False, **general)
     assert isinstance(config, LoraConfig)
-    found: Any = copy(config)
-    hosts = lora_hosts(large, given, layers)
+    return lora_config_for(large, source.model, config, name, lora_hosts(large, tensors, layers))
+
+
+def lora_config_for(
+    large: nn.Module, small: PeftModel, config: LoraConfig, name: str, hosts: dict[str, AdapterTensor]
+) -> LoraConfig:
+    """A LoRA config with the ranks and alphas of the small model's layers.
+
+    Args:
+        hosts: leaf of the large model -> the A that it gets.
+    """
+    adapted: Any = copy(config)
     others = [path for path, _ in own_modules(large) if path not in hosts]
-    found.target_modules = either(module_names([list(hosts)], others))
+    adapted.target_modules = either(module_names([list(hosts)], others))
     ranks = {host: len(a.value) for host, a in hosts.items()}
-    found.rank_pattern = {host: r for host, r in ranks.items() if r != config.r}
-    layer_of, name = small.get_base_model().get_submodule, small.active_adapter
-    alphas = {host: cast(LoraLayer, layer_of(a.host)).lora_alpha[name] for host, a in hosts.items()}
-    found.alpha_pattern = {host: alpha for host, alpha in alphas.items() if alpha != config.lora_alpha}
-    found.exclude_modules = found.layers_to_transform = found.layers_pattern = None
-    found.fan_in_fan_out = any(isinstance(innermost(large.get_submodule(host)), Conv1D) for host in hosts)
-    found.init_lora_weights, found.inference_mode = True, False
-    for name, value in general.items():
-        setattr(found, name, value)
-    return found
+    adapted.rank_pattern = {host: r for host, r in ranks.items() if r != config.r}
+    leaf = small.get_base_model().get_submodule
+    alphas = {host: cast(LoraLayer, leaf(a.host)).lora_alpha[name] for host, a in hosts.items()}
+    adapted.alpha_pattern = {host: alpha for host, alpha in alphas.items() if alpha != config.lora_alpha}
+    adapted.exclude_modules = adapted.layers_to_transform = adapted.layers_pattern = None
+    adapted.fan_in_fan_out = any(isinstance(innermost(large.get_submodule(host)), Conv1D) for host in hosts)
+    adapted.init_lora_weights, adapted.inference_mode = True, False
+    adapted.base_model_name_or_path = adapted.revision = None
+    return adapted
 
 
-def code_width(given: Sequence[Part]) -> int | None:
-    """The width of the bottlenecks."""
-    widths = {len(part.value) for part in given if part.tensor == "Bottleneck.down.weight"}
-    return widths.pop() if widths else None
+def bottleneck_size(tensors: Sequence[AdapterTensor]) -> int | None:
+    """The width of the bottlenecks; None without any."""
+    return next((len(tensor.value) for tensor in tensors if tensor.tensor == "Bottleneck.down.weight"), None)
 
 
-def lora_hosts(large: nn.Module, given: Sequence[Part], layers: list[int]) -> dict[str, Part]:
-    """The leaves of the large model that stand where the small one has LoRA, each with the A that it gets."""
-    sites: dict[str, set[str]] = {}
-    layer_at: dict[str, int] = {}
-    for site in find_sites(large):
-        if site.act == "input" and site.layer is not None and site.name.removeprefix("cross_") in {*READS, *WRITES}:
-            sites.setdefault(site.host, set()).add(site.name)
-            layer_at[site.host] = site.layer
-    found: dict[str, Part] = {}
-    for host, names in sites.items():
-        for part in given:
-            if part.tensor == "A" and part.layer == layers[layer_at[host]] and names <= part.sites:
-                found[host] = part
-    check("large", type(large).__name__, bool(found), "has no leaf where the small model has LoRA")
-    return found
+def lora_hosts(large: nn.Module, tensors: Sequence[AdapterTensor], layers: list[int]) -> dict[str, AdapterTensor]:
+    """The large model's leaves that correspond to leaves of the small one with LoRA, each with the A that it gets."""
+    hosts: dict[str, AdapterTensor] = {}
+    for host, sites in leaf_sites(large).items():
+        layer, names = sites[0].layer, {site.name for site in sites}
+        assert layer is not None
+        for tensor in tensors:
+            if tensor.tensor == "A" and tensor.layer == layers[layer] and names <= tensor.sites:
+                hosts[host] = tensor
+    check("large", type(large).__name__, bool(hosts), "has no leaf where the small model has LoRA")
+    return hosts
 
 
-def steps(part: Part, source: Part, projections: Projections) -> list[Step]:
-    """How `part` is made of `source`: for each dimension along the model, what projects which of its rows."""
+def steps(target: AdapterTensor, source: AdapterTensor, projections: Projections) -> list[Step]:
+    """The projections from `source` to `target`: one step for each dimension along the model."""
     found: list[Step] = []
-    for axis, before in zip(part.axes, source.axes, strict=True):
+    for axis, before in zip(target.axes, source.axes, strict=True):
         blocks: list[Block] = []
         for name, rows in axis.rows.items():
-            d_from, d_to = (width(p, a, name) for p, a in ((source, before), (part, axis)))
-            where: Space = (name, None if name == RESIDUAL else part.layer)
-            blocks.append(Block(projections.between(where, axis.side, d_from, d_to), before.rows[name], rows))
-        found.append(Step(axis.dim, size(part, axis), blocks))
+            d_from, d_to = width(source, before, name), width(target, axis, name)
+            space: Space = (name, None if name == RESIDUAL else target.layer)
+            blocks.append(Block(projections.between(space, axis.side, d_from, d_to), before.rows[name], rows))
+        found.append(Step(axis.dim, axis.size(target.value), blocks))
     return found
 
 
-def size(part: Part, axis: Axis) -> int:
-    shape = part.value.shape
-    return shape[0] * shape[2] if axis.dim is None else shape[axis.dim]
-
-
-def width(part: Part, axis: Axis, name: str) -> int:
-    rows = axis.rows[name]
-    return size(part, axis) if rows is None else len(rows)
+def width(tensor: AdapterTensor, axis: Axis, space: str) -> int:
+    """The number of a tensor's indices along an axis that belong to a space."""
+    rows = axis.rows[space]
+    return axis.size(tensor.value) if rows is None else len(rows)

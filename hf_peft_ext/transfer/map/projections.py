@@ -2,7 +2,7 @@
 
 W_plug (small -> large) and W_down (large -> bridge) of "Parameter-efficient Tuning for Large Language Model without
 Calculating Its Gradients" (EMNLP 2023, section 2). The paper leaves open which sides of a module get them and how they
-begin; `Projections` has an argument for each.
+are initialised; `Projections` has an argument for each.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from hf_peft_ext.validation.checks import check, check_count
 Side = Literal["read", "write"]
 Init = Literal["orthogonal", "slice", "least_squares"]
 Order = Literal["interleaved", "tiled"]
-Space = tuple[str, int | None]  # "residual", or what lies inside a layer ("query", "ffn"), and the layer
+Space = tuple[str, int | None]  # "residual" and None, or a space inside a layer ("query", "ffn") and the layer
 
 RESIDUAL = "residual"
 
@@ -33,14 +33,18 @@ class Dense(nn.Module):
         self,
         x: Tensor,  # shape: (*, d_from)
     ) -> Tensor:  # shape: (*, d_to)
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Slice(nn.Module):
-    """y = x[index], or where y is the wider one y[index] = x, and 0 elsewhere.
+    """y = x[index], or, if y is wider, y[index] = x and 0 elsewhere.
 
     Args:
-        index: the channels of the wider one that the narrower one has.
+        d_from, d_to: widths of x and y.
+        index: the channels of the wider one that the narrower one has; None for the first.
+
+    Raises:
+        ValueError: `index` has not the length of the narrower one.
     """
 
     index: Tensor
@@ -65,22 +69,22 @@ class Slice(nn.Module):
 class Projections(nn.Module):
     """One projection for each side of each space.
 
-    The residual stream is one space through all layers; what lies inside a layer (the channels of its queries, of its
-    FFN) is a space of that layer's own. A side is what a tensor of the adapter does with the space: LoRA's A reads
-    the residual stream, its B writes to the queries. From small to large, W reads by x_small = W^T x_large and writes
-    by x_large = W x_small, so that with orthonormal columns and both sides alike the small model's own delta comes
-    out: (W B)(A W^T) (W x) = W B A x.
+    The residual stream is one space through all layers. The channels inside a layer (of its queries, of its FFN) are
+    spaces of that layer. A tensor of an adapter has a side: LoRA's A reads the residual stream, its B writes to the
+    queries. From small to large, W reads by x_small = W^T x_large and writes by x_large = W x_small. With
+    orthonormal columns and the same W on both sides the result is the small model's delta:
+    (W B)(A W^T) (W x) = W B A x.
 
     Args:
-        init: "orthogonal" (at random, read and write alike) or "slice" (the small one's channels are some of the
-            large one's, those of `index`, or else the first) or "least_squares" (between states of both models on the
-            batches that `plug` is given; in a first trial a good fit of states did not make a useful module).
-        sides: which sides are projected so: "both", "read" or "write"; the other one is a slice.
-        trainable: whether the projections are trained with the module.
+        init: "orthogonal" (random, the same for read and write), "slice" (the small model's channels are channels of
+            the large one: those of `index`, or the first) or "least_squares" (fitted to states of both models on the
+            batches of `plug`; in a first trial a good fit of states did not make a useful adapter).
+        sides: which sides have this projection: "both", "read" or "write"; the other one is a slice.
+        trainable: whether the projections are trained with the adapter.
         index: for slices, space -> the channels of the wider model that the narrower one has.
 
     Raises:
-        ValueError: a value is not among the known ones.
+        ValueError: `init` or `sides` is not one of these.
     """
 
     def __init__(
@@ -97,13 +101,13 @@ class Projections(nn.Module):
         self.of = nn.ModuleDict()
 
     def between(self, space: Space, side: Side, d_from: int, d_to: int) -> nn.Module:
-        """The projection of a side of a space, made when it is first asked for."""
+        """The projection of a side of a space, built by the first call."""
         name = key_of(space, side)
         if name not in self.of:
-            self.of[name] = self._start(space, side, d_from, d_to)
+            self.of[name] = self._build(space, side, d_from, d_to)
         return self.of[name]
 
-    def _start(self, space: Space, side: Side, d_from: int, d_to: int) -> nn.Module:
+    def _build(self, space: Space, side: Side, d_from: int, d_to: int) -> nn.Module:
         if self.init == "slice" or self.sides not in ("both", side):
             return Slice(d_from, d_to, self.index.get(space))
         dense = Dense(d_from, d_to)
@@ -123,7 +127,7 @@ def least_squares(
     y: Tensor,  # shape: (tokens, d_to)
     ridge: float = 1e-2,
 ) -> Tensor:  # shape: (d_to, d_from)
-    """W = C_yx (C_xx + lambda I)^-1 on centred x and y: the W that makes W x nearest to y.
+    """W = C_yx (C_xx + lambda I)^-1 on centred x and y: ridge regression of y on x.
 
     Args:
         ridge: lambda, as a share of the mean variance of x.
@@ -135,28 +139,28 @@ def least_squares(
 
 
 def layer_map(small: list[int], large: list[int], order: Order = "interleaved") -> list[int]:
-    """Which layer of the small model each layer of the large one takes its module from.
+    """The small model's layer for each layer of the large one.
 
-    Stack by stack, encoder before decoder. Interleaved, layer i of n takes floor(i n_small / n): neighbours share one,
-    and any ratio of depths will do; tiled, it takes i mod n_small.
+    Stack by stack, encoder before decoder. Interleaved, layer i of n takes floor(i n_small / n), so neighbours share a
+    layer; tiled, it takes i mod n_small. Any ratio of depths is possible.
 
     Args:
         small, large: the depth of each stack.
 
     Raises:
-        ValueError: the models do not have as many stacks, or the order is unknown.
+        ValueError: the models have different numbers of stacks, or `order` is unknown.
     """
     check("order", order, order in get_args(Order), f"must be one of {', '.join(get_args(Order))}")
     rule = f"must be as many stacks of layers as the large model has, {len(large)}"
     check("small", small, len(small) == len(large), rule)
-    found: list[int] = []
+    layers: list[int] = []
     for first, (n_small, n_large) in zip(starts(small), zip(small, large, strict=True), strict=True):
         check_count("depth", n_small)
         source: Callable[[int], int] = (
             (lambda i, n=n_small, m=n_large: i * n // m) if order == "interleaved" else (lambda i, n=n_small: i % n)
         )
-        found += [first + source(i) for i in range(n_large)]
-    return found
+        layers += [first + source(i) for i in range(n_large)]
+    return layers
 
 
 def starts(depths: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What one model makes of rows that nobody has answered, for another to be trained towards."""
+"""Soft labels of a teacher for unlabelled rows (knowledge distillation)."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,19 @@ from hf_peft_ext.validation.checks import check_positive
 
 
 def decide(task: Task, teacher: nn.Module, rows: Sequence[Row], temperature: float = 1.0) -> list[Row]:
-    """q_k = p_k^(1/T) / sum_j p_j^(1/T) as the `target` of each row, p_k the teacher's probability of answer k.
+    """Set the `target` of each row to q_k = p_k^(1/T) / sum_j p_j^(1/T), p_k the teacher's probability of answer k.
 
-    Distillation as in Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), but that the model which is trained
-    towards q keeps a temperature of 1, so that it also learns how sure to be.
+    Distillation, Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), Eq. 1. There the student has the temperature
+    too; here it keeps 1, so that it also learns the teacher's confidence.
 
     Args:
         task: the rows'.
-        teacher: any model that answers them. It is run in evaluation mode, without gradients.
-        rows: with or without answers, which are not looked at.
-        temperature: T; below 1 the targets are surer than the teacher, above 1 less sure.
+        teacher: a model for this task. It runs in evaluation mode, without gradients.
+        rows: with or without answers, which are not read.
+        temperature: T; targets are sharper than the teacher's probabilities below 1, and flatter above.
 
     Returns:
-        The rows, in their order, with targets in place of what targets they had.
+        The rows, in their order, with these targets in place of their own.
 
     Raises:
         ValueError: the temperature is not positive.

@@ -1,4 +1,4 @@
-"""Training by forward passes alone, in the memory of inference: MeZO, and what it may train."""
+"""Training by forward passes alone, in the memory of inference: MeZO, and scales of layers for it to train."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_peft_ext.transfer.map.adapter_tensors import SEEN, Axis, parts_of
-from hf_peft_ext.transfer.map.parametrize import Block, Computed, Step, parametrize
+from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensors
+from hf_peft_ext.transfer.map.parametrize import Block, Step, is_projected, parametrize
 from hf_peft_ext.validation.checks import check, check_positive
 
 
@@ -15,20 +15,20 @@ class MeZO:
     """theta <- theta - lr (g z + lambda theta),  g = (L(theta + eps z) - L(theta - eps z)) / (2 eps),  z ~ N(0, I).
 
     Malladi et al. 2023 (https://arxiv.org/abs/2305.17333), Algorithm 1: g estimates the slope of the loss along z. The
-    noise is never stored: it is drawn again from its seed, tensor by tensor. The paper takes theta back by
-    subtracting, which leaves rounding errors; here a copy of what is trained is kept aside, so that a step which moves
-    nothing changes no bit. (For an adapter that is nothing beside the model; the copy is as large as what is trained.)
+    noise is never stored: it is drawn again from its seed, tensor by tensor. The paper restores theta by subtracting,
+    which leaves rounding errors; here a copy of the trained parameters is kept, so that a step of length 0 changes no
+    bit. For an adapter the copy is small beside the model.
 
     Args:
-        parameters: what is trained, such as `trained(model)`.
-        lr: the step.
-        eps: how far the two losses stand from theta.
-        samples: how many z a step averages over, two losses each.
+        parameters: the parameters to train.
+        lr: the learning rate.
+        eps: the distance of the two losses from theta.
+        samples: the number of z that a step averages over, two losses each.
         weight_decay: lambda.
         seed: of the noise.
 
     Raises:
-        ValueError: a value breaks a rule, or there is no parameter.
+        ValueError: `eps` or `samples` is not positive, or there is no parameter.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MeZO:
         seed: int = 0,
     ):
         self.parameters = list(parameters)
-        check("parameters", len(self.parameters), bool(self.parameters), "must hold at least one that is trained")
+        check("parameters", len(self.parameters), bool(self.parameters), "must hold at least one")
         check_positive("eps", eps)
         check("samples", samples, type(samples) is int and samples > 0, "must be a positive whole number")
         self.lr, self.eps, self.samples, self.weight_decay = lr, eps, samples, weight_decay
@@ -52,17 +52,17 @@ class MeZO:
         """One step.
 
         Args:
-            loss: the loss at the parameters as they are, the same (batch, dropout) whenever it is called.
+            loss: the loss at the current parameters, with the same batch and dropout in each call.
 
         Returns:
-            The mean of the losses that were met.
+            The mean of the losses at theta + eps z and theta - eps z.
         """
         start = [p.detach().clone() for p in self.parameters]
-        slopes, met = [], []
+        slopes, losses = [], []
         for seed in torch.randint(2**62, (self.samples,), generator=self.seeds).tolist():
             above, below = (self._loss_at(start, seed, sign * self.eps, loss) for sign in (1, -1))
             slopes.append((seed, (above - below) / (2 * self.eps)))
-            met += [above, below]
+            losses += [above, below]
         for p, value in zip(self.parameters, start, strict=True):
             p.copy_(value)
         for p in self.parameters:
@@ -70,11 +70,16 @@ class MeZO:
         for seed, slope in slopes:
             for p, z in self._noise(seed):
                 p.add_(z, alpha=-self.lr * slope / self.samples)
-        return sum(met) / len(met)
+        return sum(losses) / len(losses)
 
     @torch.no_grad()
     def slope(self, loss: Callable[[], Tensor], seed: int) -> float:
-        """g along the z of a seed. The parameters stay as they are."""
+        """g along the z of a seed. The parameters don't change.
+
+        Args:
+            loss: as of `step`.
+            seed: of z.
+        """
         start = [p.detach().clone() for p in self.parameters]
         above, below = (self._loss_at(start, seed, sign * self.eps, loss) for sign in (1, -1))
         for p, value in zip(self.parameters, start, strict=True):
@@ -110,30 +115,34 @@ class Scale(nn.Module):
 
 
 def layer_scales(model: PeftModel) -> list[nn.Parameter]:
-    """Have one number for each layer scale what the adapter writes there, and train these numbers alone.
+    """Scale what the adapters add in each layer by one number, and train these numbers alone.
 
     B of a LoRA, the up-projection of a bottleneck and the values of a prefix are multiplied.
 
     Args:
-        model: a model with a plain adapter, after `merge_projections`.
+        model: a model with plain adapters, after `merge_projections`.
 
     Returns:
         The scales, from the first layer to the last.
+
+    Raises:
+        ValueError: a tensor of an adapter is still computed through projections.
     """
-    parts = parts_of(model)
-    folded = not any(isinstance(part.owner, Computed) for part in parts)
-    check("model", type(model).__name__, folded, "has an adapter that is not folded yet")
+    return add_layer_scales(AdapterTensors(model))
+
+
+def add_layer_scales(tensors: AdapterTensors) -> list[nn.Parameter]:
+    """As `layer_scales`, from tensors that were read already."""
+    model = tensors.model
+    merged = not any(is_projected(tensor.owner) for tensor in tensors)
+    check("model", type(model).__name__, merged, "must have its projections merged first, see `merge_projections`")
     model.requires_grad_(False)
     scales: dict[int, Scale] = {}
-    for part in parts:
-        written = [axis for axis in part.axes if axis.side == "write" and part.layer >= 0 and part.tensor != "keys"]
-        for axis in written[:1]:
-            if not part.tensor.endswith(".keys"):
-                scale = scales.setdefault(part.layer, Scale())
-                parametrize(part, part, [Step(axis.dim, size_along(part.value, axis), [Block(scale, None, None)])])
-                part.owner.get_submodule(SEEN + part.name).original.requires_grad_(False)  # pyright: ignore
+    for tensor in tensors:
+        written = [axis for axis in tensor.axes if axis.side == "write"]
+        if written and tensor.layer != HEAD and not tensor.tensor.endswith("P_K"):
+            scale = scales.setdefault(tensor.layer, Scale())
+            step = Step(written[0].dim, written[0].size(tensor.value), [Block(scale, None, None)])
+            parametrize(tensor, tensor, [step])
+            tensor.owner.parametrizations[tensor.name].original.requires_grad_(False)  # pyright: ignore
     return [scales[layer].s for layer in sorted(scales)]
-
-
-def size_along(value: Tensor, axis: Axis) -> int:
-    return value.shape[0] * value.shape[2] if axis.dim is None else value.shape[axis.dim]

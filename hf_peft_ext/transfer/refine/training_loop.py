@@ -1,22 +1,21 @@
-"""The steps of every stage: batches of rows, a loss, and gradients or two forward passes."""
+"""Trains what a stage of plug-in transfer trains: by gradients, or by MeZO's forward passes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
 
+from hf_peft_ext.training_loop import train_steps
 from hf_peft_ext.transfer.refine.mezo import MeZO, trained
 from hf_peft_ext.transfer.run.task import Row, Task
 
-WARM_UP = 0.1  # share of the steps in which the rate rises
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 Advance = Callable[[], object]
 
 
-def batches(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
-    """Batches without end, the rows in another order each time round."""
+def row_batches(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[list[Row]]:
+    """Batches without end; the rows are shuffled for each pass."""
     order = random.Random(seed)
     while True:
         drawn = order.sample(rows, len(rows))
@@ -34,24 +33,24 @@ def fit(
     dropout: bool = False,
     advance: Advance = lambda: None,
 ) -> None:
-    """AdamW with gradients clipped at 1, on what of a model is trained.
+    """Train the trainable parameters with AdamW; gradients are clipped to norm 1.
 
     Args:
-        steps: of `batch_size` rows.
-        lr: the highest rate; it rises over the first tenth of the steps and falls to 0.
+        model: a model, in evaluation mode afterwards.
+        task: the rows'.
+        rows: with answers or targets.
+        steps: of `batch_size` rows each.
+        lr: the highest learning rate; it rises over the first tenth of the steps and falls to 0.
+        batch_size: rows in a step.
+        seed: of the rows' order.
         dropout: whether the model is in training mode; a delta bridge must not be.
-        advance: called at each step.
+        advance: called after each step.
     """
     model.train(dropout)
-    parameters = trained(model)
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
-    for _, batch in zip(range(steps), batches(rows, batch_size, seed), strict=False):
-        task.loss(model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    batches = row_batches(rows, batch_size, seed)
+    for _ in train_steps(
+        trained(model), lambda batch: task.loss(model, batch), batches, steps, lr, round(WARM_UP * steps)
+    ):
         advance()
     model.eval()
 
@@ -67,9 +66,13 @@ def refine(
     seed: int = 0,
     advance: Advance = lambda: None,
 ) -> None:
-    """The same by MeZO, in the memory of inference."""
+    """Train the trainable parameters with MeZO, in the memory of inference.
+
+    Args:
+        eps: of MeZO; the rest as in `fit`.
+    """
     model.eval()
     optimizer = MeZO(trained(model), lr, eps, seed=seed)
-    for _, batch in zip(range(steps), batches(rows, batch_size, seed), strict=False):
+    for _, batch in zip(range(steps), row_batches(rows, batch_size, seed), strict=False):
         optimizer.step(lambda batch=batch: task.loss(model, batch))
         advance()

@@ -1,4 +1,4 @@
-"""The stages of a plug-in transfer, each of which leaves an artefact and is not done again where that is there."""
+"""The stages of plug-in transfer. Each writes an artefact, and is not repeated where its artefact exists."""
 
 import json
 import shutil
@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_peft_ext.pruning import Importance, importance, pruned_copy
-from hf_peft_ext.transfer.bridges.bridge import bridge
-from hf_peft_ext.transfer.bridges.delta import delta_bridge
-from hf_peft_ext.transfer.map.adapter_tensors import parts_of
+from hf_peft_ext.pruning import Importance, PrunedModel, importance, pruned_copy
+from hf_peft_ext.transfer.bridges.bridge import paper_bridge
+from hf_peft_ext.transfer.bridges.delta import hold
+from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
 from hf_peft_ext.transfer.map.bake import merge_projections
-from hf_peft_ext.transfer.map.plug import plug
+from hf_peft_ext.transfer.map.plug import plug_tensors
 from hf_peft_ext.transfer.map.projections import Projections
 from hf_peft_ext.transfer.refine.distillation import decide
-from hf_peft_ext.transfer.refine.mezo import layer_scales
-from hf_peft_ext.transfer.refine.module_scale import at_scale, choose_scale, scale_by, writing
+from hf_peft_ext.transfer.refine.mezo import add_layer_scales
+from hf_peft_ext.transfer.refine.module_scale import at_scale, choose_scale, scale_by
 from hf_peft_ext.transfer.refine.training_loop import Advance, fit, refine
 from hf_peft_ext.transfer.run.result import Measured, PlugInResult
 from hf_peft_ext.transfer.run.settings import PlugInSettings
@@ -34,7 +34,7 @@ from hf_peft_ext.transfer.run.task import Row, Task
 
 @dataclass
 class Stages:
-    """The stages of one run, each of which is done once.
+    """The stages of one run.
 
     Args:
         folder: for the artefacts.
@@ -42,7 +42,7 @@ class Stages:
         task: the rows'.
         rows: with answers.
         bars: where progress is shown.
-        decided: rows whose answers are the small model's; they are trained on with the others from the bridge on.
+        soft_labels: rows with the small model's probabilities as targets; bridge and refinement train on them too.
     """
 
     folder: Path
@@ -50,27 +50,25 @@ class Stages:
     task: Task
     rows: Sequence[Row]
     bars: Progress
-    decided: list[Row] = field(default_factory=list)
+    soft_labels: list[Row] = field(default_factory=list)
 
     @property
     def training_rows(self) -> list[Row]:
-        return [*self.rows, *self.decided]
+        return [*self.rows, *self.soft_labels]
 
-    def small(self, model: nn.Module, config: PeftConfig | None) -> PeftModel:
-        """The small model with its adapter, trained if it has none."""
-        if isinstance(model, PeftModel):
-            return model
+    def small(self, model: nn.Module, config: PeftConfig | None) -> AdapterTensors:
+        """Train a small model with a fresh adapter, or load that adapter."""
         path, s = self.folder / "small", self.settings
         if path.exists():
-            return PeftModel.from_pretrained(model, path)  # pyright: ignore[reportArgumentType]
+            return AdapterTensors(PeftModel.from_pretrained(model, path))  # pyright: ignore[reportArgumentType]
         torch.manual_seed(s.seed)
-        given: Any = deepcopy(config)  # peft writes into it
-        tuned: Any = get_peft_model(model, given)  # pyright: ignore[reportArgumentType]
-        parts_of(tuned)  # raises where it is of a kind that cannot be plugged in
+        own: Any = deepcopy(config)  # peft writes into it
+        tuned: Any = get_peft_model(model, own)  # pyright: ignore[reportArgumentType]
+        tensors = AdapterTensors(tuned)  # raises for a kind that cannot be plugged in
         with self.bar("small", s.small_steps) as advance:
             fit(tuned, self.task, self.rows, s.small_steps, s.small_lr, s.batch_size, s.seed, True, advance)
-        finish(path, tuned.save_pretrained)
-        return tuned
+        write(path, tuned.save_pretrained)
+        return tensors
 
     def decisions(self, tuned: PeftModel, unlabelled: Sequence[Row]) -> list[Row]:
         """These rows with the small model's probabilities as targets."""
@@ -80,92 +78,97 @@ class Stages:
             with self.bar("decisions", 1) as advance:
                 text = json.dumps(decide(self.task, tuned, asked, s.temperature), indent=1, ensure_ascii=False)
                 advance()
-            finish(path, lambda where: where.write_text(text + "\n", encoding="utf-8"))
+            write(path, lambda where: where.write_text(text + "\n", encoding="utf-8"))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def plugged(self, tuned: PeftModel, large: PreTrainedModel) -> PeftModel:
+    def plugged(self, tuned: AdapterTensors, large: PreTrainedModel) -> AdapterTensors:
+        """The large model with the adapter, trained in a bridge and merged."""
         path, s = self.folder / "plugged", self.settings
         if path.exists():
-            return PeftModel.from_pretrained(large, path, is_trainable=True).eval()
-        scores = self.importance(large)
-        thin = None if s.bridge == "none" else pruned_copy(large, s.r, s.reduce, scores)
+            return AdapterTensors(PeftModel.from_pretrained(large, path, is_trainable=True).eval())
+        thin = None if s.bridge == "none" else pruned_copy(large, s.r, s.reduce, self.importance(large))
         torch.manual_seed(s.seed)
         batches = self.batches(large, 1) if s.init == "least_squares" else None
-        model = plug(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order, batches).eval()
-        rows, steps = self.training_rows, (s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False)
+        tensors = plug_tensors(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order, batches)
+        tensors.model.eval()
         if thin is not None:
-            with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
-                if s.bridge == "paper":
-                    cache = self.folder / "activations" if s.ladder else None
-                    fit(bridge(model, thin, ladder=s.ladder, cache=cache), self.task, rows, *steps, advance)
-                else:
-                    with delta_bridge(model, thin, s.around) as held:
-                        fit(held, self.task, rows, *steps, advance)
-        finish(path, merge_projections(model).save_pretrained)
-        return model
+            self.train_in_bridge(tensors, thin)
+        write(path, lambda folder: save_adapter(merge_projections(tensors.model), folder))
+        return tensors
 
-    def importance(self, large: PreTrainedModel) -> Importance | None:
+    def train_in_bridge(self, plugged: AdapterTensors, thin: PrunedModel) -> None:
+        s, rows = self.settings, self.training_rows
+        steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
+        with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
+            if s.bridge == "paper":
+                cache = self.folder / "activations" if s.ladder else None
+                fit(paper_bridge(plugged, thin, ladder=s.ladder, cache=cache), self.task, rows, *steps, advance)
+            else:
+                with hold(plugged, thin, s.around) as held:
+                    fit(held, self.task, rows, *steps, advance)
+
+    def importance(self, large: PreTrainedModel) -> Importance:
+        """The scores that the bridge's channels are chosen by."""
         path, s = self.folder / "importance.safetensors", self.settings
-        if s.bridge == "none":
-            return None
         if not path.exists():
             with self.bar("importance", 1) as advance:
-                found = importance(large, self.batches(large, s.batch_size), s.importance)
+                scores = importance(large, self.batches(large, s.batch_size), s.importance)
                 advance()
-            tables = {"rows": found.rows, "columns": found.columns}
+            tables = {"rows": scores.rows, "columns": scores.columns}
             state = {f"{name}:{key}": value for name, table in tables.items() for key, value in table.items()}
-            finish(path, lambda where: save_file({k: v.contiguous() for k, v in state.items()}, where))
-        found = Importance(s.importance)
+            write(path, lambda where: save_file({k: v.contiguous() for k, v in state.items()}, where))
+        scores = Importance(s.importance)
         for name, value in load_file(path).items():
             kind, _, key = name.partition(":")
-            getattr(found, kind)[key] = value
-        return found
+            getattr(scores, kind)[key] = value
+        return scores
 
     def batches(self, large: PreTrainedModel, size: int) -> Iterator[dict[str, Tensor]]:
-        """The training rows with their answers, `size` at a time, like lengths together so that little is padded."""
+        """The training rows with their answers, `size` at a time, sorted by length, which saves padding."""
         rows = sorted(self.rows, key=lambda row: len(row[self.task.asks[0]]))
         return (self.task.batch(large, rows[i : i + size]) for i in range(0, len(rows), size))
 
-    def refined(self, model: PeftModel) -> PeftModel:
-        path, s = self.folder / "refined", self.settings
+    def refined(self, tensors: AdapterTensors) -> AdapterTensors:
+        """The same after MeZO."""
+        path, s, model = self.folder / "refined", self.settings, tensors.model
         if path.exists():
-            large: Any = model.unload()
-            return PeftModel.from_pretrained(large, path).eval()
+            large: Any = model.unload()  # pyright: ignore[reportCallIssue]
+            return AdapterTensors(PeftModel.from_pretrained(large, path).eval())
         if s.refine == "scales":
-            layer_scales(model)
+            add_layer_scales(tensors)
         with self.bar("MeZO", s.refine_steps) as advance:
             rows = self.training_rows
             refine(model, self.task, rows, s.refine_steps, s.refine_lr, s.batch_size, s.eps, s.seed, advance)
-        finish(path, merge_projections(model).save_pretrained)
-        return model
+        write(path, lambda folder: save_adapter(merge_projections(model), folder))
+        return tensors
 
-    def measured(self, model: PeftModel, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
-        """The result; from here on the model has the scale that was chosen, or its adapter disabled without a gain."""
-        path = self.folder / "result.json"
+    def measured(self, tensors: AdapterTensors, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
+        """The result. The model then has the chosen scale, or its adapter is disabled if there is no gain."""
+        path, model = self.folder / "result.json", tensors.model
         if path.exists():
             result = PlugInResult.load(path)
         else:
             with self.bar("measuring", 1) as advance:
-                result = self.measure(model, dev, test)
+                result = self.measure(tensors, dev, test)
                 advance()
         if result.gains:
-            scale_by(writing(model), result.scale)
+            scale_by(tensors.added(), result.scale)
             if not (self.folder / "adapter").exists():
-                finish(self.folder / "adapter", model.save_pretrained)
+                write(self.folder / "adapter", lambda folder: save_adapter(model, folder))
         else:
             model.base_model.disable_adapter_layers()  # pyright: ignore[reportCallIssue]
         if not path.exists():
-            finish(path, result.save)
+            write(path, result.save)
         return result
 
-    def measure(self, model: PeftModel, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
-        scale, tried = choose_scale(model, self.task, dev, self.settings.scales)
-        base, plugged = (self.measure_at(model, factor, test) for factor in (0.0, scale))
+    def measure(self, tensors: AdapterTensors, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
+        scale, tried = choose_scale(tensors, self.task, dev, self.settings.scales)
+        base, plugged = (self.measure_at(tensors, factor, test) for factor in (0.0, scale))
         return PlugInResult.of(base, plugged, scale, tried, self.settings.seed)
 
-    def measure_at(self, model: PeftModel, scale: float, rows: Sequence[Row]) -> Measured:
-        with at_scale(model, scale):
-            return Measured.of(self.task.scores(model, rows), self.task.answers(rows))
+    def measure_at(self, tensors: AdapterTensors, scale: float, rows: Sequence[Row]) -> Measured:
+        with at_scale(tensors, scale):
+            return Measured.of(self.task.scores(tensors.model, rows), self.task.answers(rows))
 
     @contextmanager
     def bar(self, name: str, steps: int) -> Iterator[Advance]:
@@ -173,10 +176,21 @@ class Stages:
         yield lambda: self.bars.advance(task)
 
 
-def finish(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file or a folder; it gets its name when all of it is there."""
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Save a model's one adapter in the folder itself; peft takes a subfolder for names other than "default"."""
+    model.save_pretrained(str(folder))
+    (name,) = model.peft_config
+    inner = folder / name
+    if inner.is_dir():
+        for file in inner.iterdir():
+            file.replace(folder / file.name)
+        inner.rmdir()
+
+
+def write(path: Path, save: Callable[[Any], Any]) -> None:
+    """Write a file or a folder under a temporary name; it gets its own when it is complete."""
     partial = path.with_name(f"partial-{path.name}")
     if partial.is_dir():
         shutil.rmtree(partial)
-    write(partial)
+    save(partial)
     partial.rename(path)

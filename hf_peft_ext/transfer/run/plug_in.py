@@ -1,4 +1,4 @@
-"""All stages in one call: tune the small model, cut the bridge, train the plugged module, and see whether it gains."""
+"""All stages in one call: tune the small model, prune the bridge, train the plugged adapter, measure the gain."""
 
 import random
 from collections.abc import Sequence
@@ -14,13 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.ranking.packing import bare
 from hf_peft_ext.transfer.bridges.activations import check_weights
-from hf_peft_ext.transfer.map.plug import check_no_adapter, check_one_active, depths
+from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
+from hf_peft_ext.transfer.map.plug import check_no_adapter, depths
 from hf_peft_ext.transfer.map.projections import Order, layer_map
-from hf_peft_ext.transfer.run.fingerprint import of_config, of_model, of_rows, remember
+from hf_peft_ext.transfer.run.fingerprint import (
+    adapter_config_fingerprint,
+    model_fingerprint,
+    record_inputs,
+    rows_fingerprint,
+)
 from hf_peft_ext.transfer.run.pipeline import Stages
 from hf_peft_ext.transfer.run.result import PlugInResult
 from hf_peft_ext.transfer.run.settings import PlugInSettings
-from hf_peft_ext.transfer.run.task import Row, task_for
+from hf_peft_ext.transfer.run.task import Row, Task, task_for
 from hf_peft_ext.validation.checks import check
 
 
@@ -37,74 +43,95 @@ def plug_in(
     progress: bool = True,
     unlabelled: Sequence[Row] | None = None,
 ) -> tuple[PeftModel, PlugInResult]:
-    """Tune a small model, plug the result into a large one without training that, and measure what it gains.
+    """Tune a small model, plug its adapter into a large model that is not trained, and measure the gain.
 
-    Each stage leaves its artefact in `folder`; called again, it goes on with the stage that is missing:
+    Each stage writes its artefact into `folder`. Called again, `plug_in` continues with the stage that is missing:
 
-        settings.json             what the run was given; a call with other rows or models is refused
+        settings.json             the settings, and digests of rows and models; a call with others is refused
         small/                    the small model's adapter
-        decisions.json            what the small model answers to `unlabelled`
-        importance.safetensors    what chose the bridge's channels
-        activations/              of the large model, for a bridge with a ladder; can be deleted when it is plugged
-        plugged/                  the module on the large model, folded
+        decisions.json            the small model's probabilities for `unlabelled`
+        importance.safetensors    the scores that chose the bridge's channels
+        activations/              of the large model, for a bridge with a ladder; not needed after `plugged/`
+        plugged/                  the adapter on the large model, merged
         refined/                  the same after MeZO
         result.json               `PlugInResult`
-        adapter/                  the module at the scale that was chosen; only if there is a gain
+        adapter/                  the adapter at the chosen scale; only if there is a gain
 
     Args:
-        small: a model with a trained adapter, or without any if there is a `peft_config`.
-        large: the large model; no parameter of it is ever trained.
-        tokenizer: of both: a pair whose vocabularies differ is read wrongly by one of them.
-        train: rows, of `prompt`, `choices` and `answer`, or of `text` and `label` (see `task`).
-        test: rows that nothing is chosen by, two at least: the gain is measured on them.
+        small: a model with one active adapter that is trained, or without adapters if there is a `peft_config`.
+        large: the large model; none of its parameters is trained.
+        tokenizer: of both models, which need the same vocabulary.
+        train: rows with `prompt`, `choices` and `answer`, or with `text` and `label`.
+        test: at least two rows, on which the gain is measured; nothing is chosen by them.
         folder: for the artefacts.
-        peft_config: the adapter that the small model is given.
+        peft_config: the config of the small model's adapter.
         dev: rows that the scale is chosen by; None for a fifth of `train`, held out.
-        settings: the rest.
+        settings: the length of each stage, and the choices that the paper leaves open.
         progress: whether bars are shown.
-        unlabelled: rows as those of `train`, but without answers: the tuned small model gives each answer a
-            probability (see `decide`), and bridge and refinement train towards these as well as on the answers of
-            `train`, all rows alike. An answer that such a row does have is not looked at.
+        unlabelled: rows like those of `train`, whose answers are not read. The tuned small model gives each answer a
+            probability (see `decide`), and bridge and refinement train on these soft labels too.
 
     Returns:
-        The large model with the module at the chosen scale (disabled where there is no gain), and the result.
+        The large model with the adapter at the chosen scale (disabled where there is no gain), and the result.
 
     Raises:
-        TypeError: `small` has no adapter and there is no `peft_config`, or one of a kind that cannot be plugged in, or
-            `large` has one.
-        ValueError: a row lacks what it must have, there are too few, no stage would train on `unlabelled`, `folder`
-            holds a run with other settings, rows or models, or the models do not fit each other or the tokenizer.
+        TypeError: `small` has no adapter and there is no `peft_config`, or an adapter of a kind that cannot be plugged
+            in, or `large` has an adapter.
+        ValueError: several adapters are active, a row lacks a field, there are too few rows, no stage would train on
+            `unlabelled`, `folder` holds a run with other settings, rows or models, or the models do not fit each other
+            or the tokenizer.
     """
-    settings = settings or PlugInSettings()
-    train, test, unlabelled, folder = list(train), list(test), list(unlabelled or ()), Path(folder)
-    dev = None if dev is None else list(dev)
-    task = task_for(tokenizer, [*train, *(dev or ()), *test, *unlabelled])
-    task.answers([*train, *(dev or ()), *test])  # raises where there is none
-    idle = settings.bridge == settings.refine == "none"
-    rule = "would train nothing: the settings have neither a bridge nor a refinement"
-    check("unlabelled", len(unlabelled), not (unlabelled and idle), rule)
-    if dev is None:
-        rows = random.Random(settings.seed).sample(train, len(train))
-        dev, train = rows[: len(rows) // 5], rows[len(rows) // 5 :]
-    for name, rows, least in (("train", train, 1), ("dev", dev, 1), ("test", test, 2)):
-        check(name, len(rows), len(rows) >= least, f"must hold rows, {least} at least")
+    settings, folder = settings or PlugInSettings(), Path(folder)
+    task = task_for(tokenizer, [*train, *(dev or ()), *test, *(unlabelled or ())])
+    splits = split_rows(task, settings, train, dev, test, unlabelled or ())
     check_models(small, large, tokenizer, peft_config, settings.order)
+    tuned = AdapterTensors(small) if isinstance(small, PeftModel) else None
     answered = (*task.asks, task.answer, "target")
-    rows = {name: of_rows(rows, answered) for name, rows in (("train", train), ("dev", dev), ("test", test))}
-    rows["unlabelled"] = of_rows(unlabelled, task.asks)
-    models = {"small": of_model(small), "large": of_model(large), "peft_config": of_config(small, peft_config)}
-    remember(folder, {**asdict(settings), **rows, **models})
+    names = {"train": answered, "dev": answered, "test": answered, "unlabelled": task.asks}
+    rows = {name: rows_fingerprint(splits[name], fields) for name, fields in names.items()}
+    models = {
+        "small": model_fingerprint(small, tuned),
+        "large": model_fingerprint(large),
+        "peft_config": adapter_config_fingerprint(small, peft_config),
+    }
+    record_inputs(folder, {**asdict(settings), **rows, **models})
     columns = TextColumn("{task.description:<12}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, disable=not progress) as bars:
-        stages = Stages(folder, settings, task, train, bars)
-        tuned = stages.small(small, peft_config)
-        if unlabelled:
-            stages.decided = stages.decisions(tuned, unlabelled)
-        model = stages.plugged(tuned, large)
+        stages = Stages(folder, settings, task, splits["train"], bars)
+        tuned = tuned or stages.small(small, peft_config)
+        if splits["unlabelled"]:
+            stages.soft_labels = stages.decisions(tuned.model, splits["unlabelled"])
+        plugged = stages.plugged(tuned, large)
         if settings.refine != "none":
-            model = stages.refined(model)
-        result = stages.measured(model, dev, test)
-    return model, result
+            plugged = stages.refined(plugged)
+        result = stages.measured(plugged, splits["dev"], splits["test"])
+    return plugged.model, result
+
+
+def split_rows(
+    task: Task,
+    settings: PlugInSettings,
+    train: Sequence[Row],
+    dev: Sequence[Row] | None,
+    test: Sequence[Row],
+    unlabelled: Sequence[Row],
+) -> dict[str, list[Row]]:
+    """The rows of each part; a fifth of `train` is held out where there is no `dev`.
+
+    Raises:
+        ValueError: a row has no answer, a part has too few rows, or no stage would train on `unlabelled`.
+    """
+    task.answers([*train, *(dev or ()), *test])  # raises for a row without one
+    idle = settings.bridge == settings.refine == "none"
+    rule = "would not be trained on: the settings have neither a bridge nor a refinement"
+    check("unlabelled", len(unlabelled), not (unlabelled and idle), rule)
+    if dev is None:
+        shuffled = random.Random(settings.seed).sample(list(train), len(train))
+        dev, train = shuffled[: len(shuffled) // 5], shuffled[len(shuffled) // 5 :]
+    splits = {"train": list(train), "dev": list(dev), "test": list(test), "unlabelled": list(unlabelled)}
+    for name, least in (("train", 1), ("dev", 1), ("test", 2)):
+        check(name, len(splits[name]), len(splits[name]) >= least, f"must hold rows, {least} at least")
+    return splits
 
 
 def check_models(
@@ -112,14 +139,16 @@ def check_models(
 ) -> None:
     """Refuse models that cannot be a pair, before anything is trained."""
     if not isinstance(small, PeftModel) and config is None:
-        raise TypeError("`small` must be a PeftModel, or `peft_config` say which adapter to train on it.")
+        raise TypeError("`small` must be a PeftModel, or `peft_config` must be the config of its adapter.")
     if isinstance(small, PeftModel):
-        check_one_active(small)
+        active = list(small.active_adapters)
+        rule = "must be one, whose scale is chosen; `plug` carries several, `add_weighted_adapter` merges LoRAs"
+        check("active_adapters", active, len(active) == 1, rule)
     check_no_adapter(large)
     check_weights("large", large, "its answers are measured")
     layer_map(depths(bare(small)), depths(large), order)
     for name, model in (("small", small), ("large", large)):
         embedding: Any = innermost(bare(model).get_input_embeddings())
-        known = len(embedding.weight)
-        rule = f"must have no more tokens than `{name}` ({known}): both models need the tokenizer's vocabulary"
-        check("tokenizer", tokenizer.vocab_size, tokenizer.vocab_size <= known, rule)
+        size = len(embedding.weight)
+        rule = f"must have no more tokens than `{name}` ({size}): both models need the tokenizer's vocabulary"
+        check("tokenizer", tokenizer.vocab_size, tokenizer.vocab_size <= size, rule)

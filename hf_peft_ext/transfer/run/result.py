@@ -1,4 +1,4 @@
-"""What a plug-in gains over the untouched large model, with an interval, on rows that nothing was chosen by."""
+"""The gain of a plugged model over the untouched large model on test rows, with an interval."""
 
 import json
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ CONFIDENCE = 0.95
 
 @dataclass
 class Measured:
-    """How a model answers.
+    """A model's scores on rows.
 
     Args:
         accuracy: share of the rows that it answers right.
-        auc: how well its log-odds of an answer against the others tell right answers from wrong ones, whatever it
-            prefers in general: the area under the ROC curve, answer by answer, averaged. 0.5 is chance.
+        auc: area under the ROC curve of the log-odds of an answer against the others, averaged over answers. It does
+            not depend on which answer the model prefers in general; 0.5 is chance.
         margin: mean of log p(right answer) - log p(best wrong one).
         correct: whether each row is answered right.
     """
@@ -32,7 +32,11 @@ class Measured:
 
     @classmethod
     def of(cls, scores: Sequence[Tensor], answers: Sequence[int]) -> "Measured":
-        """From the log-probabilities of each row's answers, and the index of the right one."""
+        """Measure the log-probabilities of each row's answers by the index of the right one.
+
+        Raises:
+            ValueError: there are no rows, or an answer has no score.
+        """
         check("answers", len(answers), len(answers) == len(scores) > 0, f"must be one for each of {len(scores)} rows")
         for score, answer in zip(scores, answers, strict=True):
             check("answer", answer, 0 <= answer < len(score), f"must be the index of one of {len(score)} answers")
@@ -42,20 +46,21 @@ class Measured:
 
 
 def margin(score: Tensor, answer: int) -> float:
+    """log p(answer) - log p(best other answer); 0 without another answer."""
     others = torch.cat([score[:answer], score[answer + 1 :]])
     return float(score[answer] - others.max()) if len(others) else 0.0
 
 
 def auc(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
-    """Averaged over the answers that are right in some rows and wrong in others; 0.5 where there is none."""
+    """The mean AUC of the answers that are right in some rows and wrong in others; 0.5 without such an answer."""
     from sklearn.metrics import roc_auc_score  # slow to import, as is scipy
 
-    found = []
+    areas = []
     for index in range(max(len(score) for score in scores)):
         pairs = [(log_odds(s, index), a == index) for s, a in zip(scores, answers, strict=True) if index < len(s) > 1]
         if {right for _, right in pairs} == {True, False}:
-            found.append(roc_auc_score([right for _, right in pairs], [odds for odds, _ in pairs]))
-    return float(sum(found) / len(found)) if found else 0.5
+            areas.append(roc_auc_score([right for _, right in pairs], [odds for odds, _ in pairs]))
+    return float(sum(areas) / len(areas)) if areas else 0.5
 
 
 def log_likelihood(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
@@ -64,6 +69,7 @@ def log_likelihood(scores: Sequence[Tensor], answers: Sequence[int]) -> float:
 
 
 def log_odds(score: Tensor, index: int) -> float:
+    """log p_index - log sum of the other p."""
     others = torch.cat([score[:index], score[index + 1 :]])
     return float(score[index] - others.logsumexp(0))
 
@@ -73,11 +79,11 @@ class PlugInResult:
     """The untouched large model and the plugged one on the same held-back rows.
 
     Args:
-        base: the large model without the module.
+        base: the large model without the adapter.
         plugged: with it, at `scale`.
-        scale: the factor of the module, chosen on other rows; 0 is always among the choices.
-        tried: scale -> share of right answers, on the rows that it was chosen by.
-        low, high: the 95 % interval of the gain, by bootstrap over rows (BCa, pairs kept together).
+        scale: the factor of the adapter, chosen on other rows; 0 is always among the choices.
+        tried: scale -> accuracy on those rows.
+        low, high: the 95 % interval of the gain, by a BCa bootstrap over rows, paired.
     """
 
     base: Measured
@@ -96,7 +102,7 @@ class PlugInResult:
 
     @property
     def gain(self) -> float:
-        """Accuracy of the plugged model less that of the untouched one."""
+        """Accuracy of the plugged model minus that of the untouched one."""
         return self.plugged.accuracy - self.base.accuracy
 
     @property
@@ -116,27 +122,34 @@ class PlugInResult:
         )
 
     def save(self, path: Path) -> None:
+        """Write the result as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "PlugInResult":
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found |= {name: Measured(**found[name]) for name in ("base", "plugged")}
-        found["tried"] = {float(scale): value for scale, value in found["tried"].items()}
-        return cls(**found)
+        """Read what `save` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields |= {name: Measured(**fields[name]) for name in ("base", "plugged")}
+        fields["tried"] = {float(scale): value for scale, value in fields["tried"].items()}
+        return cls(**fields)
 
 
 def gain_interval(base: Sequence[bool], plugged: Sequence[bool], seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of paired differences, row by row."""
+    """The 95 % interval of the mean of paired differences, by a BCa bootstrap.
+
+    Args:
+        base, plugged: whether each row is answered right, for the same rows.
+        seed: of the bootstrap.
+    """
     check(
         "base", len(base), len(base) == len(plugged) > 1, f"must be of the same rows, two or more, as {len(plugged)}"
     )
     from scipy.stats import bootstrap
 
     differences = [float(b) - float(a) for a, b in zip(base, plugged, strict=True)]
-    if len(set(differences)) == 1:  # nothing to draw from
+    if len(set(differences)) == 1:  # a bootstrap of equal values is undefined
         return differences[0], differences[0]
-    found = bootstrap(
+    interval = bootstrap(
         (differences,), lambda x, axis: x.mean(axis), confidence_level=CONFIDENCE, rng=seed, n_resamples=2000
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)

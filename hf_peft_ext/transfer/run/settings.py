@@ -1,4 +1,4 @@
-"""The choices of a plug-in transfer, and how long each of its stages is."""
+"""The settings of plug-in transfer."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,30 +10,30 @@ from hf_peft_ext.validation.checks import check_count, check_names, check_positi
 
 @dataclass
 class PlugInSettings:
-    """The choices that the paper leaves open, and how long each stage is.
+    """The choices that the paper leaves open, and the length of each stage.
 
     Args:
-        bridge: where the plugged module is trained: "delta" (a thin copy held to the large model), "paper" (a thin
-            copy that is trained with it), or "none".
+        bridge: where the plugged adapter is trained: "delta" (a pruned copy held to the large model), "paper" (a
+            pruned copy that is trained with it), or "none".
         around: see `delta_bridge`.
-        r, reduce: how thin the copy is, see `pruning.pruned_copy`. 16 by parameters is the paper's table; in a delta
+        r, reduce: the size of the pruned copy, see `pruning.pruned_copy`. 16 by parameters is the paper's; in a delta
             bridge 4 does better (`examples/studies`).
-        importance: what chooses its channels: "magnitude", "activation" (forward passes) or "fisher" (gradients of
-            the large model, which the others do without).
-        ladder: whether the paper's bridge is fed with what the large model makes of the tokens, kept on disk.
-        order, init, sides, train_projections: W_plug, see `plug` and `Projections`.
-        refine: what MeZO refines by forward passes of the large model: "scales" (one for each layer), "module", or
-            "none".
-        temperature: of the small model's decisions on rows without answers, see `decide`.
-        scales: factors of the module to choose from; 0 is always among them.
-        small_steps, small_lr: the small model's own training, where it has no adapter yet.
-        bridge_steps, bridge_lr: gentle steps: what is trained in a thin copy has to hold in the large model.
+        importance: the scores that choose the copy's channels: "magnitude", "activation" (forward passes) or "fisher"
+            (gradients of the large model).
+        ladder: whether the paper's bridge also reads the inputs of the large model's blocks, cached on disk.
+        order, init, sides, train_projections: of W_plug, see `plug` and `Projections`.
+        refine: what MeZO trains by forward passes of the large model: "scales" (one for each layer), "module" (the
+            adapter), or "none".
+        temperature: of the small model's soft labels for rows without answers, see `decide`.
+        scales: factors of the adapter to choose from; 0 is added.
+        small_steps, small_lr: of the small model's own training, if it has no adapter.
+        bridge_steps, bridge_lr: of the bridge. The learning rate is low: the large model has to gain from the steps.
         refine_steps, refine_lr, eps: of MeZO.
         batch_size: rows in a step.
-        seed: of everything that is drawn.
+        seed: of all random draws.
 
     Raises:
-        ValueError: a value breaks a rule.
+        ValueError: a choice is unknown, or a number is not positive.
     """
 
     bridge: Literal["delta", "paper", "none"] = "delta"

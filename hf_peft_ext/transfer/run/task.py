@@ -1,4 +1,4 @@
-"""What a plugged model is trained and judged by: rows of data, a loss, and a score for each answer."""
+"""The tasks that a plugged model is trained and measured on: rows, a loss, and a score for each answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from hf_peft_ext.ranking.classifier import evaluating, score_choices
+from hf_peft_ext.model.modes import evaluating
+from hf_peft_ext.ranking.classifier import score_choices
 from hf_peft_ext.ranking.encode import collate, encode_choices
 from hf_peft_ext.ranking.losses import IGNORED, choice_scores
 from hf_peft_ext.ranking.packing import bare, choice_token_scores
@@ -20,13 +21,13 @@ Row = Mapping[str, Any]
 
 
 class Task(ABC):
-    """A loss over the answers of rows, and the score of each answer; the highest is the model's.
+    """A loss over the answers of rows, and a score for each answer; the model's answer has the highest.
 
-    A row asks something, and has the index of the right answer, or as `target` the probability q_k that each answer
-    shall have, or both: it is then trained towards the target and judged by the answer.
+    A row has the index of the right answer, or as `target` the probability q_k of each answer, or both. Then it is
+    trained towards the target and measured by the answer.
     """
 
-    asks: ClassVar[tuple[str, ...]]  # the fields of a row that a model sees
+    asks: ClassVar[tuple[str, ...]]  # the fields of a row that a model reads
     answer: ClassVar[str]  # the field with the index of the right answer
 
     @abstractmethod
@@ -53,12 +54,12 @@ class Task(ABC):
         return -(q.to(together) * together).sum() / max(1, sum(len(of_row) > 1 for of_row in log_p))
 
     def target(self, row: Row, answers: int) -> Tensor:  # shape: (answers,)
-        """q_k of one row: 1 for the right answer, where it has no target."""
-        given = row.get("target")
-        if given is not None:
-            q = torch.as_tensor(given, dtype=torch.float32, device="cpu")
+        """q_k of one row; without a target, 1 for the right answer and 0 for the others."""
+        target = row.get("target")
+        if target is not None:
+            q = torch.as_tensor(target, dtype=torch.float32, device="cpu")
             fits = q.shape == (answers,) and bool((q >= 0).all()) and abs(float(q.sum()) - 1) < 1e-3
-            check("target", given, fits, f"must be a probability for each of {answers} answers, 1 in sum")
+            check("target", target, fits, f"must be a probability for each of {answers} answers, 1 in sum")
             return q
         (right,) = self.answers([row])
         check(self.answer, right, right < answers, f"must be the index of one of {answers} answers")
@@ -68,7 +69,7 @@ class Task(ABC):
         """The index of the right answer of each row.
 
         Raises:
-            ValueError: a row has none, or a negative one, which data sets put where nobody knows it.
+            ValueError: a row has none, or a negative one, by which data sets mark an unknown answer.
         """
         for row in rows:
             right: Any = row.get(self.answer)
@@ -79,11 +80,11 @@ class Task(ABC):
 
 @dataclass
 class Ranking(Task):
-    """Rows of `prompt`, `choices` and `answer` (an index): a language model is asked which choice it finds likeliest.
+    """Rows with `prompt`, `choices` and `answer` (an index): a language model ranks the choices by their likelihood.
 
-    log p is the log-softmax of the choices' mean log-probabilities, so that the loss is T-Few's choice loss
-    (`losses.choice_loss`), over the choices alone: the likelihood of the answer over the whole vocabulary teaches the
-    format of answers first.
+    log p is the log-softmax of the choices' mean log-probabilities, so the loss is T-Few's choice loss
+    (`losses.choice_loss`). It is over the choices alone: the likelihood over the whole vocabulary would
+    first teach the format of answers.
 
     Args:
         tokenizer: the model's.
@@ -100,15 +101,15 @@ class Ranking(Task):
         examples = [encode_choices(self.tokenizer, row["prompt"], row["choices"], seq2seq) for row in rows]
         device = base.get_input_embeddings().weight.device
         batch = {key: value.to(device) for key, value in collate(examples).items()}
-        # an encoder-decoder would copy its states for each choice in the thin copy of a delta bridge only
+        # packed, an encoder-decoder copies its states for each choice in the pruned copy of a delta bridge only
         tokens = choice_token_scores(model, batch, packed=False if seq2seq else None)
         scores = choice_scores(tokens).split([len(example.choices) for example in examples])
         return [score.log_softmax(0) for score in scores]
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         choices = [row["choices"] for row in rows]
-        found = score_choices(model, self.tokenizer, [row["prompt"] for row in rows], choices)
-        return [score.log_softmax(0) for score in found]
+        scores = score_choices(model, self.tokenizer, [row["prompt"] for row in rows], choices)
+        return [score.log_softmax(0) for score in scores]
 
     def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         base = bare(model)
@@ -120,9 +121,9 @@ class Ranking(Task):
         if not seq2seq:
             ids = [prompt + right for prompt, right in zip(ids, labels, strict=True)]
             labels = [[IGNORED] * len(e.prompt) + e.choices[0] for e in examples]
-        seen = [[1] * len(row) for row in ids]
-        found = {"input_ids": padded(ids, 0), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORED)}
-        return {name: value.to(base.get_input_embeddings().weight.device) for name, value in found.items()}
+        mask = [[1] * len(row) for row in ids]
+        batch = {"input_ids": padded(ids, 0), "attention_mask": padded(mask, 0), "labels": padded(labels, IGNORED)}
+        return {name: value.to(base.get_input_embeddings().weight.device) for name, value in batch.items()}
 
 
 def padded(rows: Sequence[list[int]], value: int) -> Tensor:  # shape: (rows, length)
@@ -131,11 +132,11 @@ def padded(rows: Sequence[list[int]], value: int) -> Tensor:  # shape: (rows, le
 
 @dataclass
 class Classification(Task):
-    """Rows of `text` and `label` (an index): a model with a classification head.
+    """Rows with `text` and `label` (an index): a model with a classification head.
 
     Args:
         tokenizer: the model's.
-        batch_size: rows in a forward when they are scored.
+        batch_size: rows in a forward pass of `scores`.
     """
 
     asks = ("text",)
@@ -155,8 +156,8 @@ class Classification(Task):
 
     def inputs(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         texts = [row["text"] for row in rows]
-        found = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return {name: value.to(next(model.parameters()).device) for name, value in found.items()}
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
 
     def batch(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
         inputs = self.inputs(model, rows)
@@ -164,10 +165,14 @@ class Classification(Task):
 
 
 def task_for(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Task:
-    """The task that rows belong to, with answers or without.
+    """The task for rows: ranking for `prompt` and `choices`, classification for `text`.
+
+    Args:
+        tokenizer: of the models.
+        rows: with or without answers.
 
     Raises:
-        ValueError: there are none, or they are of neither kind.
+        ValueError: there are no rows, or they have neither of these fields.
     """
     check("rows", len(rows), len(rows) > 0, "must hold at least one row")
     kinds = [kind for kind in (Ranking, Classification) if all({*kind.asks} <= row.keys() for row in rows)]

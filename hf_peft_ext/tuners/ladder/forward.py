@@ -32,7 +32,7 @@ class Steps:
         states: place of a rung -> the block's output itself.
     """
 
-    embed: Callable[[Tensor], Tensor] | None = None
+    embed: nn.Module | None = None
     side_blocks: dict[nn.Module, Any] = field(default_factory=dict)
     deferred: bool = False
     grad: bool = field(default_factory=torch.is_grad_enabled)

@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_peft_ext.model.structure import own_modules, stacks
@@ -119,6 +121,9 @@ class DownEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:  # shape: (batch, length) -> (batch, length, d_side)
         embed = the_running().embed
         assert embed is not None
+        if isinstance(embed.weight, DTensor):  # a unit of FSDP2 of its own, which is closed again
+            table = {"weight": embed.weight.full_tensor()}
+            return self.image(functional_call(embed, table, (input_ids,)))
         return self.image(embed(input_ids))
 
 
