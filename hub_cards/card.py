@@ -10,7 +10,7 @@ from peft import PeftModel
 from hf_peft_ext.hub_cards import figures
 from hf_peft_ext.hub_cards.card_edits import CardEdits, read_text
 from hf_peft_ext.hub_cards.card_files import CARD, RECIPE, write_files
-from hf_peft_ext.hub_cards.markdown import one_line
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_template
 from hf_peft_ext.hub_cards.places import shared_recipe
@@ -68,7 +68,7 @@ def generate(
     """
     rule = "must be an id on the Hub, such as 'name/adapter'"
     check("repo_id", repo_id, repo_id is None or is_hub_id(repo_id), rule)
-    data = card_data(adapter, record, repo_id or one_line(adapter.folder.resolve().name))
+    data = card_data(adapter, record, repo_id or single_line(adapter.folder.resolve().name))
     card = AdapterCard.from_template(data, **values(adapter, record, repo_id, subfolder))
     return card.data.to_dict(), card.text.strip("\n")
 

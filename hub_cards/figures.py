@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hf_peft_ext.hub_cards.markdown import one_line
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.record import TrainingRecord
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def curves(losses: dict[str, Points]) -> "Figure":
 
 def label(name: str) -> str:
     """A name for a figure: short, in ASCII, which every font has."""
-    text = "".join(c if c.isascii() else "?" for c in one_line(name)).replace("_", " ").strip()
+    text = "".join(c if c.isascii() else "?" for c in single_line(name)).replace("_", " ").strip()
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

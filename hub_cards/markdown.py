@@ -14,7 +14,7 @@ from hf_peft_ext.model.layer_groups import ranges as ranges
 LONGEST = 200  # characters of a name
 
 
-def one_line(value: object) -> str:
+def single_line(value: object) -> str:
     """A value on one line, without control characters and marks for the direction of writing."""
     text = str(value)[: LONGEST + 1]
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
@@ -24,7 +24,7 @@ def one_line(value: object) -> str:
 
 def code(value: object) -> str:
     """A value as a code span, for a paragraph, a list or a heading."""
-    text = one_line(value)
+    text = single_line(value)
     ticks = "`" * (1 + longest_run(text))
     space = " " if not text or "`" in (text[0], text[-1]) else ""
     return f"{ticks}{space}{text}{space}{ticks}"
@@ -32,7 +32,7 @@ def code(value: object) -> str:
 
 def cell(value: object) -> str:
     """A value as a code span, for a cell of a table."""
-    text = one_line(value)
+    text = single_line(value)
     if "|" not in text:
         return code(text)
     # flavours differ on pipes in code spans; a numeric character reference is never markup

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from hf_peft_ext.hub_cards.markdown import one_line
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import auto_class, pipeline_tag
@@ -115,9 +115,9 @@ def eval_result(result: Result, data: DatasetRecord, task: str | None) -> EvalRe
         task_type=str(task),
         dataset_type=data.name,
         dataset_name=data.name,
-        dataset_config=one_line(data.config) if data.config else None,
-        dataset_split=one_line(result.split) if result.split else None,
-        dataset_revision=one_line(data.revision) if data.revision else None,
+        dataset_config=single_line(data.config) if data.config else None,
+        dataset_split=single_line(result.split) if result.split else None,
+        dataset_revision=single_line(data.revision) if data.revision else None,
         metric_type=result.metric,
         metric_value=result.value,
     )
@@ -149,7 +149,7 @@ def check_metadata(data: Mapping[str, Any]) -> None:
     valid = task is None or (isinstance(task, str) and task in HUB_TASKS)
     check("pipeline_tag", task, valid, "must be a task of the Hub: huggingface.co/tasks")
     for tag in as_list(data.get("tags")):
-        check("tags", tag, isinstance(tag, str) and tag == one_line(tag) != "", "must be words on one line")
+        check("tags", tag, isinstance(tag, str) and tag == single_line(tag) != "", "must be words on one line")
     read = yaml.safe_load(yaml_dump(dict(data)))
     check("metadata", dict(data), read == dict(data), "must be the same after it was written as YAML and read again")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from hf_peft_ext.hub_cards.markdown import one_line
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 
 # task type of peft -> the Auto class of transformers, and the task on the Hub where the type leaves no choice
@@ -148,4 +148,4 @@ def class_arguments(labels: Sequence[str], count: int | None) -> list[str]:
 
 def string_literal(text: str) -> str:
     """A string literal of Python, on one line. JSON's is one, since plain text has no lone surrogates."""
-    return json.dumps(one_line(text), ensure_ascii=False)
+    return json.dumps(single_line(text), ensure_ascii=False)

@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
 from hf_peft_ext.hub_cards.card_edits import BEGIN, CardEdits
-from hf_peft_ext.hub_cards.markdown import cell, code, fenced, one_line, ranges, table
+from hf_peft_ext.hub_cards.markdown import cell, code, fenced, ranges, single_line, table
 
 from .cards import BASE, full_record, saved
 
@@ -160,7 +160,7 @@ def test_card(adapter, tmp_path, text):
         data.pop("metrics", None)  # a harmless word can be the name of one
     assert metadata[0] == metadata[1]
     compile(re.findall(r"^(```+)python\n(.*?)\n\1$", cards[1], re.DOTALL | re.MULTILINE)[0][1], "snippet", "exec")
-    assert one_line(text) in card.text
+    assert single_line(text) in card.text
 
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if re.search(r"\$|\n|\d\.|\x00|x{9}|^$", text)])
@@ -195,7 +195,7 @@ def test_settings(adapter, tmp_path, text):
         assert html.elements.count("pre") == 4
         (shown,) = [token.content for token in MarkdownIt().parse(found) if token.info == "yaml"]
         ((key, value),) = yaml.safe_load(shown).items()
-        assert one_line(key) == one_line(value[0]) == one_line(text)
+        assert single_line(key) == single_line(value[0]) == single_line(text)
 
 
 @every_hostile
@@ -236,7 +236,7 @@ def test_hostile_metadata_is_refused(tmp_path):
 @every_hostile
 def test_tags(adapter, text):
     """A tag is a word on one line, whatever is in it: text in the metadata, and an error where it is none."""
-    if one_line(text) != text or not text:
+    if single_line(text) != text or not text:
         with pytest.raises(ValueError, match=r"`tags` \(="):
             AdapterCard.from_adapter(adapter[0], TrainingRecord(tags=[text]))
         return
@@ -259,7 +259,7 @@ def test_code(text):
     for html in (render(f"before {code(text)} after"), render(table(["one", "two"], [[cell(text), "end"]]))):
         assert html.elements.count("code") == 1
         assert set(html.elements) <= SAFE
-        assert one_line(text) in html.text
+        assert single_line(text) in html.text
     assert render(table(["one", "two"], [[cell(text), "end"]])).elements.count("td") == 2
 
 
@@ -275,8 +275,8 @@ def test_fenced(text):
 @given(texts)
 def test_plain(text):
     """One line that can be written to a file and read again."""
-    line = one_line(text)
-    assert line == line.strip() == one_line(line)
+    line = single_line(text)
+    assert line == line.strip() == single_line(line)
     assert len(line.splitlines()) <= 1
     assert line.encode().decode() == line
 

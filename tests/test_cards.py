@@ -88,7 +88,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds an invalid adapter_model.safetensors"):
         write_card(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOVEL"}')
-    with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type that this"):
+    with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type of the"):
         write_card(tmp_path)
 
 

@@ -54,10 +54,12 @@ class BridgeTrainer(Trainer):
         super().__init__(model, args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a batch; the large model stays in evaluation mode."""
         self.plugged.eval()
         return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch, for a delta bridge without dropout."""
         if self.kind == "delta":
             model.eval()  # the large model has no dropout there
         return super().compute_loss(model, *args, **kwargs)
