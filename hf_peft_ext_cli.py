@@ -46,8 +46,8 @@ arguments:
               Seq2SeqTrainingArguments for SEQ_2_SEQ_LM,
               TFewTrainingArguments for T-Few;
               output_dir is the folder of the adapter
-[cyan]metrics[/]       optional; a list: accuracy, f1, matthews_correlation (SEQ_CLS, T-Few),
-              exact_match (SEQ_2_SEQ_LM)
+[cyan]metrics[/]       optional list; for SEQ_CLS and T-Few: accuracy, f1,
+              matthews_correlation; for SEQ_2_SEQ_LM: exact_match
 
 Changes follow the file: section.key=value, or key=value if only one section
 has the key. Values are YAML: section={...} replaces a section, section=null
@@ -79,8 +79,8 @@ The search is a YAML file with these sections:
 [cyan]search[/]    storage, study_name, n_models, seed, early_stopping, heartbeat,
           output_dir
 
-Each command is a worker. Start several to share the work, or start one again to
-continue: all results are in the database of `storage`.
+Each command is a worker. Start several to share the work, or start one again
+to continue: all results are in the database of `storage`.
 
 \b
   hf-peft-ext search --config examples/search.yaml
@@ -191,16 +191,18 @@ def push(
 ) -> None:
     """Push a saved adapter to the Hub.
 
-    Writes the adapter's card (README.md; your edits are kept) and uploads in one commit: weights as safetensors,
-    their configuration, the tokenizer, card and figures, recipe, training record and trainer state. All other
-    files are kept local: optimizers, pickled arguments such as training_args.bin, logs, hidden files. A file with
-    an access token stops the push.
+    Writes the adapter's card (README.md; your edits are kept) and uploads in one
+    commit: weights as safetensors, their configuration, the tokenizer, card and
+    figures, recipe, training record and trainer state. All other files are kept
+    local: optimizers, pickled arguments such as training_args.bin, logs, hidden
+    files. A file with an access token stops the push.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the token, since the shell's history
-    would keep it. After a lost connection, run the same command again; uploaded weights are not sent twice.
+    Log in first with `hf auth login`, or set HF_TOKEN. There is no option for the
+    token, since the shell's history would keep it. After a lost connection, run
+    the same command again; uploaded weights are not sent twice.
 
-    For example: `hf-peft-ext push out my-adapter`, or, to propose a change to somebody else's adapter,
-    `hf-peft-ext push out their-team/their-adapter --create-pr --commit-message "Trained for longer"`.
+    Example: `hf-peft-ext push out my-adapter`. To propose a change to somebody
+    else's adapter: `hf-peft-ext push out their-team/their-adapter --create-pr`.
     """
     from hf_peft_ext.cli.push import push
 

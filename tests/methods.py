@@ -108,7 +108,7 @@ OTHERS = {
         mixes=False,
         part="side_of",
         layers="layers_to_keep",
-        refused=dict.fromkeys(("albert", "bloom", "deepseek_v3", "falcon", "gpt_neox", "modernbert"), "cannot be cut"),
+        refused=dict.fromkeys(("albert", "deepseek_v3"), "cannot be cut"),
     ),
 }
 ALL = METHODS | OTHERS

@@ -271,7 +271,7 @@ def test_examples_that_cannot_be_told_apart():
     alone = [rows(batch, i, i + 1) for i in range(3)]
     expected = importance(model, alone)
     model.model.layers[0].mlp = Flat(model.model.layers[0].mlp)
-    message = r"runs model\.layers\.0\.mlp\.module\.gate_proj on \(27, 32\), without the 3 examples in front"
+    message = r"runs model\.layers\.0\.mlp\.module\.gate_proj on \(27, 32\), without an axis of 3 examples"
     with pytest.raises(ValueError, match=message):
         importance(model, [batch])
     found = importance(model, alone)

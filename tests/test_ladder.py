@@ -47,9 +47,9 @@ def seen(blocks):
     return found
 
 
-def mixed(rung, h, b):
-    gate = torch.sigmoid(rung.alpha / 0.1)
-    return gate * h + (1 - gate) * (b @ rung.down.weight.T + rung.down.bias)
+def mixed(side_block, h, b):
+    gate = torch.sigmoid(side_block.alpha / 0.1)
+    return gate * h + (1 - gate) * (b @ side_block.down.weight.T + side_block.down.bias)
 
 
 def test_formula_of_a_decoder():
@@ -62,8 +62,8 @@ def test_formula_of_a_decoder():
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         h = side.stack.wte.down(base.transformer.wte(ids)) + side.stack.wpe.weight[: ids.shape[1]]
-        for rung, b in zip(side.side_blocks, found, strict=True):
-            h = rung.block(mixed(rung, h, b))
+        for side_block, b in zip(side.side_blocks, found, strict=True):
+            h = side_block.block(mixed(side_block, h, b))
         expected = base.lm_head(side.up(side.stack.ln_f(h)))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
@@ -82,13 +82,13 @@ def test_formula_of_an_encoder_decoder():
             plain = seen(base.decoder.block)
             model(input_ids=ids, decoder_input_ids=target)
         assert all(torch.equal(b, p) for b, p in zip(read, plain, strict=True))
-        [rung] = encoder.side_blocks
-        h = mixed(rung, encoder.stack.embed_tokens.down(base.shared(ids)), shown[1])
-        memory = encoder.stack.final_layer_norm(rung.block(h)[0])
+        [side_block] = encoder.side_blocks
+        h = mixed(side_block, encoder.stack.embed_tokens.down(base.shared(ids)), shown[1])
+        memory = encoder.stack.final_layer_norm(side_block.block(h)[0])
         h, bias = decoder.stack.embed_tokens.down(base.shared(target)), None
         future = torch.full((target.shape[1],) * 2, float("-inf")).triu(1)[None, None]
-        for rung, b in zip(decoder.side_blocks, read, strict=True):
-            h, bias, _ = rung.block(mixed(rung, h, b), future, bias, memory)
+        for side_block, b in zip(decoder.side_blocks, read, strict=True):
+            h, bias, _ = side_block.block(mixed(side_block, h, b), future, bias, memory)
         scale = 32**-0.5 if base.config.scale_decoder_outputs else 1.0  # T5's own, where its head is the embedding
         expected = base.lm_head(decoder.up(decoder.stack.final_layer_norm(h)) * scale)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def test_trains_only_itself(family):
 
 @every_family
 def test_keeps_nothing_of_the_backbone(family):
-    """The backbone runs without gradients; autograd keeps its hidden states once for each rung, and nothing else."""
+    """The backbone runs without gradients; autograd keeps its hidden states once for each side block."""
     model, inputs = laddered(family, LadderConfig(r=8))  # no part of it is as wide as the backbone
     model.enable_input_require_grads()  # as Trainer does for LoRA under checkpointing
     kept, ran = [], []
@@ -188,8 +188,8 @@ def test_starts_as_the_pruned_backbone():
         model = get_peft_model(BACKBONES[family].build(), LadderConfig(r=1)).eval()
         with torch.no_grad():
             for side in sides(model):
-                for rung in side.side_blocks:
-                    rung.alpha.fill_(10.0)
+                for side_block in side.side_blocks:
+                    side_block.alpha.fill_(10.0)
                 for linear in [side.stack.get_input_embeddings().down, *([side.up] if side.up else [])]:
                     linear.weight.copy_(torch.eye(32))
                     linear.bias.zero_()
@@ -216,9 +216,11 @@ def test_pruned_by_other_scores():
         for side, blocks, old in zip(sides(model), stacks, before, strict=True):
             found = side.side_blocks[0].block.state_dict()
             assert not all(torch.equal(tensor, old[name]) for name, tensor in found.items())
-            for rung, block in zip(side.side_blocks, blocks, strict=True):
+            for side_block, block in zip(side.side_blocks, blocks, strict=True):
                 expected = block.state_dict()
-                assert all(torch.equal(tensor, expected[name]) for name, tensor in rung.block.state_dict().items())
+                assert all(
+                    torch.equal(tensor, expected[name]) for name, tensor in side_block.block.state_dict().items()
+                )
         assert all(torch.equal(p, downs[name]) for name, p in model.named_parameters() if "down" in name)
     with pytest.raises(ValueError, match=r"`adapter_name` \(='other'\) is no ladder of this model"):
         prune_ladder(model, scores, "other")

@@ -30,7 +30,7 @@ from .test_safe_load import assert_equal_to_stock, fingerprint, refused, reweigh
         ({"layers_to_keep": []}, r"`layers_to_keep` \(=\[\]\) must be a layer index"),
         (
             {"target_modules": ["q"]},
-            r"`target_modules` \(=\['q'\]\) must be None: a ladder stands beside whole blocks",
+            r"`target_modules` \(=\['q'\]\) must be None: a ladder reads whole blocks",
         ),
         ({"bias": "all"}, r'`bias` \(=\'all\'\) must be "none"'),
         ({"layers": [1]}, r"`layers` \(=\[1\]\) is not a field of LadderConfig"),
@@ -45,7 +45,7 @@ def test_config(fields, message):
     ("family", "fields", "message"),
     [
         ("gpt2", {"layers_to_keep": [0, 2]}, r"names layer 2, which does not exist; this model has layers 0 to 1\."),
-        ("t5", {"layers_to_keep": [0, 1]}, r"keeps none of the layers 2 to 3, but each backbone needs a rung\."),
+        ("t5", {"layers_to_keep": [0, 1]}, r"keeps none of the layers 2 to 3, but each backbone needs a side block\."),
         (
             "llama",
             {"modules_to_save": ["mlp"]},
@@ -88,7 +88,7 @@ def test_what_a_ladder_cannot_do():
     model, inputs = laddered("gpt2")
     with pytest.raises(ValueError, match=r"`adapter_names` \(=\['default', '__base__', 'default'\]\) must be None"):
         model(**inputs, adapter_names=["default", "__base__", "default"])
-    with pytest.raises(ValueError, match="A ladder is a network of its own"):
+    with pytest.raises(ValueError, match="A ladder is a separate network"):
         model.merge_and_unload()
     with pytest.raises(ValueError, match=r"`adapter_name` \(=\['default', 'other'\]\) must be a single one"):
         model.base_model.set_adapter(["default", "other"])

@@ -245,6 +245,19 @@ def test_training_batches_are_the_same():
     assert [row[row != -100].tolist() for row in made["choice_ids"]] == rows
 
 
+def test_what_a_batch_holds():
+    """Prompts padded with the padding token, choices with -100, and which example a choice belongs to."""
+    examples = [Example([5, 6], [[1], [2, 3]]), Example([4], [[9, 8, 7]])]
+    made = {name: tensor.tolist() for name, tensor in collate(examples, pad_token_id=3).items()}
+    assert made == {
+        "prompt_ids": [[5, 6], [4, 3]],
+        "prompt_mask": [[1, 1], [1, 0]],
+        "choice_ids": [[1, -100, -100], [2, 3, -100], [9, 8, 7]],
+        "example": [0, 0, 1],
+    }
+    assert examples[0].part(1, 2) == Example([5, 6], [[2, 3]])
+
+
 def test_wrong_arguments_are_named():
     model, tok = build("llama", adapter=False)
     with pytest.raises(ValueError, match=r"`normalization` \(='words'\) must be one of token, byte, character, none"):
@@ -263,6 +276,10 @@ def test_wrong_arguments_are_named():
         RankClassifier(model, tok).predict(PROMPTS)
     with pytest.raises(ValueError, match="must be a list of at least one text"):
         encode_choices(tok, "Answer:", [])
+    with pytest.raises(ValueError, match="must be a list of at least one text"):
+        encode_choices(tok, "Answer:", "yes")
+    with pytest.raises(ValueError, match=r"`tokenizer` \(='Swallowing'\) has no token to begin an empty prompt with"):
+        encode_choices(Swallowing(), "", ["a"])
     with pytest.raises(ValueError, match=r"`choices` \(=' '\) has no tokens behind its prompt"):
         encode_choices(Swallowing(), "a", [" "])
     assert score_choices(model, tok, [], ["yes"]) == []
@@ -271,7 +288,7 @@ def test_wrong_arguments_are_named():
 class Swallowing:
     """A tokenizer that makes one token of any text."""
 
-    bos_token = eos_token_id = None
+    bos_token = bos_token_id = eos_token_id = None
 
     def __call__(self, text, **kwargs):
-        return {"input_ids": [5]}
+        return {"input_ids": [5] if text else []}

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext import BitFitConfig, BottleneckConfig, ComposedConfig, MAMConfig, Placement, UniPELTConfig
 from hf_peft_ext.attach.tuner import tuner_layers
+from hf_peft_ext.model.calls import code_of
 from hf_peft_ext.model.sites import find_sites
-from hf_peft_ext.model.structure import layer_paths
+from hf_peft_ext.model.structure import is_bypassed, layer_paths
 from hf_peft_ext.sublayers import Bias, LowRank
 
 from .backbones import BACKBONES, output
@@ -298,3 +299,35 @@ def test_classes_without_source():
     assert found.keys() == expected.keys()
     for name in (key for key, site in found.items() if site.rows is not None):
         assert torch.equal(found[name].rows, expected[name].rows)
+
+
+class Picks(nn.Module):
+    """Runs all modules of two lists, and of two others the one that the caller names."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("each", "numbered", "chosen", "looked_up", "helped"):
+            self.add_module(name, nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+        self.places = {7: 0}
+
+    def forward(self, x, layer):
+        for module in self.each:
+            x = module(x)
+        for number in range(2):
+            group = number // 1
+            x = self.helper(self.numbered[group](x), number)
+        place = self.places[layer]
+        return self.chosen[layer - 7](self.looked_up[place](x))
+
+    def helper(self, x, number):
+        return self.helped[number](x)
+
+
+def test_modules_that_the_caller_picks():
+    """Of a list with an index from outside the code does not tell which module runs; a loop runs them all."""
+    assert code_of(Picks).picked == {"chosen", "looked_up"}
+    model = nn.Sequential(Picks())
+    picked = [
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear) and is_bypassed(model, path)
+    ]
+    assert picked == [f"0.{name}.{i}" for name in ("chosen", "looked_up") for i in (0, 1)]

@@ -226,6 +226,7 @@ def test_initial_values():
         assert not module.up.bias.any()
     assert not Gate(d).bias.any()
     assert not Bias(d).b.any()
+    assert not Prefix(2, 3, 4, 5).shift_positions
     assert Bottleneck(d, r, scaling="learned").scaling.item() == 1
 
 

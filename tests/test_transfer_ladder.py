@@ -58,13 +58,13 @@ def test_rungs_mix_in_what_the_large_blocks_read(family):
     with torch.no_grad(), plugged.disable_adapter():
         hidden = [states for stack in hidden_of(plugged.get_base_model(), inputs) for states in stack]
     side_blocks, met = rungs_of(model), []
-    for rung in side_blocks:
-        rung.register_forward_pre_hook(lambda _, args: met.append(args[0]))
-        rung.block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
+    for side_block in side_blocks:
+        side_block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
+        side_block.block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
     output(model, inputs).square().mean().backward()
     for own, mixed, large in zip(met[::2], met[1::2], hidden, strict=True):
         torch.testing.assert_close(mixed, (own + large[..., thin.kept["residual"]]) / 2)
-    assert all(p.grad is not None for rung in side_blocks for p in (rung.alpha, rung.down.weight))
+    assert all(p.grad is not None for side_block in side_blocks for p in (side_block.alpha, side_block.down.weight))
     assert all(p.grad is None for name, p in plugged.named_parameters() if ".parametrizations." not in name)
 
 
@@ -72,8 +72,8 @@ def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
     model, bare = (bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=on) for on in (True, False))
     with torch.no_grad():
-        for rung in rungs_of(model):
-            rung.alpha.fill_(10.0)
+        for side_block in rungs_of(model):
+            side_block.alpha.fill_(10.0)
         torch.testing.assert_close(output(model, inputs), output(bare, inputs), atol=1e-5, rtol=1e-4)
 
 

@@ -28,7 +28,7 @@ from hf_peft_ext.model.structure import (
 
 
 class BlockSites:
-    """The sites of one block, in the order in which it runs.
+    """The sites of one block, in the order of execution.
 
     Args:
         model: the model.
@@ -46,6 +46,7 @@ class BlockSites:
         self.common: dict[str, Any] = {"layer": layer, "causal": True}
 
     def find(self) -> list[Site]:
+        """All sites of the block; none without attention, a mixer or a whole FFN."""
         if not (self.attentions or self.mixer or len(self.ffn_parts()) == 1):
             return []
         sites = []
@@ -62,11 +63,13 @@ class BlockSites:
         return sites + ffn + [self.residual_site(last)]
 
     def tokens(self, attention: nn.Module) -> str:
+        """The layout of the tokens, see `Site.tokens`."""
         if "cu_seqlens" in inspect.signature(attention.forward).parameters:
             return "packed"
         return "windows" if hasattr(self.modules[self.path], "window_size") else "examples"
 
     def attention_sites(self, name: str, attention: nn.Module) -> Iterator[Site]:
+        """The sites of an attention module and its leaves."""
         cross = "cross_" if is_cross(name[len(self.path) :]) else ""
         leaves = {role: f"{name}.{leaf}" for role, leaf in attention_leaves(attention).items()}
         if "output" not in leaves and (output := self.output_beside(name)):
@@ -80,7 +83,7 @@ class BlockSites:
         if fused and heads and not is_bypassed(self.model, fused):
             of_encoder = {"attention": name, "of_encoder": True} if cross and "query" in leaves else {}
             yield from self.fused_sites(cross, fused, attention, shape, **of_encoder)
-        reads = leaves.get("fused") or leaves["query"]  # the query may read a latent, of another width than the module
+        reads = leaves.get("fused") or leaves["query"]  # the query may read a latent of another width
         d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(reads)[0]
         act = prefix_act(attention)
         if heads and (act == "attention" or (act == "cache" and not cross)):
@@ -98,6 +101,7 @@ class BlockSites:
     def fused_sites(
         self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int], **kwargs: Any
     ) -> Iterator[Site]:
+        """The sites of a leaf that projects to queries, keys and values at once."""
         d_in, width = self.size(leaf)
         for role, rows in fused_rows(attention, width, shape).items():
             if len(rows):
@@ -107,7 +111,7 @@ class BlockSites:
     def mixer_sites(self, name: str, mixer: nn.Module) -> Iterator[Site]:
         """The sites of a mixer without softmax: linear attention, a state space, a short convolution.
 
-        Mamba's kernels take `out_proj` and others by their weights, so what follows a mixer acts on all of it.
+        Mamba's kernels read the weights of `out_proj` and others, so the sites after a mixer use its whole output.
         """
         d, leaves = self.width(), attention_leaves(mixer)
         roles = {role: f"{name}.{leaves[role]}" for role in ("query", "key", "value") if role in leaves}
@@ -125,25 +129,27 @@ class BlockSites:
         yield Site("parallel_attention", host=name, act="input", d_in=d, d_out=d, **self.common)
 
     def direct_leaves(self, name: str, mixer: nn.Module) -> list[str]:
+        """Paths of the linear children of a mixer."""
         return [f"{name}.{leaf}" for leaf, module in mixer.named_children() if leaf_size(module)]
 
     def mixer_output(self, name: str, mixer: nn.Module) -> str | None:
-        """The leaf that leads out of a mixer: by its name, else the last."""
+        """The output leaf of a mixer: by its name, else the last."""
         named, direct = attention_leaves(mixer).get("output"), self.direct_leaves(name, mixer)
         return f"{name}.{named}" if named else direct[-1] if len(direct) > 1 else None
 
     def ffn_sites(self) -> Iterator[Site]:
+        """The sites of the feed-forward network."""
         parts = self.ffn_parts()
         leaves = self.linear_leaves(parts)
         d = self.width()
         whole = self.linear_leaves([part for part in parts if self.is_whole(part, d)])
-        found = whole or leaves
-        opened: set[int] = set()  # widths to which earlier leaves have led
-        for name in found:
+        candidates = whole or leaves
+        opened: set[int] = set()  # output widths of earlier leaves
+        for name in candidates:
             d_in, d_out = self.size(name)
             inner = d_in != d and (bool(whole) or d_in in opened)  # the width between the two
             opened |= {d_out} if d_in == d else set()
-            if d_out == d and (inner or name == found[-1]):
+            if d_out == d and (inner or name == candidates[-1]):
                 yield from self.leaf_sites("ffn_output", name)
             elif d_in == d:
                 gate = name.rpartition(".")[2] in FFN_GATES
@@ -161,8 +167,9 @@ class BlockSites:
             yield Site("parallel_residual", host=host, act="span", reads=norm, d_in=d, d_out=d, **self.common)
 
     def ffn_ends(self, leaves: list[str], d: int) -> tuple[str, str] | None:
-        """The leaves between which the FFN lies: neighbours of which one undoes the other's width, the last of the
-        widest of them, or else the first leaf and the last.
+        """The first and last leaf of an FFN without a module of its own.
+
+        They are the last of the widest pairs of neighbours with inverse sizes, or else the first and last of all.
         """
         sizes = {leaf: self.size(leaf) for leaf in leaves}
         pairs = [(a, b) for a, b in pairwise(leaves) if sizes[a][0] == d and sizes[a] == sizes[b][::-1]]
@@ -172,7 +179,7 @@ class BlockSites:
         return (leaves[0], leaves[-1]) if fits and not ends_first(self.model, leaves[0], leaves[-1]) else None
 
     def residual_site(self, before: str) -> Site:
-        """Behind the last residual; `before` is the module that runs in front of a norm there."""
+        """The site after the last residual; `before` is the module that runs before a norm there."""
         d, norms = self.width(), self.norms(tuple(self.root(name) for name, _ in self.attentions))
         if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
             host = next((norm for norm in reversed(norms) if self.norm_width(norm) == d), norms[-1])
@@ -182,23 +189,24 @@ class BlockSites:
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)
 
     def norm_width(self, norm: str) -> int:
+        """Number of features of a norm."""
         module: Any = self.modules[norm]
         return len(module.weight)
 
     def norms(self, inside: tuple[str, ...]) -> list[str]:
-        """The norms of the block that do not lie in these modules, nor in its mixer."""
+        """The norms of the block outside these modules and its mixer."""
         inside = (*inside, self.mixer[0]) if self.mixer else inside
         return [name for name, module in self.modules.items() if is_norm(module) and not covers(inside, name)]
 
     def ffn_norm(self) -> str | None:
-        """The norm that reads the residual stream for the FFN: the last, where each branch has one in front of it."""
+        """The norm in front of the FFN: the last one, in blocks with a norm in front of each branch."""
         norms = self.norms(tuple(name for name, _ in self.attentions))
         mixing = len(self.attentions) or int(self.mixer is not None)
         before = has_final_norm(self.model, self.path.rpartition(".")[0]) and len(norms) == mixing + 1
         return norms[-1] if before else None
 
     def ffn_parts(self) -> list[str]:
-        """The largest modules outside attention that hold a weight matrix and no norm."""
+        """The largest modules outside attention with a weight matrix and no norm."""
         attention_roots = tuple(self.root(name) for name, _ in self.attentions)
         if self.mixer:
             attention_roots = (*attention_roots, self.mixer[0])
@@ -214,16 +222,17 @@ class BlockSites:
         return parts
 
     def is_whole(self, part: str, d: int) -> bool:
-        """Whether a part leads from the residual stream back to it, and mixes no tokens: an FFN on its own."""
+        """Whether a part is an FFN by itself: it maps the residual stream to itself and mixes no tokens."""
         sizes = [self.size(name) for name in self.linear_leaves([part])]
-        there = any(a[0] == d == b[1] for i, a in enumerate(sizes) for b in sizes[i + 1 :])
-        return there and not any(isinstance(m, nn.Conv1d) for m in self.modules[part].modules())
+        returns = any(a[0] == d == b[1] for i, a in enumerate(sizes) for b in sizes[i + 1 :])
+        return returns and not any(isinstance(m, nn.Conv1d) for m in self.modules[part].modules())
 
     def linear_leaves(self, parts: list[str]) -> list[str]:
+        """Paths of the linear leaves of these modules."""
         return [name for part in parts for name, m in own_modules(self.modules[part], part) if leaf_size(m)]
 
     def root(self, name: str) -> str:
-        """The highest module of the block, below lists, that holds this attention module."""
+        """The highest module of the block, below lists, that contains this attention module."""
         while (parent := name.rpartition(".")[0]) != self.path and not isinstance(
             self.model.get_submodule(parent), nn.ModuleList
         ):
@@ -231,13 +240,13 @@ class BlockSites:
         return name
 
     def output_beside(self, attention: str) -> str | None:
-        """The output leaf that stands beside an attention module (BERT's `attention.output.dense`)."""
+        """The output leaf beside an attention module (BERT's `attention.output.dense`)."""
         root = self.root(attention)
         outside = (n for n, m in own_modules(self.modules[root], root) if leaf_size(m) and not covers((attention,), n))
         return next(outside, None)
 
     def output_leaf(self) -> str:
-        """A leaf whose output has the width of the residual stream."""
+        """A leaf whose output is as wide as the residual stream."""
         name, attention = self.attentions[0]
         leaf = attention_leaves(attention).get("output")
         return f"{name}.{leaf}" if leaf else self.output_beside(name) or self.ffn_parts()[-1]
@@ -252,12 +261,13 @@ class BlockSites:
         return d if d in widths or not widths else widths[0]
 
     def leaf_sites(self, site: str, leaf: str, **kwargs: Any) -> Iterator[Site]:
-        """The site at a leaf; none where its weight is read past it."""
+        """The site at a leaf; none where the leaf may never be called."""
         if not is_bypassed(self.model, leaf):
             d_in, d_out = self.size(leaf)
             yield Site(site, host=leaf, act="input", d_in=d_in, d_out=d_out, **{**self.common, **kwargs})
 
     def size(self, leaf: str) -> tuple[int, int]:
+        """(d_in, d_out) of a leaf."""
         size = leaf_size(self.modules[leaf])
         assert size is not None
         return size

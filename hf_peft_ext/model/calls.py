@@ -1,7 +1,8 @@
 """Reads the code of a module's forward: its children in the order of their calls, and weights that it reads itself.
 
-Hooks act on calls. A leaf whose weight is handed to a kernel, as Mamba's `dt_proj`, is no place for one; and the order
-in which children are registered says little about the order in which they run (MobileBERT, Bamba).
+Hooks act on calls. A leaf whose weight is handed to a kernel, such as Mamba's `dt_proj`, is no place for one, and
+neither is a leaf that may never be called. The order in which children are registered says little about the order in
+which they run (MobileBERT, Bamba).
 """
 
 import ast
@@ -15,44 +16,48 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-# What may be read of a weight without computing with it.
+# Attributes of a weight that are read without computing with it.
 FACTS = {"dtype", "device", "shape", "ndim", "is_cuda", "requires_grad"}
 
 
 class Code(NamedTuple):
-    """What the forward of a class says, with the methods that it calls.
+    """The names in the forward of a class and in the methods that it calls.
 
     Args:
         order: the attributes of the module, by their first use.
         called: those that are called.
-        read: those whose `weight` is computed with otherwise.
+        read: those whose `weight` is read without a call of the module.
+        picked: lists of modules of which each forward runs one, chosen by the caller: `self.adapters[i](x)` with an
+            `i` from outside. Zamba2's blocks have an adapter for every layer and run only their own.
         words: all names in the code; empty if there is no source.
     """
 
     order: tuple[str, ...]
     called: frozenset[str]
     read: frozenset[str]
+    picked: frozenset[str]
     words: frozenset[str]
 
 
 @cache
 def code_of(cls: type[nn.Module]) -> Code:
-    """The code of a class of modules; nothing where there is no source, as for classes of a notebook."""
+    """The code of a class of modules; empty where there is no source, as for classes of a notebook."""
     reader = Reader(cls)
     reader.follow("forward")
-    return Code(tuple(dict.fromkeys(reader.order)), *map(frozenset, (reader.called, reader.read, reader.words)))
+    names = (reader.called, reader.read, reader.picked, reader.words)
+    return Code(tuple(dict.fromkeys(reader.order)), *map(frozenset, names))
 
 
 def written(cls: type[nn.Module], name: str) -> FunctionType | None:
-    """A method as it is written, without decorators, be they some that do not say what they wrap."""
-    found: Any = getattr(cls, name, None)
-    function = inspect.unwrap(found)
+    """A method of a class without its decorators, also those without `functools.wraps`."""
+    method: Any = getattr(cls, name, None)
+    function = inspect.unwrap(method)
     if not inspect.isfunction(function):
         return None
     if function.__name__ == name:
         return function
-    held = (cell.cell_contents for cell in function.__closure__ or ())
-    return next((inner for inner in held if inspect.isfunction(inner) and inner.__name__ == name), None)
+    enclosed = (cell.cell_contents for cell in function.__closure__ or ())
+    return next((inner for inner in enclosed if inspect.isfunction(inner) and inner.__name__ == name), None)
 
 
 def parameters(module: nn.Module) -> set[str]:
@@ -62,18 +67,25 @@ def parameters(module: nn.Module) -> set[str]:
 
 
 class Reader(ast.NodeVisitor):
-    """Walks through a forward in the order in which it runs: arguments before the call that takes them."""
+    """Walks through a forward in the order of execution: arguments before the call.
+
+    Args:
+        cls: the class of the module.
+    """
 
     def __init__(self, cls: type[nn.Module]):
         self.cls = cls
         self.order: list[str] = []
         self.called: set[str] = set()
         self.read: set[str] = set()
+        self.picked: set[str] = set()
         self.words: set[str] = set()
         self.followed: set[str] = set()
         self.owner = "self"
+        self.looped: set[str] = set()  # variables of the current method that may change from call to call
 
     def follow(self, name: str) -> None:
+        """Read a method of the class, unless it was read before."""
         function = written(self.cls, name)
         if name in self.followed or function is None:
             return
@@ -82,10 +94,13 @@ class Reader(ast.NodeVisitor):
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError):
             return
-        owner, self.owner = self.owner, next(iter(function.__code__.co_varnames), "self")
+        before = self.owner, self.looped
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        self.owner = next(iter(function.__code__.co_varnames), "self")
+        self.looped = set(arguments) if name != "forward" else set()  # a method may be called in a loop
         for statement in tree.body[0].body:  # pyright: ignore[reportAttributeAccessIssue]
             self.visit(statement)
-        self.owner = owner
+        self.owner, self.looped = before
 
     def visit_Call(self, node: ast.Call) -> None:
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
@@ -93,7 +108,27 @@ class Reader(ast.NodeVisitor):
             if not (isinstance(node.func, ast.Name) and node.func.id in {"isinstance", "hasattr"}):
                 self.visit(argument)
         self.called |= {name} if (name := self.own(node.func)) else set()
+        if isinstance(node.func, ast.Subscript) and (name := self.own(node.func.value)):
+            names = {part.id for part in ast.walk(node.func.slice) if isinstance(part, ast.Name)}
+            self.picked |= {name} if names and names.isdisjoint(self.looped) else set()
         self.visit(node.func)
+
+    def visit_For(self, node: ast.For) -> None:
+        self.visit_loop(node)
+
+    def visit_While(self, node: ast.While) -> None:
+        self.visit_loop(node)
+
+    def visit_ListComp(self, node: ast.ListComp) -> None:
+        self.visit_loop(node)
+
+    def visit_loop(self, node: ast.AST) -> None:
+        """A loop: every variable that is set in it may change."""
+        before = self.looped
+        stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
+        self.looped = before | {part.id for part in stored}
+        self.generic_visit(node)
+        self.looped = before
 
     def visit_Name(self, node: ast.Name) -> None:
         self.words.add(node.id)
@@ -119,7 +154,7 @@ class Reader(ast.NodeVisitor):
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of a module, without what tuners have put in."""
+    """The children of a module, without those that tuners have added."""
     if isinstance(module, BaseTunerLayer):
         return {}
     return {
@@ -130,14 +165,14 @@ def own_children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def own_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """named_modules, without what tuners have put in."""
+    """`named_modules`, without the modules that tuners have added."""
     yield prefix, module
     for name, child in own_children(module).items():
         yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
 def in_order(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """own_modules, in the order in which forwards use them. Those that no forward names come first."""
+    """`own_modules` in the order in which forwards use them; those that no forward names come first."""
     yield prefix, module
     places = {name: place for place, name in enumerate(code_of(type(module)).order)}
     for name, child in sorted(own_children(module).items(), key=lambda item: places.get(item[0], -1)):
@@ -145,14 +180,14 @@ def in_order(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def ends_first(model: nn.Module, start: str, end: str) -> bool:
-    """Whether the module at `end` has run when the one at `start` begins, as far as the code tells."""
+    """Whether the module at `end` runs before the one at `start`; False where the code does not show it."""
     ours, theirs = start.split("."), end.split(".")
     common = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-    if common is None:  # one lies in the other
+    if common is None:  # one is inside the other
         return False
     parent = model.get_submodule(".".join(ours[:common]))
     if isinstance(parent, (nn.ModuleList, nn.Sequential)):
         return int(theirs[common]) < int(ours[common])
     order = code_of(type(parent)).order
-    known = ours[common] in order and theirs[common] in order
-    return known and order.index(theirs[common]) < order.index(ours[common])
+    both = ours[common] in order and theirs[common] in order
+    return both and order.index(theirs[common]) < order.index(ours[common])

@@ -1,4 +1,4 @@
-"""Layer groups: how many layers each group of a pattern has, and what share of the parameters each layer gets."""
+"""Layer groups: the number of layers in each group of a pattern, and each layer's share of the parameters."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -14,10 +14,10 @@ MOST_WAYS = 100_000  # to group the layers of one stack
 
 
 def relations(grouping: Grouping, num_groups: int) -> tuple[str, ...]:
-    """How the sizes of neighbouring groups compare, such as ("<", "=", ">") for N1 < N2 = N3 > N4, the spindle.
+    """Comparisons of the sizes of neighbouring groups, such as ("<", "=", ">") for N1 < N2 = N3 > N4, the spindle.
 
     S4, Chen et al. 2023 (https://arxiv.org/abs/2301.01821), section 4.1. The paper has four groups; with more, spindle
-    and bottleneck go on towards the middle: N1 < N2 < N3 > N4 > N5.
+    and bottleneck continue towards the middle: N1 < N2 < N3 > N4 > N5.
     """
     between = num_groups - 1
     middle, half = ("=",) * (between % 2), between // 2
@@ -33,22 +33,24 @@ def relations(grouping: Grouping, num_groups: int) -> tuple[str, ...]:
 
 @cache
 def ways(grouping: Grouping, num_layers: int, num_groups: int) -> tuple[tuple[int, ...], ...]:
-    """All sizes of `num_groups` groups of `num_layers` layers that keep to a pattern, in order; empty if none do.
+    """All sizes of `num_groups` groups of `num_layers` layers that follow a pattern, in order; may be empty.
 
     Raises:
         ValueError: there are more than a hundred thousand.
     """
-    found = tuple(islice(compositions(("", *relations(grouping, num_groups)), num_layers), MOST_WAYS + 1))
+    sizes = tuple(islice(compositions(("", *relations(grouping, num_groups)), num_layers), MOST_WAYS + 1))
     rule = f"groups {num_layers} layers in more than {MOST_WAYS} ways; pass the sizes as `grouping`"
-    check("num_groups", num_groups, len(found) <= MOST_WAYS, rule)
-    return found
+    check("num_groups", num_groups, len(sizes) <= MOST_WAYS, rule)
+    return sizes
 
 
 def compositions(chain: Sequence[str], total: int, last: int = 0) -> Iterator[tuple[int, ...]]:
-    """Whole numbers of 1 or more that add up to `total`, each compared with the one in front as `chain` says.
+    """Positive whole numbers that add up to `total`, each compared with its predecessor by `chain`.
 
     Args:
-        last: the number in front of the first, with which `chain[0]` compares it; "" compares it with nothing.
+        chain: a comparison for each number; "" compares it with nothing.
+        total: their sum.
+        last: the predecessor of the first.
     """
     after = chain[1:]
     low = {"<": last + 1, "=": last}.get(chain[0], 1)
@@ -64,17 +66,19 @@ def compositions(chain: Sequence[str], total: int, last: int = 0) -> Iterator[tu
 
 
 def group_sizes(grouping: Grouping | Sequence[int], num_layers: int, num_groups: int) -> tuple[int, ...]:
-    """The sizes of the groups: of all that keep to the pattern, those nearest to its proportions.
+    """The sizes of the groups: those nearest to the proportions of the pattern, among all that follow it.
 
     The proportions are 1 : 1 : ... (uniform), 1 : 2 : 3 : ... (increasing), 1 : 3 : 3 : 1 (spindle; 1 : 3 : 5 : 3 : 1
-    with five groups) and 3 : 1 : 1 : 3 (bottleneck). The paper gives one example, a spindle of 3, 9, 9 and 3 layers
-    out of 24, and so do they. Of two that are equally near, the more even one: 2, 4, 4, 2 of 12, not 1, 5, 5, 1.
+    with five groups) and 3 : 1 : 1 : 3 (bottleneck). They give the paper's one example, a spindle of 3, 9, 9 and 3
+    layers out of 24. Of two equally near, the more even one is taken: 2, 4, 4, 2 of 12, not 1, 5, 5, 1.
 
     Args:
         grouping: the pattern, or the sizes themselves.
+        num_layers: number of layers of the stack.
+        num_groups: number of groups.
 
     Raises:
-        ValueError: no sizes keep to the pattern, or the sizes given do not add up to the number of layers.
+        ValueError: no sizes follow the pattern, or explicit sizes do not add up to the number of layers.
     """
     if not isinstance(grouping, str):
         rule = f"must add up to the number of layers of each stack, which has {num_layers}"
@@ -82,11 +86,11 @@ def group_sizes(grouping: Grouping | Sequence[int], num_layers: int, num_groups:
         return tuple(grouping)
     rule = f"must be at most the number of layers, which is {num_layers}"
     check("num_groups", num_groups, num_groups <= num_layers, rule)
-    found = ways(grouping, num_layers, num_groups)
+    candidates = ways(grouping, num_layers, num_groups)
     names = [f"N{i + 1}" for i in range(num_groups)]
     chain = names[0] + "".join(f" {r} {n}" for r, n in zip(relations(grouping, num_groups), names[1:], strict=True))
     rule = f"has no {num_groups} groups of {num_layers} layers with {chain}; take another pattern or number of groups"
-    check("grouping", grouping, bool(found), f"{rule}, or pass the sizes")
+    check("grouping", grouping, bool(candidates), f"{rule}, or pass the sizes")
     shares = proportions(grouping, num_groups)
     whole = sum(shares)
 
@@ -94,10 +98,11 @@ def group_sizes(grouping: Grouping | Sequence[int], num_layers: int, num_groups:
         apart = sum((size * whole - num_layers * share) ** 2 for size, share in zip(sizes, shares, strict=True))
         return apart, sum(size**2 for size in sizes)
 
-    return min(found, key=distance)
+    return min(candidates, key=distance)
 
 
 def proportions(grouping: Grouping, num_groups: int) -> list[int]:
+    """The proportions of the groups' sizes."""
     rising = list(range(1, num_groups + 1))
     spindle = [2 * min(i, num_groups - 1 - i) + 1 for i in range(num_groups)]
     return {
@@ -125,9 +130,12 @@ def layer_groups(stacks: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
 
 
 def layer_shares(allocation: Allocation, num_layers: int) -> list[float]:
-    """What each layer gets, as a multiple of the mean: 1 throughout, or on a line between 0.5 and 1.5.
+    """Each layer's share of the parameters, as a multiple of the mean: 1, or on a line between 0.5 and 1.5.
 
-    The paper (section 4.2) says only whether the number of parameters grows, stays or falls from layer to layer.
+    The paper (section 4.2) only distinguishes whether the number grows, stays or falls from layer to layer.
+
+    Raises:
+        ValueError: `num_layers` is no positive whole number.
     """
     check_count("num_layers", num_layers)
     slope = {"increasing": 1.0, "uniform": 0.0, "decreasing": -1.0}[allocation]
@@ -135,7 +143,7 @@ def layer_shares(allocation: Allocation, num_layers: int) -> list[float]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0 to 2, 5: runs of whole numbers as a person writes them."""
+    """Whole numbers as runs, such as "0 to 2, 5"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

@@ -16,18 +16,18 @@ class Site:
         name: name of the site, as in `Placement.site`; cross-attention's begin with `cross_`.
         layer: index of the layer, encoder before decoder; None outside the blocks.
         host: path of the module whose call is changed.
-        act: what is read and changed: the host's input and output ("input"), its output alone ("output"), a norm's
-            input through its output ("norm"), the input of `reads` and the output of the host ("span"), or the keys
-            and values inside the host, through AttentionInterface ("attention") or through the cache ("cache").
-        d_in, d_out: widths of what is read and of what is added.
+        act: the tensors that a sub-layer reads and changes: the host's input and output ("input"), its output alone
+            ("output"), a norm's input and output ("norm"), the input of `reads` and the host's output ("span"), or the
+            keys and values inside the host, through AttentionInterface ("attention") or the cache ("cache").
+        d_in, d_out: widths of the tensor that is read and of the one that is added.
         causal: whether the tokens of this layer must not see later ones.
-        attention: path of the attention module whose mask is over the tokens read here; "" outside the blocks.
-        reads: path of the module whose input is read, for "span"; of one that runs in front of the norm, for "norm".
+        attention: path of the attention module whose mask covers the tokens read here; "" outside the blocks.
+        reads: path of the module whose input is read, for "span"; of one that runs before the norm, for "norm".
         of_encoder: whether the tokens read here are the encoder's, as in the keys of cross-attention.
-        rows, width: in a fused projection the rows of this site, out of `width`.
+        rows, width: for a fused projection the rows of this site, out of `width`.
         heads, d_k, d_v: shape of keys and values, for "attention" and "cache".
-        tokens: how the tokens lie in what is read: an example in each row, one behind the other without an axis for
-            examples ("packed", as in the vision towers of Qwen2-VL), or a window of an example in each row (Swin).
+        tokens: layout of the tokens: one example in each row, all examples in one sequence without an axis for them
+            ("packed", as in the vision towers of Qwen2-VL), or a window of an example in each row (Swin).
     """
 
     name: str
@@ -48,5 +48,5 @@ class Site:
     tokens: Literal["examples", "packed", "windows"] = "examples"
 
     def serves(self, site: str) -> bool:
-        """Whether a placement at `site` means this one: "query" means "query" and "cross_query"."""
+        """Whether a placement at `site` includes this one: "query" includes "cross_query"."""
         return site in (self.name, self.name.removeprefix("cross_"))

@@ -1,7 +1,7 @@
 """Finds the modules of a model that sub-layers read and change.
 
 A transformer is one or more stacks of blocks; a block has attention modules, with their query, key, value and output
-leaves, and a feed-forward network with input and output leaves. `find_sites` says where each of these is.
+leaves, and a feed-forward network with input and output leaves. `find_sites` returns the place of each.
 """
 
 import time
@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_peft_ext.model.block_sites import BlockSites
 from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.site import Act as Act
 from hf_peft_ext.model.site import Site as Site
 from hf_peft_ext.model.structure import (
-    attention_leaves,
     innermost,
     is_bypassed,
     is_norm,
@@ -25,41 +25,45 @@ from hf_peft_ext.model.structure import (
     layer_paths,
     leaf_size,
     prefix_act,
+    role_sizes,
 )
 from hf_peft_ext.validation.module_patterns import PATTERN_SECONDS, matching
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """All sites of a model, layer by layer. Empty where no stack of blocks is found.
+    """All sites of a model, layer by layer; empty where no stack of blocks is found.
 
-    A layer may have no attention: of hybrid models some have a mixer of another kind (linear attention, Mamba, a short
-    convolution), of Mamba and RWKV all, and Nemotron-H has layers that are an FFN alone. In such a layer
+    A layer may have no attention. Some layers of hybrid models, and all of Mamba and RWKV, have another mixer (linear
+    attention, a state space, a short convolution); Nemotron-H has layers with an FFN alone. In such a layer
 
-    - "after_attention" and "parallel_attention" mean the mixer: behind it, beside it;
-    - "query", "key" and "value" are found where the mixer has separate leaves for them; else "mixer_input" is its
-      widest projection of the hidden states, whole (Mamba's `in_proj`, Qwen3-Next's `in_proj_qkvz`);
-    - there is no "attention", where prefixes go.
+    - "after_attention" and "parallel_attention" are after the mixer and beside it;
+    - "query", "key" and "value" exist where the mixer has separate leaves for them; else "mixer_input" is its widest
+      projection of the hidden states (Mamba's `in_proj`, Qwen3-Next's `in_proj_qkvz`);
+    - "attention", the site of prefixes, does not exist.
 
-    Leaves whose weight a kernel reads without calling them, as Mamba's `dt_proj`, are no sites. A module that several
-    layers share (Zamba) has the same host in all of them.
+    Leaves that may never be called are no sites: those whose weight a kernel reads (Mamba's `dt_proj`), and those in a
+    list from which the forward picks one module (the adapters in Zamba2's blocks). A module that several layers share
+    (Zamba) has the same host in all of them.
     """
     blocks = (BlockSites(model, path, layer) for layer, path in enumerate(layer_paths(model)))
     sites = [site for block in blocks for site in block.find()] + list(bias_sites(model))
     first = {path: path for path, _ in model.named_modules()}  # each module once, by its first path
-    known = {id(module): path for path, module in model.named_modules()}
-    hosts = {s.host: s.host if s.host in first else known[id(model.get_submodule(s.host))] for s in sites}
+    path_of = {id(module): path for path, module in model.named_modules()}
+    hosts = {s.host: s.host if s.host in first else path_of[id(model.get_submodule(s.host))] for s in sites}
     return [site if hosts[site.host] == site.host else replace(site, host=hosts[site.host]) for site in sites]
 
 
 def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str | list[str]]) -> list[Site]:
-    """The sites, with those named in `overrides` put where the user says.
+    """The sites, with those named in `overrides` at the modules that the user names.
 
     Args:
+        model: the model.
+        sites: from `find_sites`.
         overrides: site name -> modules, as peft's `target_modules` names them (a regular expression for the whole
             path, or a list of endings).
 
     Raises:
-        ValueError: no module matches, or what matches cannot be such a site.
+        ValueError: no module matches, or one that matches cannot be such a site.
     """
     layers, modules = layer_paths(model), dict(own_modules(model))
     until = time.process_time() + PATTERN_SECONDS
@@ -73,12 +77,23 @@ def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str
 
 
 def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | None, sites: list[Site]) -> Site:
-    """The site `name` at the module `path`, with what is known of its layer."""
+    """The site `name` at the module `path`, with the properties of its layer's other sites.
+
+    Args:
+        name: name of the site.
+        path: the module.
+        modules: path -> module, of the model.
+        layer: index of the layer; None to take the first number in the path.
+        sites: the other sites of the model.
+
+    Raises:
+        ValueError: the module cannot be such a site.
+    """
     module: Any = modules[path]
     if layer is None:
         layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
-    known = [site for site in sites if site.layer == layer and site.attention]
-    near = next((site for site in known if site.host == path), known[0] if known else None)
+    nearby = [site for site in sites if site.layer == layer and site.attention]
+    near = next((site for site in nearby if site.host == path), nearby[0] if nearby else None)
     common: dict[str, Any] = {
         "layer": layer,
         "causal": near.causal if near else True,
@@ -100,8 +115,12 @@ def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | 
 
 
 def user_attention(name: str, path: str, attention: nn.Module, common: dict[str, Any]) -> Site:
-    leaves = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
-    sizes = {role: size for role, size in leaves.items() if size}
+    """The site of prefixes at the attention module `path`.
+
+    Raises:
+        ValueError: the module takes no prefix.
+    """
+    sizes = role_sizes(attention)
     heads, d_k, d_v = key_shape(attention, sizes)
     act = prefix_act(attention)
     if not (act and heads):
@@ -112,7 +131,10 @@ def user_attention(name: str, path: str, attention: nn.Module, common: dict[str,
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:
-    """The biases of the model below its head; where it has none, a place for one on each linear leaf of the blocks."""
+    """The biases of the model below its head; where it has none, a place for one on each linear leaf of the blocks.
+
+    Leaves that may never be called are left out.
+    """
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     start = next((name for name, module in model.named_modules() if module is backbone), "")
     layers = layer_paths(model)
@@ -125,3 +147,14 @@ def bias_sites(model: nn.Module) -> Iterator[Site]:
             yield Site("bias", layer, path, "output", 0, biases[path].numel())
         elif not biases and size and layer is not None:
             yield Site("bias", layer, path, "output", 0, size[1])
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The input embeddings of a model; BART's wrapper of its decoder does not pass them on."""
+    for _, module in own_modules(model):
+        if isinstance(module, PreTrainedModel):
+            try:
+                return innermost(module.get_input_embeddings())
+            except NotImplementedError:
+                continue
+    return None

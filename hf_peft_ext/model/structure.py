@@ -1,6 +1,6 @@
 """Reads a model's structure: its stacks of blocks, its attention modules, linear leaves and norms.
 
-What the module tree cannot tell stands in the tables at the top.
+The tables at the top hold what the module tree does not show.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_peft_ext.model.calls import code_of, parameters
 from hf_peft_ext.model.calls import own_modules as own_modules
 
-# What a leaf of an attention module does, by its name.
+# The role of a leaf of an attention module, by its name.
 ROLES = {
     "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
               "project_q", "q_head"},
@@ -30,53 +30,55 @@ ROLES = {
 }  # fmt: skip
 # The leaf of a gated feed-forward network that carries the gate, by its name.
 FFN_GATES = {"gate_proj", "wi_0", "w1"}
-# Fused projections whose rows go group by group: the queries that share a key, that key, its value. All others are
-# taken to hold all queries, then all keys, then all values.
+# Fused projections whose rows are stored group by group: the queries that share a key, that key, its value. The others
+# store all queries, then all keys, then all values.
 FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
-# Attention that makes its mask by the name of the kernel, which a prefix changes, or whose masks are of other kinds.
+# Attention whose mask depends on the name of the kernel, which a prefix changes, or has another kind of mask.
 WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
 # Norms whose channels are the second axis, not the last.
 WITHOUT_FEATURES = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# Names of the cache among the arguments of a forward: "cache" since transformers 5.24, "past_key_values" before.
+# Names of the cache argument of a forward: "cache" since transformers 5.24, "past_key_values" before.
 CACHES = ("cache", "past_key_values", "layer_past")
-# Names of what a mixer keeps from token to token instead.
+# Names of the argument for a mixer's state.
 STATES = (*CACHES, "cache_params", "state")
-# What the code of softmax attention names.
+# Names in the code of softmax attention.
 SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "scaled_dot_product_attention"}
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of blocks, encoder before decoder: the outermost ones that have attention somewhere, or whose blocks
-    all have a norm and some a mixer that keeps a state (Mamba, RWKV). Of lists of stages, the stages' own lists.
+    """The lists of blocks, as (path, list), encoder before decoder.
+
+    They are the outermost lists with attention in some block, or with a norm in all blocks and a mixer with a state in
+    some (Mamba, RWKV). For a list of stages they are the stages' own lists.
     """
-    found: list[str] = []
+    outermost: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in outermost):
             continue
         if (has_attention(module) and not of_stacks(module)) or is_recurrent(module):
-            found.append(name)
+            outermost.append(name)
             yield name, module
 
 
 def has_attention(module: nn.Module) -> bool:
+    """Whether a module contains an attention module."""
     return any(is_attention(m) for m in module.modules())
 
 
 def is_recurrent(stack: nn.ModuleList) -> bool:
-    """Whether a list holds blocks that mix tokens by a state alone."""
+    """Whether the blocks of a list mix tokens only through a state."""
     mixes = any(takes_state(m) and is_mixer(m) for m in stack.modules() if not isinstance(m, nn.ModuleList))
     return mixes and not has_attention(stack) and all(any(map(is_norm, block.modules())) for block in stack)
 
 
 def of_stacks(stack: nn.ModuleList) -> bool:
-    """Whether the blocks are stacks themselves, as in ALBERT's groups and Swin's stages: all their attention lies in
-    lists of nothing but blocks of one class, each with attention.
-    """
+    """Whether the blocks are stages with lists of their own, as in ALBERT's groups and Swin's stages."""
     return all(is_stage(block) for block in stack)
 
 
 def is_stage(block: nn.Module) -> bool:
+    """Whether all attention of a block is inside lists of blocks of one class, each of which has attention."""
     lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and len(m)]
     inner = [
         m for m in lists if all(map(has_attention, m)) and len({type(b) for b in m}) == 1 and not is_attention(m[0])
@@ -87,16 +89,17 @@ def is_stage(block: nn.Module) -> bool:
 
 
 def layer_paths(model: nn.Module) -> list[str]:
-    """Paths of all blocks; a block's place in the list is its layer index."""
+    """Paths of all blocks; a block's index in the list is its layer index."""
     return [f"{name}.{index}" for name, stack in stacks(model) for index in range(len(stack))]
 
 
 def layer_of(path: str, layers: list[str]) -> int | None:
+    """The layer index of a module, from `layer_paths`; None outside the blocks."""
     return next((i for i, layer in enumerate(layers) if covers((layer,), path)), None)
 
 
 def leaf_size(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear leaf, quantised or not, wrapped by a tuner or not; None for other modules."""
+    """(d_in, d_out) of a linear leaf, also a quantized one or one in a tuner layer; None for other modules."""
     module = innermost(module)
     if isinstance(module, Conv1D):
         return module.nx, module.nf
@@ -107,8 +110,8 @@ def leaf_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises the features of each token, which lie along the last axis."""
-    if isinstance(module, BaseTunerLayer):  # an adapter at a norm shows the norm's weight as its own
+    """Whether a module normalises the features of each token, along the last axis."""
+    if isinstance(module, BaseTunerLayer):  # an adapter at a norm exposes the norm's weight
         return False
     weight = getattr(module, "weight", None)
     if isinstance(module, WITHOUT_FEATURES) or getattr(module, "data_format", "") == "channels_first":
@@ -133,19 +136,31 @@ def is_mixer(module: nn.Module) -> bool:
 
 
 def takes_state(module: nn.Module) -> bool:
+    """Whether the forward of a module has an argument for a cache or a state."""
     return not parameters(module).isdisjoint(STATES)
 
 
 def is_bypassed(model: nn.Module, leaf: str) -> bool:
-    """Whether the weight of a leaf is read past it: its owner never calls it, or is a mixer, whose kernels take it."""
+    """Whether a leaf may never be called: its owner reads its weight instead, is a mixer with kernels that do, or
+    runs one module of the list with the leaf, which one the code does not tell.
+    """
     path, _, name = leaf.rpartition(".")
     owner = model.get_submodule(path)
     code = code_of(type(owner))
-    return name in code.read and (name not in code.called or is_mixer(owner))
+    return is_picked(model, leaf) or (name in code.read and (name not in code.called or is_mixer(owner)))
+
+
+def is_picked(model: nn.Module, path: str) -> bool:
+    """Whether a module is part of a list from which a forward picks one module, as Zamba2's adapters are."""
+    while "." in path:
+        path, _, name = path.rpartition(".")
+        if name in code_of(type(model.get_submodule(path))).picked:
+            return True
+    return False
 
 
 def attends(attention: nn.Module) -> bool:
-    """Whether an attention module takes a softmax over keys, as far as its code tells; linear attention does not."""
+    """Whether an attention module computes a softmax over keys, unless its code shows that it does not."""
     words = code_of(type(attention)).words
     return not (takes_state(attention) and words and not words & SOFTMAX)
 
@@ -156,15 +171,21 @@ def attention_leaves(module: nn.Module) -> dict[str, str]:
     return {role: name for role, names in ROLES.items() for name in leaves if name.lower() in names}
 
 
+def role_sizes(attention: nn.Module) -> dict[str, tuple[int, int]]:
+    """Role -> (d_in, d_out) of the linear leaves directly in an attention module."""
+    sizes = {role: leaf_size(attention.get_submodule(leaf)) for role, leaf in attention_leaves(attention).items()}
+    return {role: size for role, size in sizes.items() if size}
+
+
 def innermost(module: nn.Module) -> nn.Module:
-    """The module inside the tuners that have wrapped it."""
+    """The module inside any tuner layers around it."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module
 
 
 def has_final_norm(model: nn.Module, stack: str) -> bool:
-    """Whether a norm stands beside the stack or above it. A stack without one normalises after each residual."""
+    """Whether a norm follows the stack. A stack without one normalises after each residual."""
     backbone = getattr(model, "base_model_prefix", None)  # above it is the head, which may have a norm of its own
     while stack and stack != backbone:
         stack = stack.rpartition(".")[0]
@@ -175,6 +196,7 @@ def has_final_norm(model: nn.Module, stack: str) -> bool:
 
 
 def covers(roots: tuple[str, ...], name: str) -> bool:
+    """Whether a path is one of these paths or inside one of them."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
@@ -191,14 +213,16 @@ def is_cross(path: str) -> bool:
 
 
 def source_of(module: nn.Module) -> ModuleType | None:
-    """The Python module in which the forward of a module is written."""
+    """The Python module that defines the forward of a module."""
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return sys.modules.get(owner.__module__)
 
 
 def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
-    """How a prefix gets into an attention module: through transformers' AttentionInterface, which the module hands its
-    keys, values and keywords, or else through its cache. None if neither is possible.
+    """How a prefix enters an attention module; None if it cannot.
+
+    Through transformers' AttentionInterface, if the module passes its keys, values and keywords to it, or else through
+    its cache.
     """
     source, parameters = source_of(attention), inspect.signature(attention.forward).parameters
     if is_of(attention, WITHOUT_PREFIX):
@@ -211,16 +235,17 @@ def prefix_act(attention: nn.Module) -> Literal["attention", "cache"] | None:
     return "cache" if updates and any(name in parameters for name in CACHES) else None
 
 
-def given_cache(given: Mapping[str, Any]) -> Any:
-    """The cache among the arguments (or the outputs) of a forward, by any of its names; None if there is none."""
-    return next((given[name] for name in CACHES if given.get(name) is not None), None)
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments (or the outputs) of a forward, under any of its names; None if there is none."""
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
     """Number of key and value heads, and the widths of a key and of a value; (0, 0, 0) if unknown.
 
     Args:
-        sizes: role -> size, of the module's leaves (and of its output, wherever that is).
+        attention: the module.
+        sizes: role -> (d_in, d_out) of the module's leaves, and of its output leaf, which may be beside it.
     """
     if "latent" in sizes:
         d_nope, d_rope, d_v = (width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
@@ -236,26 +261,28 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
 
 
 def is_causal(attention: nn.Module) -> bool:
-    """Whether tokens must not see later ones. True where nothing tells, which never lets a gate look ahead."""
+    """Whether tokens must not see later ones. True where the module does not say, so that no gate looks ahead."""
     bidirectional = prefix_act(attention) == "cache" and getattr(attention, "is_decoder", True) is False
     return bool(getattr(attention, "is_causal", not bidirectional))
 
 
 def width(attention: nn.Module, *names: str) -> int:
-    """The first of these attributes that the module has, or its config; 0 if neither has one."""
+    """The first of these attributes of the module or its config; 0 if there is none."""
     owners = (attention, getattr(attention, "config", None))
     return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)
 
 
 def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Role -> its rows, in a projection of width d_out that makes several at once.
+    """Role -> the indices of its rows in a fused projection.
 
     Args:
+        attention: the attention module.
+        d_out: width of the projection.
         shape: number of key and value heads, and the widths of a key and of a value.
     """
     heads, d_k, d_v = shape
     rows = torch.arange(d_out, device="cpu")  # also for models without data
-    if "latent" in attention_leaves(attention):  # head by head, what of the key has no position, and the value
+    if "latent" in attention_leaves(attention):  # head by head, the part of the key without positions, and the value
         key, value = rows.view(heads, -1).split([d_out // heads - d_v, d_v], dim=1)
         return {"key": key.flatten(), "value": value.flatten()}
     if is_of(attention, {"codegen"}):  # four parts: queries, values, keys

@@ -1,6 +1,6 @@
-"""Which rows and columns of which weights belong together, so that a model can be cut without falling apart.
+"""Which rows and columns of which weights belong together, so that a model can be cut consistently.
 
-An *axis* is a set of units (channels, or heads of several channels) that runs through several weights: what is dropped
+An *axis* is a set of units (channels, or heads of several channels) that runs through several weights: a unit dropped
 from one is dropped from all. The axes of a model, with the layer's index in front where each layer has its own:
 
     residual      the stream that every block reads and adds to; embeddings, norms and heads lie along it
@@ -9,10 +9,14 @@ from one is dropped from all. The axes of a model, with the layer's index in fro
     0.ffn         inner channels of the feed-forward network, gated or not
     0.head_dim    channels inside a head, kept whole wherever possible
     3.cross_heads, 3.cross_kv_heads, 3.cross_head_dim    the same for cross-attention
+
+Weights outside the blocks along no axis (a head over the vocabulary, small embeddings before a projection) are copied.
+Inside the blocks every weight must lie along one: experts, state spaces and latent keys do not.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +34,18 @@ from hf_peft_ext.model.structure import (
     own_modules,
     stacks,
 )
-from hf_peft_ext.pruning.sizes import sizes_of
+from hf_peft_ext.pruning.sizes import HeadShape, head_shapes, refuse, sizes_of
 
 RESIDUAL = "residual"
 # Linear leaves outside the blocks that lead from the stream to as many channels again: poolers, transforms of heads.
-SQUARE_LEAVES = {"dense"}
+SQUARE_LEAVES = {"dense", "pooler"}
 
 Kept = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive channels of a weight that lie along an axis, `d` channels to a unit.
+    """Consecutive channels of a weight along an axis, `d` channels to a unit.
 
     Args:
         axis: name of the axis.
@@ -57,6 +61,7 @@ class Run:
 
     @property
     def channels(self) -> int:
+        """Number of channels."""
         return self.units * self.d
 
     def index(self, kept: Kept) -> Tensor:
@@ -66,24 +71,56 @@ class Run:
         return (units[:, None] * self.d + inside).flatten()
 
 
-Dim = tuple[Run, ...]  # one dimension of a weight, run after run; () for one that is never cut
+@dataclass(frozen=True, eq=False)
+class Dim:
+    """One dimension of a weight: its runs, one after the other. False where it has none, and is never cut.
+
+    Args:
+        runs: the runs.
+        order: for each channel of the runs its place in the weight, where the weight has them in another order, such
+            as query, key and value head by head (GPT-NeoX); shape: (channels,).
+    """
+
+    runs: tuple[Run, ...] = ()
+    order: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of all runs."""
+        return sum(run.channels for run in self.runs)
+
+    def index(self, kept: Kept, runs: int | None = None) -> Tensor:
+        """The kept channels, ascending.
+
+        Args:
+            kept: the kept units of each axis.
+            runs: of how many of the runs, from the first; None for all.
+        """
+        return self.places(kept, runs).sort().values
+
+    def places(self, kept: Kept, runs: int | None = None) -> Tensor:
+        """The kept channels, run after run."""
+        starts = [sum(run.channels for run in self.runs[:i]) for i in range(len(self.runs))]
+        parts = [start + run.index(kept) for start, run in zip(starts, self.runs, strict=True)][:runs]
+        index = torch.cat(parts)
+        return index if self.order is None else self.order[index]
 
 
-def index_of(dim: Dim, kept: Kept) -> Tensor | None:
-    """The kept channels of a dimension, ascending; None where it is not cut."""
-    starts = [sum(run.channels for run in dim[:i]) for i in range(len(dim))]
-    return torch.cat([start + run.index(kept) for start, run in zip(starts, dim, strict=True)]) if dim else None
+UNCUT = Dim()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The dimensions of a module's weight, by what they are to the module.
+    """The dimensions of a module's weight.
 
     Args:
         columns: along its input.
         rows: along its output, as are its bias and the scale of a norm.
         by_rows: whether the weight is stored as (rows, columns), as in `nn.Linear`, or the other way round.
-        query: whether its first rows make queries.
+        query: whether the first run of its rows makes queries.
     """
 
     columns: Dim
@@ -93,8 +130,8 @@ class Weights:
 
     def dims(self, ndim: int) -> tuple[Dim, ...]:
         """The dimensions of a parameter of the module, as it is stored."""
-        if ndim == 1:
-            return (self.rows,)
+        if ndim != 2:
+            return (self.rows, *(UNCUT,) * (ndim - 1))
         return (self.rows, self.columns) if self.by_rows else (self.columns, self.rows)
 
 
@@ -115,87 +152,126 @@ class Channels:
 
 
 def find_channels(model: PreTrainedModel) -> Channels:
-    """The axes of a model.
+    """The axes of a model, read from its structure.
 
     Raises:
-        ValueError: how to cut this architecture is not known, or it has a weight that lies along no known axis.
+        ValueError: no blocks were found, or a weight of a block lies along no axis.
     """
     return ChannelFinder(model).find()
 
 
 class ChannelFinder:
-    """Sorts the weights of one model along its axes."""
+    """Sorts the weights of one model along its axes.
+
+    Args:
+        model: the model.
+    """
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.sizes = model, sizes_of(model.config)
-        self.layers = layer_paths(model)
-        self.residual: Dim = (Run(RESIDUAL, self.sizes.width),)
+        self.model, self.sizes = model, sizes_of(model)
+        self.layers, self.sites = layer_paths(model), find_sites(model)
+        self.shapes = dict(head_shapes(model, self.sites))
+        self.ffn = {site.layer: site.d_in for site in self.sites if site.name == "ffn_output"}
+        self.residual = Dim((Run(RESIDUAL, self.sizes.width),))
 
     def find(self) -> Channels:
-        found = Channels()
-        for site in find_sites(self.model):
-            if weights := self.of_site(site):
-                # a fused projection has three sites and is one weight
-                found.weights[site.host] = weights
+        """The axes.
+
+        Raises:
+            ValueError: a weight of a block lies along no axis.
+        """
+        channels, weights = Channels(), {}
+        by_host: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.act == "input":
+                by_host.setdefault(site.host, []).append(site)
+        for host, sites in by_host.items():
+            if of_block := self.of_sites(host, sites):
+                weights[host] = of_block
         for path, module in own_modules(self.model):
             module = innermost(module)
-            if path not in found.weights and list(module.parameters(recurse=False)):
-                found.weights[path] = self.beside(path, module)
-        runs = [run for w in found.weights.values() for dim in (w.rows, w.columns) for run in dim]
-        found.sizes = {run.axis: run.units for run in runs} | {run.inside: run.d for run in runs if run.inside}
-        found.aligned = list(self.aligned(found.sizes))
-        return found
+            if path not in weights and list(module.parameters(recurse=False)):
+                weights[path] = self.beside(path, module)
+        channels.weights = weights
+        runs = [run for w in weights.values() for dim in (w.rows, w.columns) for run in dim.runs]
+        channels.sizes = {run.axis: run.units for run in runs} | {run.inside: run.d for run in runs if run.inside}
+        channels.aligned = list(self.aligned(channels.sizes))
+        return channels
 
-    def of_site(self, site: Site) -> Weights | None:
-        """The dimensions of a linear leaf of a block."""
+    def of_sites(self, host: str, sites: list[Site]) -> Weights | None:
+        """The dimensions of a linear leaf of a block, which may make several things at once; None if it is no leaf."""
+        site = sites[0]
         cross = "cross_" if site.name.startswith("cross_") else ""
-        prefix, d = f"{site.layer}.{cross}", self.sizes.head_dim
-        heads: Dim = (Run(f"{prefix}heads", self.sizes.heads, d, f"{prefix}head_dim"),)
-        kv: Dim = (Run(f"{prefix}kv_heads", self.sizes.kv_heads, d, f"{prefix}head_dim"),)
-        ffn: Dim = (Run(f"{site.layer}.ffn", self.sizes.ffn),)
-        fused = site.rows is not None
-        by_site: dict[str, tuple[Dim, Dim]] = {
-            "query": (self.residual, heads + kv + kv if fused else heads),
-            "key": (self.residual, heads + kv + kv if fused else kv),
-            "value": (self.residual, heads + kv + kv if fused else kv),
-            "attention_output": (heads, self.residual),
-            "ffn_input": (self.residual, ffn),
-            "ffn_gate": (self.residual, ffn),
-            "ffn_output": (ffn, self.residual),
-        }
-        name = site.name.removeprefix("cross_")
-        if site.act != "input" or name not in by_site:
+        dims = self.dims(f"{site.layer}.{cross}", site)
+        if dims is None:
             return None
-        module = innermost(self.model.get_submodule(site.host))
-        query = name == "query" or fused
-        weights = Weights(*by_site[name], by_rows=not isinstance(module, Conv1D), query=query)
+        module, (columns, rows) = innermost(self.model.get_submodule(host)), dims
+        if site.rows is not None:  # a fused projection
+            parts = {s.name.removeprefix(cross): s for s in sites}
+            if parts.keys() != {"query", "key", "value"}:
+                self.refuse(host, "makes keys and values from a latent vector")
+            order = torch.cat([s.rows for name in ("query", "key", "value") if (s := parts[name]).rows is not None])
+            in_order = torch.equal(order, torch.arange(len(order), device="cpu"))
+            rows = Dim(rows.runs, None if in_order else order)
+        query = site.name == f"{cross}query"
         size = leaf_size(module)
-        if size != (channels(weights.columns), channels(weights.rows)):
-            self.refuse(site.host, f"maps {size}")
-        if fused and not in_one_run(site):
-            self.refuse(site.host, "makes queries, keys and values group by group, in rows")
-        return weights
+        if size != (columns.channels, rows.channels):
+            self.refuse(host, f"maps {size}, along no known axis")
+        return Weights(columns, rows, by_rows=not isinstance(module, Conv1D), query=query)
+
+    def dims(self, prefix: str, site: Site) -> tuple[Dim, Dim] | None:
+        """The columns and rows of the leaf of a site."""
+        name = site.name.removeprefix("cross_")
+        if name in ("query", "key", "value", "attention_output"):
+            shape = self.shapes.get(prefix) or self.refuse(site.host, "belongs to no softmax attention")
+            heads, kv = self.heads(prefix, shape)
+            by_role = {"query": (heads,), "attention_output": (heads,)}
+            runs = (heads, kv, kv) if site.rows is not None else by_role.get(name, (kv,))
+            return (Dim(runs), self.residual) if name == "attention_output" else (self.residual, Dim(runs))
+        inner = self.ffn.get(site.layer, 0)
+        ffn = Run(f"{site.layer}.ffn", inner)
+        if name in ("ffn_input", "ffn_gate") and inner:  # a gate may be fused with the input (ModernBERT, Phi-3)
+            return self.residual, Dim((ffn,) * max(1, site.d_out // inner))
+        return (Dim((ffn,)), self.residual) if name == "ffn_output" else None
+
+    def heads(self, prefix: str, shape: HeadShape) -> tuple[Run, Run]:
+        """The runs of query heads, and of key and value heads."""
+        inside = f"{prefix}head_dim"
+        kv = Run(f"{prefix}kv_heads", shape.kv_heads, shape.head_dim, inside)
+        return Run(f"{prefix}heads", shape.heads, shape.head_dim, inside), kv
 
     def beside(self, path: str, module: nn.Module) -> Weights:
-        """The dimensions of what is no projection of a block: embeddings, norms, the head."""
+        """The dimensions of a module that is no projection of a block: embeddings, norms, the head."""
         width, size, layer = self.sizes.width, leaf_size(module), layer_of(path, self.layers)
+        by_rows = not isinstance(module, Conv1D)
+        if all(parameter.numel() == 1 for parameter in module.parameters(recurse=False)):
+            return Weights(UNCUT, UNCUT)  # a scale
         if is_norm(module):
-            length = len(next(module.parameters(recurse=False)))
-            if is_attention(self.model.get_submodule(path.rpartition(".")[0])):
-                return Weights((), ())  # a norm over each head; where there is one, heads are kept whole
-            if length == width:
-                return Weights((), self.residual)
-        elif isinstance(module, nn.Embedding):
-            if path.endswith("relative_attention_bias"):
-                return Weights((), (Run(f"{layer}.heads", self.sizes.heads),), by_rows=False)
+            return self.norm(path, len(next(module.parameters(recurse=False))), layer)
+        if isinstance(module, nn.Embedding):
+            if path.endswith("relative_attention_bias") and layer is not None:
+                return Weights(UNCUT, Dim((Run(f"{layer}.heads", self.sizes.heads),)), by_rows=False)
             if module.embedding_dim == width:
-                return Weights((), self.residual, by_rows=False)
-        elif size and size[0] == width and layer is None:
-            square = path.rpartition(".")[2] in SQUARE_LEAVES and size[1] == width
-            return Weights(self.residual, self.residual if square else (), by_rows=not isinstance(module, Conv1D))
-        elif layer is None and all(p.ndim == 1 for p in module.parameters(recurse=False)):
-            return Weights((), ())  # the bias over the vocabulary that a masked language model's head owns itself
-        return self.refuse(path, "has parameters")
+                return Weights(UNCUT, self.residual, by_rows=False)
+        elif size and layer is None:
+            d_in, d_out = size
+            square = path.rpartition(".")[2] in SQUARE_LEAVES or d_in != width
+            rows = self.residual if d_out == width and square else UNCUT
+            return Weights(self.residual if d_in == width else UNCUT, rows, by_rows)
+        return Weights(UNCUT, UNCUT) if layer is None else self.refuse(path, "has parameters along no known axis")
+
+    def norm(self, path: str, length: int, layer: int | None) -> Weights:
+        """The dimensions of a norm: over the stream, over one head (kept whole), or over all heads (OLMo-2)."""
+        owner = path.rpartition(".")[0]
+        if layer is not None and is_attention(self.model.get_submodule(owner)):
+            prefix = next((site.name.removesuffix("query") for site in self.sites
+                           if site.serves("query") and site.host.startswith(f"{owner}.")), "")  # fmt: skip
+            runs = self.heads(f"{layer}.{prefix}", self.shapes[f"{layer}.{prefix}"])
+            along = next((run for run in runs if run.channels == length), None)
+            return Weights(UNCUT, Dim((along,)) if along else UNCUT)
+        if length == self.sizes.width:
+            return Weights(UNCUT, self.residual)
+        return Weights(UNCUT, UNCUT) if layer is None else self.refuse(path, "has parameters along no known axis")
 
     def aligned(self, sizes: dict[str, int]) -> Iterator[list[str]]:
         """The attention modules, those of a stack together where they share a position bias."""
@@ -210,19 +286,11 @@ class ChannelFinder:
             together.setdefault(stack if shared and "cross" not in prefix else prefix, []).append(prefix)
         yield from together.values()
 
-    def refuse(self, path: str, has: str) -> Weights:
-        raise ValueError(
-            f"`model` (={type(self.model).__name__}) cannot be cut: {path} {has}, which lie along no axis known here "
-            f"(width {self.sizes.width}, {self.sizes.heads} heads of {self.sizes.head_dim}, inner width "
-            f"{self.sizes.ffn})."
+    def refuse(self, path: str, has: str) -> NoReturn:
+        """Raise the error for a module, with the sizes of the known axes."""
+        sizes = self.sizes
+        refuse(
+            self.model,
+            f"{path} {has} (width {sizes.width}, {sizes.heads} heads of {sizes.head_dim}, inner widths "
+            f"{sorted(set(self.ffn.values()))})",
         )
-
-
-def in_one_run(site: Site) -> bool:
-    """Whether the rows of one role in a fused projection are side by side."""
-    rows = site.rows
-    return rows is None or bool((rows.diff() == 1).all())
-
-
-def channels(dim: Dim) -> int:
-    return sum(run.channels for run in dim)

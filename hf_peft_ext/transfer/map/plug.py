@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +18,6 @@ from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, Adapte
 from hf_peft_ext.transfer.map.alignment import align
 from hf_peft_ext.transfer.map.parametrize import Block, Step, parametrize
 from hf_peft_ext.transfer.map.projections import RESIDUAL, Order, Projections, Space, layer_map
-from hf_peft_ext.tuners.ia3.target_modules import either, module_names
 from hf_peft_ext.validation.checks import check
 
 
@@ -162,7 +162,7 @@ def lora_config_for(
     """
     adapted: Any = copy(config)
     others = [path for path, _ in own_modules(large) if path not in hosts]
-    adapted.target_modules = either(module_names([list(hosts)], others))
+    adapted.target_modules = _find_minimal_target_modules(list(hosts), others)
     ranks = {host: len(a.value) for host, a in hosts.items()}
     adapted.rank_pattern = {host: r for host, r in ranks.items() if r != config.r}
     leaf = small.get_base_model().get_submodule

@@ -19,7 +19,11 @@ class IA3Model(peft.IA3Model):
     """Takes the place of `peft.IA3Model`, so that `TFewConfig` and `adapter_names` work wherever (IA)^3 does."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put in an adapter; with a `TFewConfig`, all that could fail is found before the model is changed."""
+        """Attach an adapter. With a `TFewConfig`, every error is raised before the model is changed.
+
+        Raises:
+            ValueError: see `tuners.ia3.config.resolve`.
+        """
         self.peft_config[adapter_name], kept = meet(model, cast(Any, self.peft_config[adapter_name]))
         keep_4bit_trainable(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -48,21 +52,25 @@ class IA3Model(peft.IA3Model):
             yield
 
     def _check_not_recomputed(self) -> None:
-        """Gradient checkpointing runs the blocks again when the names of the batch are forgotten."""
+        """Refuse gradient checkpointing, which runs the blocks again in the backward without the rows' names."""
         recomputed = any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules())
         if recomputed and torch.is_grad_enabled():
             raise ValueError("`adapter_names` cannot be trained under gradient checkpointing; switch it off.")
 
 
 def check_no_experts(layers: dict[str, Any], names: Sequence[str]) -> None:
-    """Refuse vectors on experts that tokens are sent to one by one: of which row a token is, is not known there."""
+    """Refuse vectors on experts of a mixture: they receive single tokens, whose rows are not known.
+
+    Raises:
+        ValueError: an adapter of the batch has such a vector.
+    """
     for path, layer in layers.items():
         if "experts" in path.split(".") and not layer.ia3_l.keys().isdisjoint(names):
             raise ValueError(f"`adapter_names` (={list(names)}) cannot be mixed at {path}, which reads single tokens.")
 
 
 class Rows:
-    """Which adapter each row of a batch has.
+    """The adapter of each row of a batch.
 
     Args:
         names: the adapter of each row.
@@ -70,14 +78,14 @@ class Rows:
 
     def __init__(self, names: Sequence[str]):
         self.names, self.adapters = names, list(dict.fromkeys(names))
-        self.known: dict[tuple[int, torch.device], Tensor] = {}
+        self.cached: dict[tuple[int, torch.device], Tensor] = {}
 
     def index(self, rows: int, device: torch.device) -> Tensor:
-        """The place in `adapters` of the adapter of each of the rows that a module reads."""
-        if (rows, device) not in self.known:
+        """The index in `adapters` of the adapter of each row that a module reads, shape: (rows,)."""
+        if (rows, device) not in self.cached:
             places = [self.adapters.index(name) for name in each_row(self.names, rows)]
-            self.known[rows, device] = torch.tensor(places, device=device)
-        return self.known[rows, device]
+            self.cached[rows, device] = torch.tensor(places, device=device)
+        return self.cached[rows, device]
 
 
 @contextmanager
@@ -88,10 +96,10 @@ def scaled_by_row(layer: Any, rows: Rows) -> Iterator[None]:
         x: Tensor,  # shape: (rows, ..., d), or (rows, d, ...) where the layer is a convolution
     ) -> Tensor:  # shape: as x
         vectors = [layer.ia3_l[name].flatten() if name in layer.ia3_l else None for name in rows.adapters]
-        known = next((vector for vector in vectors if vector is not None), None)
-        if known is None:
+        first = next((vector for vector in vectors if vector is not None), None)
+        if first is None:
             return x
-        table = torch.stack([torch.ones_like(known) if v is None else v for v in vectors])  # shape: (adapters, d)
+        table = torch.stack([torch.ones_like(first) if v is None else v for v in vectors])  # shape: (adapters, d)
         shape = [len(x), *(1 for _ in x.shape[1:])]
         shape[1 if isinstance(layer, _ConvNd) else -1] = table.shape[1]
         return (x * table[rows.index(len(x), x.device)].view(shape)).to(x.dtype)

@@ -1,7 +1,7 @@
 """The keys and values of a side network, kept in the backbone's own cache.
 
-Their layers stand behind those of the backbone. So whatever is done to the cache between two forwards (beams
-reordered, tokens cropped, rows repeated, all reset) is done to both alike.
+Their layers follow the backbone's. So every change of the cache between two forwards (beams reordered, tokens cropped,
+rows repeated, all reset) applies to both networks.
 """
 
 from collections.abc import Mapping
@@ -13,24 +13,27 @@ from hf_peft_ext.model.structure import CACHES
 from hf_peft_ext.validation.checks import check
 
 
-def check_cache(given: Mapping[str, Any]) -> None:
+def check_cache(arguments: Mapping[str, Any]) -> None:
     """Refuse caches that cannot hold the layers of two networks.
 
     Args:
-        given: the arguments of the backbone's forward.
+        arguments: of the backbone's forward, by name.
+
+    Raises:
+        ValueError: the cache is of another kind, or offloaded.
     """
-    name = next((name for name in CACHES if given.get(name) is not None), None)
+    name = next((name for name in CACHES if arguments.get(name) is not None), None)
     if name is None:
         return
-    cache = given[name]
+    cache = arguments[name]
     parts = (cache.self_attention_cache, cache.cross_attention_cache) if isinstance(cache, EncoderDecoderCache) else ()
     for part in parts or (cache,):
-        able = type(part) in (DynamicCache, StaticCache) and not part.offloading
-        check(name, type(part).__name__, able, "must be a dynamic or static cache, not offloaded, for a ladder")
+        extendable = type(part) in (DynamicCache, StaticCache) and not part.offloading
+        check(name, type(part).__name__, extendable, "must be a dynamic or static cache, not offloaded, for a ladder")
 
 
 def side_cache(cache: Cache, config: PreTrainedConfig, n_layers: int, n_tokens: int) -> Cache:
-    """The part of a cache that belongs to the side network, made when it is missing. It shares its layers.
+    """The side network's part of a cache, added where it is missing. Its layers are shared, not copied.
 
     Args:
         cache: the backbone's, after its forward.

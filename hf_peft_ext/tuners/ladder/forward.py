@@ -1,6 +1,6 @@
-"""The forward of a backbone with a ladder: how it gets to the ladder, and what it notes on its way.
+"""The forward of a backbone with a ladder: how it reaches the ladder, and the outputs that its blocks record.
 
-A forward keeps nothing on a module: threads may share one model, and copies of modules share what they hold.
+A forward keeps nothing on a module: threads may share one model, and copies of modules share their attributes.
 """
 
 import functools
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from hf_peft_ext.validation.checks import check
 
-PATH = "_ladder_path"  # attribute of a backbone: where its ladder is
+PATH = "_ladder_path"  # attribute of a backbone: the path of its ladder
 
 
 @dataclass
 class Steps:
-    """What one forward of a backbone leaves for the side network.
+    """The outputs of one forward of a backbone that its side network reads.
 
     Args:
         embed: the backbone's embeddings of tokens.
-        side_blocks: block of the backbone -> the rung that reads its output.
-        deferred: whether the side_blocks cannot compute yet, because their weights are sharded.
-        grad: whether gradients are asked for.
-        images: place of a rung -> its thin image of the block's output.
-        states: place of a rung -> the block's output itself.
+        side_blocks: block of the backbone -> the side block that reads its output.
+        deferred: whether the side blocks cannot compute yet, because their weights are sharded.
+        grad: whether gradients are enabled outside the backbone.
+        images: place of a side block -> the block's output, projected to the side network's width.
+        states: place of a side block -> the block's output itself.
     """
 
     embed: nn.Module | None = None
@@ -39,17 +39,17 @@ class Steps:
     images: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
-    def show(self, block: nn.Module, output: Any) -> None:
-        """A block has run; if it has a rung, keep its output, or better only the thin image of it."""
-        rung = self.side_blocks.get(block)
-        if rung is None:
+    def record(self, block: nn.Module, output: Any) -> None:
+        """Keep the output of a block with a side block: projected, or whole if weights are sharded."""
+        side_block = self.side_blocks.get(block)
+        if side_block is None:
             return
-        b = output[0] if isinstance(output, tuple) else output
+        b = output[0] if isinstance(output, tuple) else output  # (batch, length, d)
         if self.deferred:
-            self.states[rung.place] = b
+            self.states[side_block.place] = b
         else:
             with torch.set_grad_enabled(self.grad):
-                self.images[rung.place] = rung.image(b)
+                self.images[side_block.place] = side_block.image(b)
 
 
 RUNNING: ContextVar[Steps | None] = ContextVar("steps", default=None)
@@ -57,7 +57,7 @@ RUNNING: ContextVar[Steps | None] = ContextVar("steps", default=None)
 
 @contextmanager
 def running(steps: Steps) -> Iterator[None]:
-    """Within, `steps` are those of this thread's forward."""
+    """Make `steps` those of this thread's forward, within the context."""
     token = RUNNING.set(steps)
     try:
         yield
@@ -65,39 +65,39 @@ def running(steps: Steps) -> Iterator[None]:
         RUNNING.reset(token)
 
 
-def the_running() -> Steps:
+def running_steps() -> Steps:
     """The steps of this thread's forward."""
     steps = RUNNING.get()
     assert steps is not None, "a side network runs beside its backbone only"
     return steps
 
 
-def show(block: nn.Module, args: Any, output: Any) -> None:
-    """The hook on each block of a backbone. It is bound to no ladder, so that copies of the block have it too."""
+def record_output(block: nn.Module, args: Any, output: Any) -> None:
+    """The hook on each block of a backbone. It is bound to no ladder, so that it works on copies of the block too."""
     steps = RUNNING.get()
     if steps is not None:
-        steps.show(block, output)
+        steps.record(block, output)
 
 
 @contextmanager
 def not_checkpointed(host: nn.Module, blocks: nn.ModuleList) -> Iterator[None]:
-    """Within, checkpointing is off in a backbone that is trained: nothing of it is computed twice."""
+    """Switch gradient checkpointing off in a backbone, within the context: it runs without gradients."""
     module: Any
-    found = [m for m in (host, *blocks) if m.training and getattr(m, "gradient_checkpointing", False)]
+    checkpointed = [m for m in (host, *blocks) if m.training and getattr(m, "gradient_checkpointing", False)]
     try:
-        for module in found:
+        for module in checkpointed:
             module.gradient_checkpointing = False
         yield
     finally:
-        for module in found:
+        for module in checkpointed:
             module.gradient_checkpointing = True
 
 
 @functools.cache
 def laddered(kind: type) -> type:
-    """The class of a backbone with a ladder, as torch's parametrize and FSDP2 make theirs.
+    """The class of a backbone with a ladder, a subclass made at run time as torch's parametrize and FSDP2 do.
 
-    `forward` goes through the ladder by whatever way it is called. All else is the class itself.
+    `forward` runs the ladder, whether the module or its `forward` is called. The rest is inherited.
     """
 
     @functools.wraps(kind.forward)
@@ -108,34 +108,38 @@ def laddered(kind: type) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         make, (_, *rest), *state = cast(Any, kind).__reduce_ex__(self, protocol)  # pickle finds classes by their names
-        return (made_again, (make, kind, *rest), *state)
+        return (rebuild, (make, kind, *rest), *state)
 
     own = {"forward": forward, "__reduce_ex__": reduce, "plain": kind}
     named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {**own, **named})
 
 
-def made_again(make: Callable[..., Any], kind: type, *rest: Any) -> Any:
-    """An empty backbone with a ladder, for a copy or from a pickle."""
+def rebuild(make: Callable[..., Any], kind: type, *rest: Any) -> Any:
+    """An empty backbone with a ladder, for copying and unpickling."""
     return make(laddered(kind), *rest)
 
 
 def check_forward(host: nn.Module) -> None:
-    """Refuse a backbone whose forward was replaced on the object; accelerate keeps the one that it wraps."""
+    """Refuse a backbone whose forward was replaced on the object. accelerate's hooks keep the original.
+
+    Raises:
+        ValueError: the forward was replaced.
+    """
     replaced = "forward" in vars(host) and "_old_forward" not in vars(host)
-    rule = "must have the forward of its class, which a ladder goes through; put the ladder in first"
+    rule = "must have the forward of its class, which a ladder extends; put the ladder in first"
     check("model", type(host).__name__, not replaced, rule)
 
 
 def enter(host: Any, path: str) -> None:
-    """Let the forward of a backbone go through the ladder at `path`."""
+    """Let the forward of a backbone run the ladder at `path`."""
     setattr(host, PATH, path)
     host.__class__ = laddered(type(host))
     rebind(host)
 
 
 def leave(host: Any) -> None:
-    """Undo `enter`; where a class was put around it, such as FSDP2's, that goes on without a ladder."""
+    """Undo `enter`. A class that was put around it since, such as FSDP2's, stays and runs no ladder."""
     delattr(host, PATH)
     if "plain" in vars(type(host)):
         host.__class__ = type(host).plain
@@ -143,6 +147,6 @@ def leave(host: Any) -> None:
 
 
 def rebind(host: Any) -> None:
-    """Have the hooks of accelerate call the forward of the class that the backbone has now."""
+    """Let accelerate's hooks call the forward of the backbone's present class."""
     if "_old_forward" in vars(host):
         host._old_forward = types.MethodType(type(host).forward, host)

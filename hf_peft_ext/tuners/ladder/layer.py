@@ -1,6 +1,4 @@
-"""The tuner layer of a ladder: runs a frozen backbone without its gradients, and puts the side network's output in
-place of the backbone's own.
-"""
+"""The tuner layer of a ladder: a frozen backbone runs without gradients, and its side network computes the output."""
 
 import inspect
 import types
@@ -16,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_peft_ext.model.structure import CACHES, given_cache, stacks
 from hf_peft_ext.tuners.ladder.cache import check_cache, side_cache
-from hf_peft_ext.tuners.ladder.forward import Steps, enter, leave, not_checkpointed, running, show
+from hf_peft_ext.tuners.ladder.forward import Steps, enter, leave, not_checkpointed, record_output, running
 from hf_peft_ext.tuners.ladder.network import SideNetwork
 from hf_peft_ext.validation.checks import check
 
@@ -27,13 +25,13 @@ Role = Literal["alone", "encoder", "decoder"]
 
 
 class Ladder(nn.Module, BaseTunerLayer):
-    """The side networks, one for each adapter, of one backbone.
+    """The side networks of one backbone, one for each adapter.
 
-    - The backbone runs without gradients; each of its blocks leaves its output to the rung of the side network.
-    - Then the side network runs on the same inputs, and its output is what the backbone returns.
+    - The backbone runs without gradients; the outputs of its blocks are recorded for the side blocks.
+    - Then the side network runs on the same inputs, and the backbone returns its output.
 
-    An encoder that a decoder reads returns its hidden states with the thin ones behind them, d + d_side wide: so both
-    pass through all that happens to encoder outputs in generation. The decoder takes them apart again.
+    The encoder of an encoder-decoder returns both networks' hidden states, concatenated: d + d_side channels. So both
+    take part in everything that generation does to encoder outputs. The decoder splits them again.
 
     Args:
         host: the backbone.
@@ -48,21 +46,28 @@ class Ladder(nn.Module, BaseTunerLayer):
         super().__init__()
         self.side_of = nn.ModuleDict()
         self.role: Role = role
-        self.kept: dict[str, list[int]] = {}  # adapter name -> the blocks that have a rung
+        self.kept: dict[str, list[int]] = {}  # adapter name -> the blocks that have a side block
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self._host = (host,)  # in a tuple: not a child; a copy's forward is given another one
+        self._host = (host,)  # in a tuple, so that it is no child; a copy's forward passes its own
         self._path, blocks = next(stacks(host))
         self._names = list(inspect.signature(host.forward).parameters)
-        self._handles: list[RemovableHandle] = [block.register_forward_hook(show) for block in blocks]
+        self._handles: list[RemovableHandle] = [block.register_forward_hook(record_output) for block in blocks]
         enter(host, f"{self._path}.0.{NAME}")
 
     def get_base_layer(self) -> nn.Module:
+        """The backbone."""
         return self._host[0]
 
     def put(self, adapter_name: str, side: SideNetwork, kept: list[int]) -> None:
-        """Add the side network of an adapter, on the device of the backbone."""
+        """Add the side network of an adapter, on the device of the backbone.
+
+        Args:
+            adapter_name: the adapter.
+            side: its side network.
+            kept: the blocks of the backbone that have a side block.
+        """
         self.side_of[adapter_name] = side.train(self.get_base_layer().training)
         self.kept[adapter_name] = kept
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -75,13 +80,13 @@ class Ladder(nn.Module, BaseTunerLayer):
         return (own[0].device, next(types, None)) if own else (None, None)
 
     def drop(self, adapter_name: str) -> None:
-        """Take the side network of an adapter out, if there is one."""
+        """Remove the side network of an adapter, if there is one."""
         self.kept.pop(adapter_name, None)
         if adapter_name in self.side_of:
             del self.side_of[adapter_name]
 
     def remove(self) -> None:
-        """Take this layer off its backbone."""
+        """Remove this layer from its backbone."""
         host: Any = self.get_base_layer()
         for handle in self._handles:
             handle.remove()
@@ -95,41 +100,44 @@ class Ladder(nn.Module, BaseTunerLayer):
         return None if self._disable_adapters or not present else present[0]
 
     def run(self, host: Any, backbone: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a backbone.
+        """The forward of a backbone with a ladder.
 
         Args:
             host: the backbone, or a copy of it.
             backbone: its own forward.
-            args, kwargs: what it is called with.
+            args, kwargs: the arguments of the call.
+
+        Raises:
+            ValueError: the cache or the encoder outputs were made without this ladder.
         """
         name = self.acting
         if name is None:
             return backbone(*args, **kwargs)
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        check_cache(given)
-        own = {key: value for key, value in given.items() if key not in LEFT_OUT}
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        check_cache(inputs)
+        own = {key: value for key, value in inputs.items() if key not in LEFT_OUT}
         if self.role == "decoder":
-            given["encoder_hidden_states"], own["encoder_hidden_states"] = self.taken_apart(host, given)
-        as_model = given.get("return_dict")
+            inputs["encoder_hidden_states"], own["encoder_hidden_states"] = self.split_states(host, inputs)
+        as_model = inputs.get("return_dict")
         as_model = host.config.return_dict if as_model is None else as_model
         blocks: Any = host.get_submodule(self._path)
         with running(self.steps(host, blocks, name)):
             with torch.no_grad(), not_checkpointed(host, blocks):
-                output = backbone(**{**given, "return_dict": True})
+                output = backbone(**{**inputs, "return_dict": True})
             own |= self.cache_of(output, len(blocks), name)
             states = beside(blocks[0])(name, own).to(output.last_hidden_state)
-        self.give(host, output, states)
+        self.replace_states(host, output, states)
         return output if as_model else output.to_tuple()
 
     def steps(self, host: Any, blocks: nn.ModuleList, name: str) -> Steps:
-        """What the blocks of a backbone leave to the side_blocks."""
+        """Empty records for one forward of a backbone."""
         side: SideNetwork = self.side_of[name]
-        side_blocks = {blocks[i]: rung for i, rung in zip(self.kept[name], side.side_blocks, strict=True)}
+        side_blocks = {blocks[i]: side_block for i, side_block in zip(self.kept[name], side.side_blocks, strict=True)}
         sharded = any(isinstance(m, FSDPModule) for m in (blocks[0], self, side, *side.side_blocks))
         return Steps(host.get_input_embeddings(), side_blocks, deferred=sharded)
 
     def cache_of(self, output: Any, n_blocks: int, name: str) -> dict[str, Any]:
-        """The arguments by which the side network gets its part of the backbone's cache."""
+        """The arguments that pass the side network its part of the backbone's cache."""
         cache, side = given_cache(output), self.side_of[name]
         keyword = next((key for key in CACHES if key in self._names), None)
         if cache is None or keyword is None:
@@ -137,23 +145,27 @@ class Ladder(nn.Module, BaseTunerLayer):
         n_tokens = output.last_hidden_state.shape[1]
         return {keyword: side_cache(cache, side.stack.config, n_blocks, n_tokens), "use_cache": True}
 
-    def forward(self, adapter_name: str, given: dict[str, Any]) -> Tensor:
+    def forward(self, adapter_name: str, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states of a side network; see `SideNetwork`."""
-        return self.side_of[adapter_name](**given)
+        return self.side_of[adapter_name](**inputs)
 
-    def give(self, host: Any, output: Any, states: Tensor) -> None:
+    def replace_states(self, host: Any, output: Any, states: Tensor) -> None:
         """Put the side network's last hidden states in place of the backbone's."""
         last = output.last_hidden_state
         output.last_hidden_state = torch.cat([last, states], -1) if self.role == "encoder" else states
-        found = output.get("hidden_states")
-        if found is not None and found[-1] is not None:
-            output.hidden_states = (*found[:-1], output.last_hidden_state)
+        hidden = output.get("hidden_states")
+        if hidden is not None and hidden[-1] is not None:
+            output.hidden_states = (*hidden[:-1], output.last_hidden_state)
         if output.get("pooler_output") is not None:
             output.pooler_output = host.pooler(states)
 
-    def taken_apart(self, host: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The backbone's part of the encoder's hidden states, and the side network's."""
-        states: Tensor = given["encoder_hidden_states"]
+    def split_states(self, host: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Split the encoder's hidden states (batch, length, d + d_side) into the backbone's and the side network's.
+
+        Raises:
+            ValueError: they have another width.
+        """
+        states: Tensor = inputs["encoder_hidden_states"]
         side = self.side_of[self.acting]
         d, d_side = host.config.hidden_size, side.stack.config.hidden_size
         rule = f"must be {d + d_side}: this adapter's encoder makes them; pass none that were made without it"
@@ -162,9 +174,7 @@ class Ladder(nn.Module, BaseTunerLayer):
 
 
 def beside(block: Any) -> Callable[..., Tensor]:
-    """The ladder of a block, to be called. If FSDP2 has sharded the block, the call gathers its weights, as one of the
-    block's own forwards.
-    """
+    """The ladder of a block, as a function. If FSDP2 has sharded the block, the call gathers its weights first."""
     if not isinstance(block, FSDPModule):
         return getattr(block, NAME)
     if "run_ladder" not in vars(block):
@@ -174,4 +184,5 @@ def beside(block: Any) -> Callable[..., Tensor]:
 
 
 def run_ladder(block: Any, *args: Any) -> Tensor:
+    """Run the ladder of a block; a method of blocks that FSDP2 has sharded."""
     return getattr(block, NAME)(*args)

@@ -1,4 +1,4 @@
-"""The side network of a ladder: thin blocks that climb beside a frozen backbone and take its hidden states in."""
+"""The side network of a ladder: narrow blocks beside a frozen backbone, which read its hidden states."""
 
 import copy
 from typing import Any, cast
@@ -10,22 +10,24 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_peft_ext.model.structure import own_modules, stacks
-from hf_peft_ext.tuners.ladder.forward import the_running
+from hf_peft_ext.tuners.ladder.forward import running_steps
+
+INDICES = {"layer_idx", "layer_id"}  # names of a block's index in its modules, under which they find their cache
 
 
 class SideNetwork(nn.Module):
-    """A thin copy of a backbone, fed at each block with the hidden states of the backbone's own.
+    """A pruned copy of a backbone whose blocks also read the hidden states of the backbone's blocks.
 
         h^0 = W_0 e,    h^i = block_i(g_i h^(i-1) + (1 - g_i) W_i b_i),    out = W_up norm(h^n)
 
-    e are the backbone's embeddings of the tokens, b_i the output of its block i, both of width d; the side network is
-    d_s wide. Sung et al. 2022 (https://arxiv.org/abs/2206.06522), section 2.
+    e are the backbone's embeddings of the tokens, b_i the output of its block i, both of width d; the side network has
+    width d_side. Sung et al. 2022 (https://arxiv.org/abs/2206.06522), section 2.
 
     Args:
-        stack: the thin backbone, with the blocks to keep; its norm at the end is the side network's.
+        stack: the pruned backbone, with the blocks to keep; its final norm is the side network's.
         host: the backbone; not a child of this module.
         temperature: T of the gates.
-        ends: whether the output goes back to the backbone's width; an encoder that a decoder reads stays thin.
+        ends: whether the output is projected to the backbone's width; that of an encoder with a decoder is not.
     """
 
     def __init__(self, stack: PreTrainedModel, host: PreTrainedModel, temperature: float, ends: bool):
@@ -40,19 +42,20 @@ class SideNetwork(nn.Module):
 
     @property
     def side_blocks(self) -> tuple["SideBlock", ...]:
+        """The side blocks, in the order of execution."""
         return tuple(cast(Any, self.stack.get_submodule(self._blocks)))
 
-    def forward(self, **given: Any) -> Tensor:  # shape: (batch, length, d), or d_side without `up`
-        """The last hidden states. The steps that the backbone left are running."""
-        if given.get("inputs_embeds") is not None:
+    def forward(self, **inputs: Any) -> Tensor:  # shape: (batch, length, d), or d_side without `up`
+        """The last hidden states, computed while the backbone's `Steps` are running."""
+        if inputs.get("inputs_embeds") is not None:
             embedding = cast(DownEmbedding, self.stack.get_input_embeddings())
-            given["inputs_embeds"] = embedding.image(given["inputs_embeds"])
-        h = self.stack(**given).last_hidden_state
+            inputs["inputs_embeds"] = embedding.image(inputs["inputs_embeds"])
+        h = self.stack(**inputs).last_hidden_state  # (batch, length, d_side)
         return h if self.up is None else self.up(h)
 
     @torch.no_grad()
     def init_from(self, other: "SideNetwork") -> None:
-        """Take over the weights of another one, but for the projections and gates, which are between it and a host."""
+        """Copy the weights of another side network, except its projections and gates."""
         weights = dict(other.named_parameters())
         for name, parameter in self.named_parameters():
             if not {"down", "up", "alpha"} & {*name.split(".")}:
@@ -60,17 +63,17 @@ class SideNetwork(nn.Module):
 
 
 class SideBlock(nn.Module):
-    """A side block, and how much of the backbone it takes in.
+    """A side block, and the gate between its own stream and the backbone's.
 
         h = block(g h_s + (1 - g) W b),    g = sigmoid(alpha / T),    alpha zero at the start
 
-    b is what the backbone's block has given. Section 2.2 of the paper; W with a bias, one alpha for each block.
+    b is the output of the backbone's block. Section 2.2 of the paper; W has a bias, and each block its own alpha.
 
     Args:
-        block: the side block.
+        block: the pruned block.
         d, d_side: widths of the backbone and of the side network.
         temperature: T.
-        place: number of this rung among those that run in one forward.
+        place: number of this side block among those that run in one forward.
     """
 
     def __init__(self, block: nn.Module, d: int, d_side: int, temperature: float, place: int):
@@ -82,7 +85,7 @@ class SideBlock(nn.Module):
         self.place = place
 
     def __getattr__(self, name: str) -> Any:
-        # the stack asks its blocks for what they are (such as `attention_type`)
+        # the stack reads attributes of its blocks, such as `attention_type`
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -101,14 +104,21 @@ class SideBlock(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        steps = the_running()
+        steps = running_steps()
         step = steps.images.pop(self.place) if self.place in steps.images else self.image(steps.states.pop(self.place))
         gate = (self.alpha / self.temperature).sigmoid()
         return self.block(gate * h + (1 - gate) * step, *args, **kwargs)
 
 
 class DownEmbedding(nn.Module):
-    """W e(x): the backbone's embeddings of the tokens x, whatever module makes them by then, at the side's width."""
+    """W e(x): the backbone's embeddings of the tokens x, projected to the width of the side network's embeddings.
+
+    The embedding module is looked up in each forward, since an adapter may have replaced it.
+
+    Args:
+        host: the backbone.
+        stack: the pruned backbone.
+    """
 
     def __init__(self, host: PreTrainedModel, stack: PreTrainedModel):
         super().__init__()
@@ -116,10 +126,11 @@ class DownEmbedding(nn.Module):
         self.down = nn.Linear(d, d_side)
 
     def image(self, e: Tensor) -> Tensor:  # shape: (batch, length, d) -> (batch, length, d_side)
+        """W e."""
         return self.down(e.to(self.down.weight))
 
     def forward(self, input_ids: Tensor) -> Tensor:  # shape: (batch, length) -> (batch, length, d_side)
-        embed = the_running().embed
+        embed = running_steps().embed
         assert embed is not None
         if isinstance(embed.weight, DTensor):  # a unit of FSDP2 of its own, which is closed again
             table = {"weight": embed.weight.full_tensor()}
@@ -128,20 +139,20 @@ class DownEmbedding(nn.Module):
 
 
 def backbones(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """Path -> module, of each model inside that embeds tokens and runs them through one stack of blocks.
+    """Path -> backbone: the innermost model around each stack of blocks.
 
-    That is one in a decoder or an encoder, two in an encoder-decoder, encoder before decoder.
+    A decoder or an encoder has one, an encoder-decoder two, encoder before decoder.
     """
     modules = {path: module for path, module in own_modules(model) if isinstance(module, PreTrainedModel)}
-    found: dict[str, PreTrainedModel] = {}
+    hosts: dict[str, PreTrainedModel] = {}
     for stack, _ in stacks(model):
         above = [path for path in modules if not path or stack.startswith(f"{path}.")]
-        found[above[-1]] = modules[above[-1]]
-    return found
+        hosts[above[-1]] = modules[above[-1]]
+    return hosts
 
 
 def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """Drop all blocks but those kept, in place, and count the others anew."""
+    """Drop all blocks but those kept, in place, and renumber the rest."""
     _, blocks = next(stacks(stack))
     dropped = blocks[0]
     stack.config = copy.deepcopy(stack.config)
@@ -156,17 +167,17 @@ def cut_depth(stack: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     module: Any
     for i, block in enumerate(chosen):
         for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = i
+            for name in INDICES & vars(module).keys():
+                setattr(module, name, i)
     if 0 not in kept:
-        hand_down_position_bias(dropped, chosen[0])
+        move_position_bias(dropped, chosen[0])
     return stack
 
 
-def hand_down_position_bias(dropped: nn.Module, first: nn.Module) -> None:
-    """Give T5's table of relative positions, which its first block has for all, to the block that is first now."""
-    heir: Any
+def move_position_bias(dropped: nn.Module, first: nn.Module) -> None:
+    """Move T5's table of relative positions, which the first block holds for all, to the new first block."""
+    owner: Any
     for name, module in dropped.named_modules():
         if getattr(module, "has_relative_attention_bias", False):
-            heir = first.get_submodule(name)
-            heir.has_relative_attention_bias, heir.relative_attention_bias = True, module.relative_attention_bias
+            owner = first.get_submodule(name)
+            owner.has_relative_attention_bias, owner.relative_attention_bias = True, module.relative_attention_bias

@@ -1,4 +1,4 @@
-"""Ladder side-tuning: a thin network beside the backbone, trained without a gradient through the backbone."""
+"""Ladder side-tuning: a narrow network beside the backbone, trained without a gradient through the backbone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +13,7 @@ from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, u
 from hf_peft_ext.attach.config import RegisteredConfig, layer_list
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import Importance
-from hf_peft_ext.pruning.sizes import Reduce
+from hf_peft_ext.pruning.pruned_config import Reduce
 from hf_peft_ext.tuners.ladder.build import side_networks
 from hf_peft_ext.tuners.ladder.layer import NAME, Ladder
 from hf_peft_ext.validation.checks import check, check_positive
@@ -21,20 +21,21 @@ from hf_peft_ext.validation.checks import check, check_positive
 
 @dataclass
 class LadderConfig(RegisteredConfig):
-    """Ladder side-tuning: thin blocks beside a frozen backbone take its hidden states in, and give the output instead.
+    """Ladder side-tuning: narrow blocks beside a frozen backbone read its hidden states and compute the output.
 
-    Sung et al. 2022 (https://arxiv.org/abs/2206.06522), with the defaults of its code: r = 8, T = 0.1, a rung at every
-    block. The backbone runs without gradients; only the side network, its projections and the head keep activations.
-    Its output goes through the model's own frozen head, or a classifier that is trained (`modules_to_save`).
+    Sung et al. 2022 (https://arxiv.org/abs/2206.06522), with the defaults of its code: r = 8, T = 0.1, a side block at
+    every block. The backbone runs without gradients; only the side network, its projections and the head keep
+    activations. Its output is the input of the model's own frozen head, or of a classifier in `modules_to_save`.
 
-    - Side blocks begin as the backbone's, pruned to 1 / r of their width.
-    - The code divides the width of each head and keeps their number; here heads are kept or dropped whole.
+    - Side blocks start as the backbone's, pruned to 1 / r of their width. So the model's structure must show which
+      axes its weights have; see `tuners.ladder.build`.
+    - The paper's code divides the width of each head and keeps their number; here heads are kept or dropped whole.
     - The untrained adapter is not the base model: its projections are random, as in the paper.
 
     Args:
-        r: by how much the side network is thinner, at least 1.
+        r: the factor between the widths of the backbone and the side network, at least 1.
         reduce: what r divides: every dimension ("width", the paper), or the number of parameters ("parameters").
-        layers_to_keep: index or indices of the blocks that get a rung, encoder before decoder; None for all.
+        layers_to_keep: index or indices of the blocks that get a side block, encoder before decoder; None for all.
         temperature: T in the gates sigmoid(alpha / T).
         target_modules: must be None; kept because tools of peft's ecosystem read it.
 
@@ -44,9 +45,9 @@ class LadderConfig(RegisteredConfig):
 
     method = "ladder"
 
-    r: float = field(default=8, metadata={"help": "By how much the side network is thinner."})
+    r: float = field(default=8, metadata={"help": "Width of the backbone over that of the side network."})
     reduce: Reduce = field(default="width", metadata={"help": 'What r divides: "width" or "parameters".'})
-    layers_to_keep: list[int] | int | None = field(default=None, metadata={"help": "Blocks that get a rung."})
+    layers_to_keep: list[int] | int | None = field(default=None, metadata={"help": "Blocks that get a side block."})
     temperature: float = field(default=0.1, metadata={"help": "Temperature of the gates."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Must be None."})
 
@@ -58,7 +59,7 @@ class LadderConfig(RegisteredConfig):
         check("reduce", self.reduce, self.reduce in choices, f"must be one of {', '.join(choices)}")
         check_positive("temperature", self.temperature)
         self.layers_to_keep = layer_list(self.layers_to_keep, "layers_to_keep")
-        rule = "must be None: a ladder stands beside whole blocks; see `layers_to_keep`"
+        rule = "must be None: a ladder reads whole blocks; see `layers_to_keep`"
         check("target_modules", self.target_modules, not self.target_modules, rule)
 
 
@@ -77,11 +78,12 @@ class LadderModel(AdapterTuner):
         low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Attach the side networks of an adapter. Whatever fails, the model is left as it was.
+        """Attach the side networks of an adapter. The model is unchanged after an error.
 
         Raises:
-            ValueError: the architecture cannot be cut to a narrower one, a layer does not exist, or `adapter_name`
-                cannot be the name of an adapter.
+            ValueError: the architecture cannot be pruned, a layer does not exist, or `adapter_name` cannot be the name
+                of an adapter.
+            TypeError: `model` is no transformers model.
         """
         config = cast(LadderConfig, self.peft_config[adapter_name])
         check_adapter_name(adapter_name)
@@ -90,7 +92,7 @@ class LadderModel(AdapterTuner):
             self._sides = side_networks(model, config)
         before = ladders(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
-        kwargs.pop("state_dict", None)  # the config says everything; peft would look for its own key format
+        kwargs.pop("state_dict", None)  # the config is complete; peft would look for keys in its own format
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         except BaseException:
@@ -132,7 +134,7 @@ class LadderModel(AdapterTuner):
         check("adapter_name", adapter_name, single, "must be a single one: only one side network can give the output")
         super().set_adapter(adapter_name, inference_mode)
 
-    # What a ladder cannot do, and taking it off
+    # Unsupported operations, and removal
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -141,7 +143,14 @@ class LadderModel(AdapterTuner):
         yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
-        raise ValueError("A ladder is a network of its own, which no weight of the base model equals; use `unload`.")
+        """Not possible for a ladder.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "A ladder is a separate network, which cannot be merged into weights of the base model; use `unload`."
+        )
 
     def _unload_and_optionally_merge(
         self,
@@ -159,23 +168,23 @@ class LadderModel(AdapterTuner):
 
 
 def prune_ladder(model: nn.Module, importance: Importance, adapter_name: str = "default") -> None:
-    """Let the side blocks of a ladder begin anew, as the backbone pruned by other scores than its weights' magnitude.
+    """Initialise the side blocks of a ladder again, from the backbone pruned by other scores than weight magnitude.
 
-    The paper prunes by Fisher scores from 1,024 labelled examples. The projections stay as they are.
+    The paper prunes by Fisher scores from 1,024 labelled examples. Projections and gates are not changed.
 
     Args:
         model: a model with a ladder.
         importance: `hf_peft_ext.pruning.importance` of the base model, taken before it got an adapter.
-        adapter_name: whose side network.
+        adapter_name: the adapter whose side network is initialised.
 
     Raises:
         ValueError: the model has no ladder of that name, or the scores are not of this model.
     """
-    found = [ladder for ladder in ladders(model) if adapter_name in ladder.side_of]
-    check("adapter_name", adapter_name, bool(found), "is no ladder of this model")
+    own = [ladder for ladder in ladders(model) if adapter_name in ladder.side_of]
+    check("adapter_name", adapter_name, bool(own), "is no ladder of this model")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = cast(Any, model).peft_config[adapter_name]
-    for ladder, side in zip(found, side_networks(base, config, importance).values(), strict=True):
+    for ladder, side in zip(own, side_networks(base, config, importance).values(), strict=True):
         ladder.side_of[adapter_name].init_from(side.network)
 
 

@@ -23,25 +23,27 @@ from hf_peft_ext.tuners.s4.layout import Layout, layout_of
 from hf_peft_ext.tuners.s4.solve import solve
 from hf_peft_ext.validation.checks import check, check_count, check_names, is_number
 
-FOUND = (("adapter", "lora"), ("adapter", "prefix"), ("adapter", "prefix", "bitfit"), ("prefix", "bitfit", "lora"))
+DESIGN = (("adapter", "lora"), ("adapter", "prefix"), ("adapter", "prefix", "bitfit"), ("prefix", "bitfit", "lora"))
 BUDGET = 0.005
 EXPLICIT = {"adapter": "bottleneck_size", "prefix": "num_virtual_tokens", "lora": "r"}
-# what of a config decides where the sites are
+# the fields that choose the sites
 FIELDS = ("sites", "exclude_modules", "modules_to_save", "layers_to_transform")
 
 
 @dataclass
 class S4Config(PlacedConfig):
-    """The design that a search over design spaces has found: adapters and LoRA in the first group of layers, adapters
-    and prefixes in the second, both and BitFit in the third, prefixes, BitFit and LoRA in the last.
+    """The result of a search over design spaces: layers in four groups, each with its own sub-layers.
+
+    The first group has adapters and LoRA, the second adapters and prefixes, the third adapters, prefixes and BitFit,
+    the last prefixes, BitFit and LoRA.
 
     Chen et al. 2023 (https://arxiv.org/abs/2301.01821), sections 3 and 4; the budget is that of its final comparison,
     0.5 % of the base model. The adapter is Pfeiffer's (`BottleneckConfig`), the prefix sits inside attention, LoRA on
-    queries and values with alpha = 2 r, BitFit on the biases of the layers. What the paper leaves open, and is chosen
-    here: the sizes of groups (`layer_groups.group_sizes`), how a budget is divided (`tuners.budget`).
+    queries and values with alpha = 2 r, BitFit on the biases of the layers. The paper does not give the sizes of the
+    groups (`model.layer_groups.group_sizes`) and the division of the budget (`tuners.s4.solve`).
 
-    When the config meets a model, `groups` and `placements` are solved; the config that the model has, and that is
-    saved, holds them, so that loading solves nothing.
+    `groups` and `placements` are solved when the config is attached to a model. They are saved with the adapter, so
+    loading solves nothing.
 
     Args:
         grouping: how the sizes of the groups compare: "increasing", "uniform", "decreasing", "spindle" (small at both
@@ -49,7 +51,7 @@ class S4Config(PlacedConfig):
         num_groups: number of groups; None for as many as `strategies` has.
         stack: "joint": encoder and decoder are one stack, as in the paper; "separate": each is grouped by itself, and
             a group holds a part of both.
-        allocation: how the number of parameters goes from layer to layer: "uniform", "increasing", "decreasing".
+        allocation: change of the number of parameters from layer to layer: "uniform", "increasing", "decreasing".
         tunable_groups: numbers of the groups that are tuned, from 1 as in the paper; None for all.
         strategies: for each group, which of "adapter", "prefix", "bitfit", "lora".
         budget: parameters of the adapter, without heads, as a share of the base model's; 0.005 unless sizes are given.
@@ -59,8 +61,8 @@ class S4Config(PlacedConfig):
         placements: solved: the sub-layers.
 
     Raises:
-        ValueError: a value breaks a rule; when it meets a model: the model has no such groups, a strategy has no site,
-            or no sizes come within 5 % of the budget.
+        ValueError: a value breaks a rule; on a model: the model has no such groups, a strategy has no site, or no
+            sizes come within 5 % of the budget.
     """
 
     method = "s4"
@@ -70,7 +72,7 @@ class S4Config(PlacedConfig):
     stack: Stack = field(default="joint", metadata={"help": "Encoder and decoder as one stack, or each by itself."})
     allocation: Allocation = field(default="uniform", metadata={"help": "Parameters from layer to layer."})
     tunable_groups: list[int] | None = field(default=None, metadata={"help": "Groups that are tuned, from 1."})
-    strategies: Sequence[Sequence[str]] = field(default=FOUND, metadata={"help": "The strategies of each group."})
+    strategies: Sequence[Sequence[str]] = field(default=DESIGN, metadata={"help": "The strategies of each group."})
     budget: float | None = field(default=None, metadata={"help": "Share of the base model's parameters."})
     bottleneck_size: int | None = field(default=None, metadata={"help": "Width of adapters, in place of a budget."})
     r: int | None = field(default=None, metadata={"help": "Rank of LoRA, in place of a budget."})
@@ -83,7 +85,7 @@ class S4Config(PlacedConfig):
         self._check_groups()
         self._check_budget()
         solved = self.placements is not None and self.groups is not None
-        rule = "must be given together with `groups`, or neither: both are solved when the config meets a model"
+        rule = "must be given together with `groups`, or neither: both are solved on the model"
         check("placements", self.placements, solved or self.placements is self.groups, rule)
         if solved:
             self.placements = [Placement.of(p) for p in self.placements or []]
@@ -118,15 +120,15 @@ class S4Config(PlacedConfig):
         check("allocation", self.allocation, self.allocation in ALLOCATIONS, rule)
         if self.tunable_groups is not None:
             self.tunable_groups = sorted(self.tunable_groups)
-            known = bool(self.tunable_groups) and {*self.tunable_groups} <= {*range(1, n + 1)}
+            exist = bool(self.tunable_groups) and {*self.tunable_groups} <= {*range(1, n + 1)}
             once = len({*self.tunable_groups}) == len(self.tunable_groups)
-            check("tunable_groups", self.tunable_groups, known and once, f"must hold numbers from 1 to {n}, each once")
+            check("tunable_groups", self.tunable_groups, exist and once, f"must hold numbers from 1 to {n}, each once")
 
     def _check_budget(self) -> None:
         sizes = {s: getattr(self, name) for s, name in EXPLICIT.items()}
-        given = [strategy for strategy, size in sizes.items() if size is not None]
+        explicit = [strategy for strategy, size in sizes.items() if size is not None]
         used = {s for number in self.tuned for s in self.strategies[number - 1]}
-        if not given:
+        if not explicit:
             self.budget = BUDGET if self.budget is None else self.budget
             share = is_number(self.budget) and 0 < float(self.budget) < 1
             check("budget", self.budget, share, "must be a share of the base model's parameters, between 0 and 1")
@@ -135,10 +137,10 @@ class S4Config(PlacedConfig):
         check("budget", self.budget, self.budget is None, rule)
         rule = 'must be "uniform" where sizes are given, which are those of all layers'
         check("allocation", self.allocation, self.allocation == "uniform", rule)
-        for strategy in given:
+        for strategy in explicit:
             check_count(EXPLICIT[strategy], sizes[strategy])
         for strategy in (s for s in sizes if s in used):
-            rule = f"must be given, as `{EXPLICIT[given[0]]}` is, or else `budget` alone"
+            rule = f"must be given, as `{EXPLICIT[explicit[0]]}` is, or else `budget` alone"
             check(EXPLICIT[strategy], sizes[strategy], sizes[strategy] is not None, rule)
 
     @property
@@ -147,21 +149,29 @@ class S4Config(PlacedConfig):
         return self.tunable_groups or list(range(1, len(self.strategies) + 1))
 
     def to_placements(self) -> list[Placement]:
+        """The solved placements; empty before the config is on a model."""
         return self.placements or []
 
     def resolved(self, model: nn.Module) -> "S4Config":
-        """Solved in place, since peft goes on with the object that it was given. A config that was solved for a model
-        before is left to that model, and another is made.
+        """Solve the config in place, since peft keeps the object that it was given.
+
+        A config that another model uses already is copied first.
+
+        Args:
+            model: the base model.
+
+        Raises:
+            ValueError: the model has no such groups, a strategy has no site, or no sizes come near the budget.
         """
-        asked = asked_by(self)
-        if asked is None and self.placements is not None:
+        original = asked_by(self)
+        if original is None and self.placements is not None:
             return self
         heads = self.modules_to_save and list(self.modules_to_save)  # peft adds to the list
-        found = replace(asked or self, modules_to_save=heads, inference_mode=self.inference_mode)
-        solved = found._solved(found._costs(model))
-        if asked is not None:
+        unsolved = replace(original or self, modules_to_save=heads, inference_mode=self.inference_mode)
+        solved = unsolved._solved(unsolved._costs(model))
+        if original is not None:
             return solved
-        become(self, solved, found)
+        become(self, solved, unsolved)
         return self
 
     def _solved(self, costs: Costs) -> "S4Config":
@@ -178,13 +188,13 @@ class S4Config(PlacedConfig):
         return replace(self, groups=groups, placements=all_placed(sizes))
 
     def layout(self, model: nn.Module) -> Layout:
-        """What this config is on a model: a table of groups, their layers, strategies, sizes and parameters.
+        """The groups of this config on a model: their layers, strategies, sizes and parameters, as a table.
 
         Args:
-            model: the base model, or the model with its adapter; it stays as it is.
+            model: the base model, or the model with its adapter; it is not changed.
 
         Raises:
-            ValueError: as when the config meets the model.
+            ValueError: as `resolved`.
         """
         costs = self._costs(model)
         config = self if self.placements is not None else self._solved(costs)

@@ -1,4 +1,4 @@
-"""The four strategies of S4 as placements, and what each costs in each layer of a model."""
+"""The four strategies of S4 as placements, and the parameters of each in each layer of a model."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def placed(strategy: str, size: int, layers: Sequence[int]) -> list[Placement]:
     Args:
         strategy: "adapter" (Pfeiffer's, after the FFN and its residual), "prefix" (in attention), "bitfit" (biases) or
             "lora" (on queries and values, scaled by 2 whatever its rank).
-        size: width of the bottleneck, number of prefix vectors, or rank; BitFit has none.
+        size: width of the bottleneck, number of prefix vectors, or rank; ignored for BitFit.
         layers: indices of the layers.
     """
     if strategy == "adapter":
@@ -44,17 +44,17 @@ def placed(strategy: str, size: int, layers: Sequence[int]) -> list[Placement]:
 
 
 def sizes_in(placements: Sequence[Placement]) -> dict[int, dict[str, int]]:
-    """Layer -> strategy -> size, of placements that `placed` has made; the size of BitFit is 1."""
-    found: dict[int, dict[str, int]] = defaultdict(dict)
+    """Layer -> strategy -> size, of placements from `placed`; the size of BitFit is 1."""
+    sizes: dict[int, dict[str, int]] = defaultdict(dict)
     for placement in placements:
         strategy = SUBLAYERS[placement.sublayer]
         for layer in placement.layers or []:
-            found[layer][strategy] = placement.options.get(SIZES.get(strategy, ""), 1)
-    return dict(found)
+            sizes[layer][strategy] = placement.options.get(SIZES.get(strategy, ""), 1)
+    return dict(sizes)
 
 
 def all_placed(sizes: Mapping[int, Mapping[str, int]]) -> list[Placement]:
-    """The reverse of `sizes_in`: layers that have the same strategy in the same size share a placement."""
+    """The inverse of `sizes_in`: layers with the same strategy and size share a placement."""
     layers: dict[tuple[str, int], list[int]] = defaultdict(list)
     for layer in sorted(sizes):
         for strategy, size in sizes[layer].items():
@@ -71,12 +71,12 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What strategies cost in a model.
+    """The parameters of strategies in a model.
 
     Args:
-        parameters: of the base model, which budgets are shares of.
+        parameters: number of parameters of the base model; a budget is a share of it.
         stacks: the layers of each stack of blocks, encoder before decoder.
-        of: strategy -> layer -> its cost there; layers that have no site for it are left out.
+        of: strategy -> layer -> its cost there; layers without a site for it are left out.
     """
 
     parameters: int
@@ -84,7 +84,7 @@ class Costs:
     of: dict[str, dict[int, Cost]]
 
     def grouped_stacks(self, stack: Stack) -> list[list[int]]:
-        """The stacks whose layers are grouped: one of all layers, or each by itself."""
+        """The stacks whose layers are grouped: all layers as one stack, or each stack separately."""
         return self.stacks if stack == "separate" else [[layer for layers in self.stacks for layer in layers]]
 
     def parameters_at(self, layer: int, sizes: Mapping[str, int]) -> int:
@@ -94,12 +94,12 @@ class Costs:
 
 
 def costs_of(model: nn.Module, strategies: Sequence[str], **fields: Any) -> Costs:
-    """What strategies cost in each layer of a model: they are planned on it, and built without data.
+    """The cost of strategies in each layer of a model: they are resolved on it, and built without data.
 
     Args:
-        model: the base model, which stays as it is.
-        strategies: which of them.
-        fields: what else the config says, such as `sites`, `exclude_modules` or `layers_to_transform`.
+        model: the base model, which is not changed.
+        strategies: names of strategies.
+        fields: other fields of the config, such as `sites`, `exclude_modules` or `layers_to_transform`.
 
     Raises:
         ValueError: a strategy has no site in this model, or a field is wrong.
@@ -122,7 +122,7 @@ def costs_of(model: nn.Module, strategies: Sequence[str], **fields: Any) -> Cost
 
 
 def cost_at(strategy: str, site: Site) -> Cost:
-    """What a strategy costs at one site: it is built there in two sizes. Nothing is allocated."""
+    """The cost of a strategy at one site, from two sizes of it on the meta device."""
     with torch.device("meta"):
         sublayers = [build(placed(strategy, size, [])[0], site, {}) for size in (1, 2)]
     one, two = (sum(parameter.numel() for parameter in sublayer.parameters()) for sublayer in sublayers)
@@ -130,7 +130,12 @@ def cost_at(strategy: str, site: Site) -> Cost:
 
 
 def stack_layers(model: nn.Module, sites: Any = None, chosen: list[int] | int | None = None) -> list[list[int]]:
-    """The layers of each stack of a model, as far as they are among the chosen ones.
+    """The chosen layers of each stack of a model; a stack without any is left out.
+
+    Args:
+        model: the base model.
+        sites: the field of the config.
+        chosen: indices of layers; None for all.
 
     Raises:
         ValueError: a chosen layer does not exist.
@@ -142,15 +147,15 @@ def stack_layers(model: nn.Module, sites: Any = None, chosen: list[int] | int | 
     for layer in only or []:
         rule = f"names layer {layer}, which does not exist; this model has layers 0 to {sum(counts) - 1}"
         check("layers_to_transform", chosen, layer < sum(counts), rule)
-    found, start = [], 0
+    layers, start = [], 0
     for count in counts:
-        found.append([layer for layer in range(start, start + count) if only is None or layer in only])
+        layers.append([layer for layer in range(start, start + count) if only is None or layer in only])
         start += count
-    return [stack for stack in found if stack]
+    return [stack for stack in layers if stack]
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Parameters of the base model: without adapters, shared ones once, quantised ones as if they were not."""
+    """Parameters of the base model, without adapters. Shared ones count once, packed ones with their full shape."""
     seen: set[int] = set()
     total = 0
     for path, module in own_modules(model):
@@ -158,7 +163,7 @@ def base_parameters(model: nn.Module) -> int:
             continue
         module = innermost(module)
         size, own = leaf_size(module), dict(module.named_parameters(recurse=False))
-        if size and "weight" not in own:  # a quantised leaf whose weight is no parameter
+        if size and "weight" not in own:  # a quantized leaf whose weight is no parameter
             total += prod(size)
         for name, parameter in own.items():
             if id(parameter) not in seen:

@@ -1,4 +1,4 @@
-"""A table that says which strategies the groups of layers have, in which sizes, and how many parameters that is."""
+"""A table of the groups of layers: their strategies, sizes and parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class GroupLayout:
     Args:
         layers: their indices.
         sizes: strategy -> its sizes in these layers; empty where the group is not tuned.
-        parameters: of the group.
+        parameters: number of parameters of the group's sub-layers.
     """
 
     layers: list[int]
@@ -34,7 +34,7 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of a model. Prints as a table, to `print` and to rich.
+    """The groups of a model. Prints as a table, with `print` and with rich.
 
     Args:
         groups: in order.
@@ -46,11 +46,12 @@ class Layout:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters of all groups."""
         return sum(group.parameters for group in self.groups)
 
     @property
     def share(self) -> float:
-        """Of the base model's parameters: the budget as it came out."""
+        """The share of the base model's parameters: the budget after rounding."""
         return self.parameters / self.base_parameters
 
     def __rich__(self) -> Table:
@@ -69,21 +70,28 @@ class Layout:
 
 
 def symbol(strategy: str) -> str:
+    """The name of a strategy's size in the table."""
     return {"prefix": "tokens"}.get(strategy, SIZES[strategy])
 
 
 def layout_of(groups: Sequence[Sequence[int]], placements: Sequence[Placement], costs: Costs) -> Layout:
-    """The layout of placements, by the costs of their strategies."""
+    """The layout of placements.
+
+    Args:
+        groups: the layers of each group.
+        placements: the sub-layers.
+        costs: the costs of their strategies.
+    """
     sizes = sizes_in(placements)
-    found: list[GroupLayout] = []
+    layouts: list[GroupLayout] = []
     for group in groups:
         there = {layer: sizes.get(layer, {}) for layer in group}
         strategies = [s for s in STRATEGIES if any(s in there[layer] for layer in group)]
-        found.append(
+        layouts.append(
             GroupLayout(
                 layers=list(group),
                 sizes={s: [there[layer][s] for layer in group if s in there[layer]] for s in strategies},
                 parameters=sum(costs.parameters_at(layer, there[layer]) for layer in group),
             )
         )
-    return Layout(found, costs.parameters)
+    return Layout(layouts, costs.parameters)
