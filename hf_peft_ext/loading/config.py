@@ -101,7 +101,7 @@ def name_modules(config: Any, paths: list[str]) -> None:
         for ending in endings_of(path):
             named_by.setdefault(ending, []).append(path)
     for field in PATTERNS:
-        pattern = getattr(config, field, None)
+        pattern: Any = getattr(config, field, None)
         is_text = isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND
         if is_text and not MODULE_NAME.fullmatch(pattern):
             named = matching(pattern, paths, until)
