@@ -22,11 +22,8 @@ ALIKE = {"logger"}
 # Names that several modules define and that are to be told apart.
 TO_RENAME = set(
     """
-    ALLOWED BESIDE Batch COLUMNS FILE FILES INPUTS LADDER METHODS NAME PAPERS RESIDUAL ROLES Run SITES SIZES
-    STRATEGIES STYLES SUBLAYERS TASKS TRAINED UNFINISHED accuracy aligned batches candidates check_complete
-    check_keys check_names check_rows check_weights digest draw fill finite gate_of joined layer_groups literal
-    load_adapter named of_rows peak_memory plain refuse resolve saved_whole shown starts targets template tensors
-    versions widened width with_adapter
+    Batch INPUTS NAME PAPERS RESIDUAL ROLES SITES aligned candidates check_keys check_names check_rows
+    check_weights fill gate_of load_adapter refuse saved_whole tensors widened
     """.split()
 )
 

@@ -109,7 +109,7 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"{name} lets tokens attend to later ones"
     if base._is_stateful or kinds or getattr(config, "attention_chunk_size", None):
         return f"{name} has layers other than full or sliding attention"
-    active = (layer.sublayer_of[name] for layer in tuner_layers(base) for name in layer.present)
+    active = (sublayer for layer in tuner_layers(base) for sublayer in layer.active_here.values())
     if any(getattr(getattr(sublayer, "gate", None), "pooling", "token") != "token" for sublayer in active):
         return "gates that average over tokens would include other choices; `gate_pooling='token'` would not"
     return None
