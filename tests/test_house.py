@@ -22,8 +22,8 @@ ALIKE = {"logger"}
 # Names that several modules define and that are to be told apart.
 TO_RENAME = set(
     """
-    Batch INPUTS NAME PAPERS RESIDUAL ROLES Run SITES aligned candidates check_keys check_names check_rows
-    check_weights fill gate_of load_adapter refuse resolve saved_whole targets tensors widened width
+    Batch INPUTS NAME PAPERS RESIDUAL ROLES SITES aligned candidates check_keys check_names check_rows
+    check_weights fill gate_of load_adapter refuse saved_whole tensors widened
     """.split()
 )
 

@@ -9,6 +9,7 @@ from torch import nn
 from hf_peft_ext.attach import masks
 from hf_peft_ext.attach.forward_state import FORWARD
 from hf_peft_ext.attach.masks import causal_mask, mask_position, pad_front, selected, some_query_sees, widened
+from hf_peft_ext.sublayers import Gate
 
 LOWEST = torch.finfo(torch.float32).min
 BATCH, LENGTH, KEYS, N = 2, 3, 4, 2
@@ -40,11 +41,27 @@ def test_some_query_sees(kind):
     assert some_query_sees(heads).tolist() == expected
 
 
-def test_visible_tokens_of_other_masks():
-    assert masks.visible_tokens(None) is None
-    assert masks.visible_tokens(torch.tensor([[0, 1], [2, 1]])).tolist() == [[False, True], [True, True]]
+class Attention(nn.Module):
+    def forward(self, hidden_states, attention_mask=None):
+        return hidden_states
+
+
+@pytest.mark.parametrize(("mask", "used"), [(None, None), ([[0, 1, 1], [2, 1, 0]], [[False, True], [True, True]])])
+def test_recorded_masks(mask, used):
+    """Of keys alone too, and without the empty keys behind the tokens; none where there is no mask."""
+    recorder, mask = masks.PaddingRecorder(Attention()), mask and torch.tensor(mask)
+    recorder(Attention(), (torch.randn(2, 2, 4), mask), {})
+    in_use, whole = FORWARD.values.pop(recorder.key)
+    assert (in_use, whole) == (None, None) if mask is None else torch.equal(whole, mask.bool())
+    assert in_use is None or in_use.tolist() == used
+
+
+def test_a_mask_that_is_no_tensor():
+    """It is recorded, and refused by a gate that needs it."""
+    recorder = masks.PaddingRecorder(Attention())
+    recorder(Attention(), (torch.randn(2, 2, 4),), {"attention_mask": 3})
     with pytest.raises(ValueError, match=r"`gate_pooling` \(='mean'\) cannot read a mask of type int"):
-        masks.visible_tokens(3)
+        Gate(4)(torch.randn(2, 2, 1), FORWARD.values.pop(recorder.key)[0])
 
 
 @pytest.mark.parametrize(("length", "keys", "past"), [(3, 3, 0), (2, 5, 3), (1, 4, 3), (3, 6, 1)])

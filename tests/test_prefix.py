@@ -8,7 +8,8 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache
 
 from hf_peft_ext import ComposedConfig, LayerPrefixConfig, Placement, UniPELTConfig
-from hf_peft_ext.attach.attention import States, WithPrefix, joined, prefix_attention
+from hf_peft_ext.attach.attention import PrefixLayer, prefix_attention
+from hf_peft_ext.attach.prefix_states import PrefixStates, joined
 
 from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
@@ -59,7 +60,7 @@ def test_against_naive_attention(attention, gated, kind):
     if kind == "none" and attention == "eager":
         allowed = torch.ones(2, T, T).bool()  # eager leaves causality to the mask
     tensors = [t.requires_grad_() for t in (q, k, v, p_k, p_v, *([scores] if gated else []))]
-    ours, _ = prefix_attention(module, q, k, v, mask, States(p_k, p_v, *factors(scores)), scaling=0.3)
+    ours, _ = prefix_attention(module, q, k, v, mask, PrefixStates(p_k, p_v, *factors(scores)), scaling=0.3)
     naive = naive_attention(q, k, v, allowed, p_k, p_v, scores, None, 0.3)
     torch.testing.assert_close(ours, naive)
     weight = torch.randn_like(naive)
@@ -88,7 +89,7 @@ def test_other_shapes_against_naive_attention(attention, gated, length, d_v, sca
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     scale = 8**-0.5 if scaling is None else scaling
     kwargs = {"scaling": scale if attention == "eager" else scaling}
-    ours, weights = prefix_attention(module, q, k, v, mask, States(p_k, p_v, *factors(scores)), **kwargs)
+    ours, weights = prefix_attention(module, q, k, v, mask, PrefixStates(p_k, p_v, *factors(scores)), **kwargs)
     pairs = (p.expand(2, -1, -1, -1) for p in (p_k, p_v))
     torch.testing.assert_close(ours, naive_attention(q, k, v, allowed, *pairs, scores, None, scale))
     assert weights is None or weights.shape == (2, 4, length, T)
@@ -108,7 +109,7 @@ def test_causality_without_a_mask(gated, causal):
         seen = torch.ones(2, T, T).bool()
         if module.is_causal if causal is None else causal:
             seen = seen.tril()
-        ours, _ = prefix_attention(module, q, k, v, None, States(p_k, p_v, *factors(scores)), **kwargs)
+        ours, _ = prefix_attention(module, q, k, v, None, PrefixStates(p_k, p_v, *factors(scores)), **kwargs)
         torch.testing.assert_close(ours, naive_attention(q, k, v, seen, p_k, p_v, scores, None, 0.3))
 
 
@@ -116,20 +117,20 @@ def test_prefixes_one_behind_the_other():
     """Those of several adapters: their vectors side by side, and each token's log-gate on its own adapter's alone."""
     sizes, gated = (2, 3, 1, 2), (True, False, True, False)
     parts = [
-        States(
+        PrefixStates(
             *(torch.randn(1, 2, n, d) for d in (4, 5)),
             *((torch.randn(3, 1, T, 1), torch.ones(1, 1, n, 1)) if has_gate else (None, None)),
         )
         for n, has_gate in zip(sizes, gated, strict=True)
     ]
     states = joined(parts, batch=3)
-    assert states.keys.shape == (3, 2, 8, 4)
-    assert states.values.shape == (3, 2, 8, 5)
+    assert states.p_k.shape == (3, 2, 8, 4)
+    assert states.p_v.shape == (3, 2, 8, 5)
     scores, start = states.scores(), 0
     for part, n, has_gate in zip(parts, sizes, gated, strict=True):
         columns = slice(start, start + n)
-        assert torch.equal(states.keys[:, :, columns], part.keys.expand(3, -1, -1, -1))
-        assert torch.equal(states.values[:, :, columns], part.values.expand(3, -1, -1, -1))
+        assert torch.equal(states.p_k[:, :, columns], part.p_k.expand(3, -1, -1, -1))
+        assert torch.equal(states.p_v[:, :, columns], part.p_v.expand(3, -1, -1, -1))
         expected = part.u.expand(-1, -1, -1, n) if has_gate else torch.zeros(3, 1, T, n)
         torch.testing.assert_close(scores[..., columns], expected)
         start += n
@@ -143,7 +144,7 @@ def test_position_bias_leaves_the_prefix_alone(attention):
     module = model.base_model.model.encoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(2, 4, T, 8) for _ in range(3))
     p_k, p_v, bias = torch.randn(2, 4, P, 8), torch.randn(2, 4, P, 8), torch.randn(1, 4, T, T)
-    ours, _ = prefix_attention(module, q, k, v, None, States(p_k, p_v), position_bias=bias, scaling=1.0)
+    ours, _ = prefix_attention(module, q, k, v, None, PrefixStates(p_k, p_v), position_bias=bias, scaling=1.0)
     everything = torch.ones(2, T, T).bool()
     torch.testing.assert_close(ours, naive_attention(q, k, v, everything, p_k, p_v, None, bias, 1.0))
 
@@ -155,7 +156,7 @@ def test_equals_peft_prefix_tuning(backbone):
     theirs = get_peft_model(family.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
     ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
-    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, WithPrefix)]
+    layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, PrefixLayer)]
     heads, _, d = layers[0].P_K.shape
     with torch.no_grad():
         table.normal_(0, 0.5)
@@ -177,7 +178,7 @@ def test_through_the_cache_equals_a_filled_cache():
     model = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
     randomise(model)
     cache = DynamicCache()
-    for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, WithPrefix)):
+    for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, PrefixLayer)):
         vectors = layer.sublayer_of["default"].vectors()
         cache.update(*(p.repeat_interleave(2, dim=0).expand(3, -1, -1, -1) for p in vectors), i)  # 4 heads share 2
     ids = family.inputs()["input_ids"]

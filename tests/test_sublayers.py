@@ -171,16 +171,16 @@ def test_projected_prefix_folds_to_the_same_vectors():
             start = head * 9
             torch.testing.assert_close(keys[head, token], wide[token, start : start + 4])
             torch.testing.assert_close(values[head, token], wide[token, start + 4 : start + 9])
-    plain = module.fold()
+    plain = module.to_plain()
     assert not plain.shift_positions
     gate = Gate(D)
-    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().fold()
+    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().to_plain()
     assert other.shift_positions
     assert other.gate is gate
     assert not other.training
     assert other.requires_grad_(False).vectors()[0].dtype == torch.float64
     assert all(p.requires_grad for p in plain.parameters())
-    assert not any(p.requires_grad for p in module.requires_grad_(False).fold().parameters())
+    assert not any(p.requires_grad for p in module.requires_grad_(False).to_plain().parameters())
     assert isinstance(plain, Prefix)
     assert not isinstance(plain, ProjectedPrefix)
     torch.testing.assert_close(plain.P_K, keys)

@@ -17,9 +17,9 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     """Name -> gate of the active adapters. A name is layer.site_sublayer, such as "3.query_low_rank"."""
     found: dict[str, Gate] = {}
     for layer in tuner_layers(model):
-        for adapter in layer.present:
+        for adapter in layer.active_here:
             place = layer.site.host if layer.site.name == "target" else layer.site.layer
-            name = f"{place}.{layer.name}" if len(layer.present) == 1 else f"{adapter}.{place}.{layer.name}"
+            name = f"{place}.{layer.name}" if len(layer.active_here) == 1 else f"{adapter}.{place}.{layer.name}"
             if isinstance(gate := layer.sublayer_of[adapter].gate, Gate):
                 found[name] = gate
     return found

@@ -1,7 +1,8 @@
 """The tuner layer: a child of the module it changes, acting through a hook.
 
 Nothing of the base model is replaced. Its parameter names stay as they are, so nesting, unloading, quantised leaves
-and mixture-of-experts blocks need no code of their own.
+and mixture-of-experts blocks need no code of their own. The four layers below act outside attention; those with a
+prefix are in `attention.py` and `cache_prefix.py`.
 """
 
 from abc import abstractmethod
@@ -11,20 +12,17 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
-from hf_peft_ext.attach.forward_state import FORWARD, new_key
-from hf_peft_ext.attach.masks import mask_position, visible_tokens
+from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
+from hf_peft_ext.attach.masks import UNMASKED, block_of, record_padding
+from hf_peft_ext.attach.merge import merge_sublayer
 from hf_peft_ext.model.sites import Site
-from hf_peft_ext.model.structure import given_cache, innermost
-from hf_peft_ext.sublayers import Bias, LowRank
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """The sub-layers, one for each adapter, that sit at one site.
+    """The sub-layers, one for each adapter, at one site.
 
     Args:
         model: the base model.
@@ -44,13 +42,13 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self._unbiased = False  # whether merging gave the host a bias that it did not have
+        self.adds_bias = False  # whether a merged sub-layer gave the host a bias that it did not have
         self._host = (model.get_submodule(site.host),)  # in a tuple: not a child
         self._holder = (model.get_submodule(holder_of(site)),)
-        # the attention whose mask tells the padding, and its block; none for what lies outside the blocks
+        # the attention whose mask covers the tokens read here, and its block; none for sites outside the blocks
         paths = (site.attention, block_of(model, site.attention)) if site.attention else ()
-        self._attended = tuple(model.get_submodule(path) for path in paths)
-        self._padding = ""  # key of the padding mask in `FORWARD`, if a gate needs it
+        self._attention = tuple(model.get_submodule(path) for path in paths)
+        self._mask_key: str | None = None  # key of the padding masks in `FORWARD.values`, if a gate needs one
         self._handles: list[RemovableHandle] = self.hooks(model)
 
     @abstractmethod
@@ -63,22 +61,24 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def host(self) -> nn.Module:
+        """The module whose call this layer changes."""
         return self._host[0]
 
     @property
     def holder(self) -> nn.Module:
-        """The module that has this layer as a child: the host, but for norms."""
+        """The module that has this layer as a child (see `holder_of`)."""
         return self._holder[0]
 
     def get_base_layer(self) -> nn.Module:
+        """The host, as peft calls it."""
         return self.host
 
     def put(self, adapter_name: str, sublayer: nn.Module) -> None:
         """Add the sub-layer of an adapter, on the device and in the type of the host."""
         self.sublayer_of[adapter_name] = sublayer
         gate: Any = getattr(sublayer, "gate", None)
-        if gate is not None and gate.pooling == "mean" and self._attended and not self._padding:
-            self._padding, handles = note_padding(*self._attended)
+        if gate is not None and gate.pooling == "mean" and self._attention and self._mask_key is None:
+            self._mask_key, handles = record_padding(*self._attention)
             self._handles += handles
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -97,144 +97,81 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         delattr(self.holder, self.name)
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all sub-layers. Disabling unmerges them."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
 
     @property
-    def present(self) -> list[str]:
-        """The adapters that act here, in order."""
-        if self._disable_adapters:
-            return []
-        return [a for a in self.active_adapters if a in self.sublayer_of and a not in self.merged_adapters]
+    def active_here(self) -> dict[str, Any]:
+        """Active adapter -> its sub-layer, without merged ones."""
+        active = {}
+        if not self._disable_adapters:
+            for name in self.active_adapters:
+                if name in self.sublayer_of and name not in self.merged_adapters:
+                    active[name] = self.sublayer_of[name]
+        return active
 
     def add(
         self,
         y: Tensor,  # shape: (*batch, d_out)
         x: Tensor,  # shape: (*batch, d_in)
     ) -> Tensor:  # shape: (*batch, d_out)
-        """Add the outputs of the active sub-layers on x to y."""
+        """y + the outputs of the active sub-layers on x."""
         if FORWARD.row_adapters is not None:
             return self.add_by_row(y, x)
-        visible = self.visible() if self._padding else None
-        for name in self.present:
-            y = self.sublayer_of[name].add(y, x, visible)
+        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        for sublayer in self.active_here.values():
+            y = sublayer.add(y, x, token_mask)
         return y
 
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
+        """As `add`, with its own adapter for each row."""
         y = y.clone()
         for name, rows in self.rows_by_adapter(len(x), x.device):
-            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], self.visible_rows(rows, len(x)))
+            y[rows] = self.sublayer_of[name].add(y[rows], x[rows], self.token_mask(rows, len(x)))
         return y
 
-    def visible(self) -> Tensor | None:  # shape: (batch, keys)
-        """The tokens of this block that are no padding; None if no gate needs to know, or nothing is padding."""
-        visible, n_keys = FORWARD.values.get(self._padding, (None, 0))
-        if not (visible is None or isinstance(visible, Tensor)):
-            return visible_tokens(visible)  # which refuses it
-        # behind the tokens a cache may have empty keys
-        return visible if visible is None or self.site.of_encoder else visible[:, :n_keys]
-
-    def visible_rows(self, rows: Tensor, batch: int) -> Tensor | None:
-        visible = self.visible()
-        return None if visible is None else visible.expand(batch, -1)[rows]
+    def token_mask(self, rows: Tensor, batch: int) -> Tensor | None:  # shape: (rows, keys)
+        """False where a key of these rows is padding; None if no gate needs it, or nothing is padding."""
+        mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        return mask.expand(batch, -1)[rows] if isinstance(mask, Tensor) else mask
 
     def rows_by_adapter(self, batch: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Each adapter of a mixed batch that has a sub-layer here, with its rows.
+        """Each adapter of a mixed batch that has a sub-layer here, with the indices of its rows.
 
-        Beam search and modules that flatten tokens make several rows of one; they lie side by side.
+        Beam search and modules that flatten tokens repeat each row; its copies are adjacent.
         """
         adapters = FORWARD.row_adapters or []
-        each = batch // len(adapters)
-        names = [] if self._disable_adapters else [name for name in adapters for _ in range(each)]
+        copies = batch // len(adapters)
+        names = [] if self._disable_adapters else [name for name in adapters for _ in range(copies)]
         for name in dict.fromkeys(names):
             if name in self.sublayer_of:
                 yield name, torch.tensor([i for i, n in enumerate(names) if n == name], device=device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the sub-layers into the weight or bias of the host.
+        """Merge sub-layers into the weight or bias of the host.
 
         Raises:
             ValueError: `safe_merge` finds values that are not finite.
         """
         for name in adapter_names or self.active_adapters:
             if name in self.sublayer_of and name not in self.merged_adapters:
-                self._fold(self.sublayer_of[name], sign=1, safe=safe_merge)
+                merge_sublayer(self, self.sublayer_of[name], sign=1, safe=safe_merge)
                 self.merged_adapters = [*self.merged_adapters, name]
 
     def unmerge(self, keep: Sequence[str] = ()) -> None:
         """Take merged sub-layers out of the host again, all but those of the adapters in `keep`."""
         for name in [name for name in self.merged_adapters if name not in keep]:
-            self._fold(self.sublayer_of[name], sign=-1, safe=False)
+            merge_sublayer(self, self.sublayer_of[name], sign=-1, safe=False)
             self.merged_adapters = [other for other in self.merged_adapters if other != name]
-
-    @torch.no_grad()
-    def _fold(self, sublayer: nn.Module, sign: int, safe: bool) -> None:
-        base: Any = innermost(self.host)
-        if isinstance(sublayer, Bias):
-            self._unbiased = self._unbiased or base.bias is None
-            bias = torch.zeros_like(sublayer.b) if base.bias is None else base.bias
-            base.bias = nn.Parameter(finite(bias + sign * sublayer.b.to(bias), safe), requires_grad=False)
-            if self._unbiased and sign < 0 and len(self.merged_adapters) == 1:
-                base.bias = None  # as it was before the first was merged
-        elif isinstance(sublayer, LowRank):
-            self.quantization_backend = resolve_quantization_backend(base)
-            weight = self.get_base_weight()
-            delta = sublayer.delta_weight().to(weight)
-            self.set_base_weight(finite(weight + sign * (delta.T if isinstance(base, Conv1D) else delta), safe))
-
-
-class NotePadding:
-    """Before the attention of a block runs: tell the layers of the block which keys are padding.
-
-    It reads the mask inside the block, so that a block recomputed by gradient checkpointing reads its own mask again.
-    """
-
-    def __init__(self, attention: nn.Module):
-        self.key = new_key("padding")
-        self.keyword, self.position = mask_position(attention)
-
-    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
-        n_keys = 0 if mask is None else cached_tokens(attention, kwargs) + hidden_states(args, kwargs).shape[1]
-        known = mask is None or isinstance(mask, Tensor)
-        FORWARD.hand_on(self.key, (visible_tokens(mask) if known else mask, n_keys))
-
-
-def note_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
-    """Have an attention module note its mask, if it does not yet, until its block has run.
-
-    Returns:
-        The key of the note in `FORWARD.values`, and the new hooks.
-    """
-    for hook in attention._forward_pre_hooks.values():
-        if isinstance(hook, NotePadding):
-            return hook.key, []
-    note = NotePadding(attention)
-    return note.key, [
-        attention.register_forward_pre_hook(note, prepend=True, with_kwargs=True),
-        block.register_forward_hook(partial(forget_padding, note.key), always_call=True),
-    ]
-
-
-def forget_padding(key: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    FORWARD.values.pop(key, None)
-
-
-def block_of(model: nn.Module, attention: str) -> str:
-    """Path of the block of an attention module: its part of the outermost list (blocks of T5 have lists inside)."""
-    parts = attention.split(".")
-    for i in range(len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
-            return ".".join(parts[: i + 1])
-    return ".".join(parts[:-1])
 
 
 def holder_of(site: Site) -> str:
     """Path of the module that has the tuner layer of a site as a child.
 
-    That is the host, but the module in front of a norm: transformers' Trainer exempts from weight decay whatever lies
-    inside a norm. A norm that a user names by `sites=` holds the layer itself.
+    That is the host. For a norm it is the module in front of it: transformers' Trainer exempts everything inside a
+    norm from weight decay. A norm that a user names by `sites=` holds the layer itself.
     """
     return site.reads if site.act == "norm" and site.reads else site.host
 
@@ -244,19 +181,92 @@ def child_name(site: str, sublayer: str) -> str:
     return "trained_bias" if sublayer == "bias" else f"{site}_{sublayer}"
 
 
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a module reads: its first argument, however it was passed."""
-    return args[0] if args else kwargs["hidden_states"]
+NORM_BIAS = child_name("bias", "bias")
 
 
-def cached_tokens(attention: Any, kwargs: dict[str, Any]) -> int:
-    """Number of tokens in the cache before this forward."""
-    cache = given_cache(kwargs)
-    layer = getattr(attention, "layer_idx", getattr(attention, "layer_id", 0))
-    return 0 if cache is None else int(cache.get_seq_length(layer))
+class AddToOutput(TunerLayer):
+    """y = host(x) becomes y + f(y): sequential adapters and biases."""
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        # Before the other hooks of the host: a bias belongs to the host, and what a block returns is recorded by hooks
+        # of transformers (hidden states), which must see what the next block reads.
+        first = self.site.name in ("bias", "after_residual")
+        return [self.host.register_forward_hook(partial(add_to_output, self.name), prepend=first)]
 
 
-def finite(value: Tensor, safe: bool) -> Tensor:
-    if safe and not value.isfinite().all():
-        raise ValueError("`safe_merge` (=True) found values that are not finite in the merged weight.")
-    return value
+def add_to_output(name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    layer = getattr(host, name)
+    if isinstance(output, tuple):
+        return with_first(output, layer.add(output[0], output[0]))
+    return layer.add(output, output)
+
+
+class AddOfInput(TunerLayer):
+    """y = host(x) becomes y + f(x): low-rank updates of a leaf, adapters parallel to a module."""
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        return [self.host.register_forward_hook(partial(add_of_input, self.name), with_kwargs=True)]
+
+
+def add_of_input(name: str, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    layer, x = getattr(host, name), args[0] if args else kwargs["hidden_states"]
+    if isinstance(output, tuple):
+        return with_first(output, layer.add(output[0], x))
+    return layer.add(output, x)
+
+
+class AddBeforeNorm(TunerLayer):
+    """norm(s) becomes norm(s + f(norm(s))): Pfeiffer's place, where s is the FFN's output plus the residual.
+
+    The layer is a child of the module in front of the norm (see `holder_of`), which hands it to the hook of the norm.
+    That module is inside the block: hooks of the block itself do not run again under gradient checkpointing.
+    """
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        key = new_key(self.site.host)
+        return [
+            self.holder.register_forward_pre_hook(partial(hand_layer, key, self.name)),
+            self.host.register_forward_hook(partial(add_before_norm, key), with_kwargs=True),
+        ]
+
+
+def hand_layer(key: str, name: str, holder: nn.Module, args: tuple[Any, ...]) -> None:
+    FORWARD.hand_on(key, getattr(holder, name))
+
+
+def add_before_norm(key: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    layer, s = FORWARD.values.pop(key), args[0] if args else kwargs["hidden_states"]
+    changed = layer.add(s, output)
+    if changed is s:
+        return output
+    output = norm.forward(changed)
+    bias = getattr(norm, NORM_BIAS, None)  # its own hook has added it to the first output
+    return output if bias is None else bias.add(output, output)
+
+
+class AddOfSpan(TunerLayer):
+    """y = last(... first(x)) becomes y + f(x), where x enters one module and y leaves another."""
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        key, first = new_key(self.site.host), model.get_submodule(self.site.reads)
+        return [
+            first.register_forward_pre_hook(partial(hand_input, key), with_kwargs=True),
+            self.host.register_forward_hook(partial(add_of_span, key, self.name)),
+        ]
+
+
+def hand_input(key: str, first: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    FORWARD.hand_on(key, hidden_states(args, kwargs))
+
+
+def add_of_span(key: str, name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    layer, x = getattr(host, name), FORWARD.values.pop(key)
+    if isinstance(output, tuple):
+        return with_first(output, layer.add(output[0], x))
+    return layer.add(output, x)
+
+
+def with_first(output: tuple[Any, ...], first: Tensor) -> Any:
+    """A tuple, named or not, with another first element."""
+    make: Any = getattr(output, "_make", tuple)
+    return make((first, *output[1:]))

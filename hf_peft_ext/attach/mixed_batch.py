@@ -7,8 +7,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hf_peft_ext.attach.forward_state import FORWARD
-from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.attach.forward_state import FORWARD, hidden_states
 from hf_peft_ext.validation.checks import check
 
 # Arguments that hold the rows of a batch.

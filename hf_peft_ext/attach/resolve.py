@@ -8,7 +8,7 @@ from peft import IA3Config
 from torch import nn
 from transformers.utils import logging
 
-from hf_peft_ext.attach.attention import check_kernel
+from hf_peft_ext.attach.attention import kernel_name
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import child_name
 from hf_peft_ext.attach.make_sublayer import pooling
@@ -178,7 +178,7 @@ def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
     """Refuse a site whose modules have other widths, or run in another order, than the sub-layer needs."""
     at = f"Architecture '{name_of(model)}' has no place for `{placement.sublayer}` at `{site.name}` of {site.host}"
     if placement.sublayer == "prefix":
-        check_kernel(model.get_submodule(site.host))
+        kernel_name(model.get_submodule(site.host))
     if site.act == "span" and ends_first(model, site.reads, site.host):
         raise ValueError(f"{at}, which runs before {site.reads}, whose input it should read; leave it out.")
     (d_in, _), (_, d_out) = (widths(model.get_submodule(path)) for path in (site.reads or site.host, site.host))

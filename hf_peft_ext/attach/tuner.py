@@ -10,15 +10,24 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, unload_auxiliary
-from hf_peft_ext.attach.attention import InAttention, InCache
+from hf_peft_ext.attach.attention import AttentionPrefix
+from hf_peft_ext.attach.cache_prefix import CachePrefix
 from hf_peft_ext.attach.config import PlacedConfig
-from hf_peft_ext.attach.hook_layers import AddBeforeNorm, AddOfInput, AddOfSpan, AddToOutput
-from hf_peft_ext.attach.layer import TunerLayer, child_name, holder_of
+from hf_peft_ext.attach.layer import (
+    AddBeforeNorm,
+    AddOfInput,
+    AddOfSpan,
+    AddToOutput,
+    TunerLayer,
+    child_name,
+    holder_of,
+)
 from hf_peft_ext.attach.make_sublayer import Projections, build
+from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_names, check_unmerged, mixed_batch
 from hf_peft_ext.attach.resolve import excluded, plan
 from hf_peft_ext.model.quantization import keep_4bit_trainable
-from hf_peft_ext.sublayers import Bias, LowRank, ProjectedPrefix
+from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
 
 LAYERS: dict[str, type[TunerLayer]] = {
@@ -26,8 +35,8 @@ LAYERS: dict[str, type[TunerLayer]] = {
     "input": AddOfInput,
     "norm": AddBeforeNorm,
     "span": AddOfSpan,
-    "attention": InAttention,
-    "cache": InCache,
+    "attention": AttentionPrefix,
+    "cache": CachePrefix,
 }
 
 
@@ -192,7 +201,7 @@ class ComposedModel(AdapterTuner):
 
 def warn_of_new_biases(model: nn.Module) -> None:
     """Say that a merged bias is lost on saving where the model's class has none."""
-    if any(layer._unbiased for layer in tuner_layers(model)):
+    if any(layer.adds_bias for layer in tuner_layers(model)):
         warnings.warn(
             "The merged model has biases that its class does not build: they work in memory, but its save_pretrained "
             "and from_pretrained lose them. Save the adapter instead.",
@@ -203,12 +212,6 @@ def warn_of_new_biases(model: nn.Module) -> None:
 def tuner_layers(model: nn.Module) -> list[TunerLayer]:
     """The tuner layers of this package in a model."""
     return [module for module in model.modules() if isinstance(module, TunerLayer)]
-
-
-def can_merge(sublayer: nn.Module) -> bool:
-    if isinstance(sublayer, LowRank):
-        return sublayer.gate is None or sublayer.gate.is_constant
-    return isinstance(sublayer, Bias)
 
 
 def merge_prefix_projections(model: nn.Module, adapter_name: str | None = None) -> int:
@@ -231,6 +234,6 @@ def merge_prefix_projections(model: nn.Module, adapter_name: str | None = None) 
     for layer in layers:
         for name, prefix in layer.sublayer_of.items():
             if isinstance(prefix, ProjectedPrefix) and adapter_name in (None, name):
-                layer.sublayer_of[name] = prefix.fold()
+                layer.sublayer_of[name] = prefix.to_plain()
                 folded += 1
     return folded

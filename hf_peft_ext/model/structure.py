@@ -248,9 +248,9 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
         sizes: role -> (d_in, d_out) of the module's leaves, and of its output leaf, which may be beside it.
     """
     if "latent" in sizes:
-        d_nope, d_rope, d_v = (width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
+        d_nope, d_rope, d_v = (attribute_width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
         return (sizes["latent"][1] // (d_nope + d_v), d_nope + d_rope, d_v) if d_nope and d_v else (0, 0, 0)
-    d_k = width(attention, *HEAD_WIDTHS)
+    d_k = attribute_width(attention, *HEAD_WIDTHS)
     if "key" in sizes and "value" in sizes and d_k:
         heads = sizes["key"][1] // d_k
         return (heads, d_k, sizes["value"][1] // heads) if heads else (0, 0, 0)
@@ -266,7 +266,7 @@ def is_causal(attention: nn.Module) -> bool:
     return bool(getattr(attention, "is_causal", not bidirectional))
 
 
-def width(attention: nn.Module, *names: str) -> int:
+def attribute_width(attention: nn.Module, *names: str) -> int:
     """The first of these attributes of the module or its config; 0 if there is none."""
     owners = (attention, getattr(attention, "config", None))
     return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)

@@ -1,11 +1,11 @@
 """The four sub-layers and their gate: torch only, one formula a file.
 
-A sub-layer knows nothing of models, adapters or peft. `tuners` attaches it to a module of the base model.
+A sub-layer knows nothing of models, adapters or peft; `hf_peft_ext.attach` attaches it to a module of the base model.
 """
 
-from hf_peft_ext.sublayers.additive import Additive as Additive
 from hf_peft_ext.sublayers.bias import Bias as Bias
 from hf_peft_ext.sublayers.bottleneck import Bottleneck as Bottleneck
+from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
 from hf_peft_ext.sublayers.prefix import Prefix as Prefix

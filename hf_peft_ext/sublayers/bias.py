@@ -9,7 +9,7 @@ class Bias(nn.Module):
 
     BitFit, Ben Zaken et al. 2022 (https://arxiv.org/abs/2106.10199). Where the base module has a bias b_0, the trained
     bias of the paper is b_0 + b: the same function and the same gradient, while the base model stays untouched. Where
-    it has none, b is the zero-initialised bias that is added to it.
+    it has none, b is a new bias that starts at zero.
 
     Args:
         d: width of y.
@@ -24,14 +24,16 @@ class Bias(nn.Module):
     def forward(
         self,
         x: Tensor | None = None,  # unused: a bias reads nothing
-        visible: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:  # shape: (d,)
+        """b."""
         return self.b
 
     def add(
         self,
         y: Tensor,  # shape: (*batch, d)
         x: Tensor | None = None,
-        visible: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:  # shape: (*batch, d)
+        """y + b."""
         return y + self.b.to(y.dtype)

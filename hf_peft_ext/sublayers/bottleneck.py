@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_peft_ext.sublayers.additive import Additive, cast, gate_of
-from hf_peft_ext.sublayers.gate import Gate
+from hf_peft_ext.sublayers.gate import Additive, Gate, cast, gate_factor
 
 
 class Bottleneck(Additive):
@@ -15,7 +14,7 @@ class Bottleneck(Additive):
 
     Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751), Figure 2; Pfeiffer et al. 2021
     (https://arxiv.org/abs/2005.00247); scaled and in parallel, He et al. 2022 (https://arxiv.org/abs/2110.04366),
-    Table 1. Whether it is sequential, y + f(y), or parallel, y + f(x), is a matter of the site.
+    Table 1. The site decides whether it is sequential, y + f(y), or parallel, y + f(x).
 
     Args:
         d: width of x and of the output.
@@ -24,7 +23,8 @@ class Bottleneck(Additive):
         dropout: probability, on the code.
         scaling: s, a number or "learned" (a scalar that starts at 1).
         init: standard deviation of both matrices at the start, or "lora": W_down Kaiming uniform, W_up zero, so that
-            the sub-layer starts as nothing.
+            f = 0 at the start.
+        gate: g, of width d; None for none.
     """
 
     scaling: float | nn.Parameter
@@ -58,15 +58,17 @@ class Bottleneck(Additive):
     def forward(
         self,
         x: Tensor,  # shape: (*batch, d)
-        visible: Tensor | None = None,  # shape: (batch, length)
+        token_mask: Tensor | None = None,  # shape: (batch, length)
     ) -> Tensor:  # shape: (*batch, d)
-        z = self.activation(self.down(cast(x, self.down.weight)))
-        return gate_of(self.gate, x, visible) * self.scaling * self.up(self.dropout(z))
+        """f(x)."""
+        z = self.activation(self.down(cast(x, self.down.weight)))  # (*batch, r)
+        return gate_factor(self.gate, x, token_mask) * self.scaling * self.up(self.dropout(z))
 
-    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-        z, g = self.project(x, self.down.weight, visible)
+    def code(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[g s phi(W_down x + b_down), g s], shape (*batch, r + 1), and [W_up, b_up], shape (d, r + 1)."""
+        z, g = self.project(x, self.down.weight, token_mask)
         z = self.dropout(self.activation(z + self.down.bias))
-        z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)  # the last column widens into b_up
+        z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)
         if not isinstance(self.scaling, float) or self.scaling != 1.0:
             z = z * self.scaling
         return (z if g is None else z * g), torch.cat([self.up.weight, self.up.bias.unsqueeze(1)], dim=1)

@@ -1,4 +1,4 @@
-"""LoRA's low-rank update, as a branch that can stand beside others and be gated."""
+"""LoRA's low-rank update, as a branch with an optional gate."""
 
 import math
 from typing import Literal
@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_peft_ext.sublayers.additive import Additive, cast, gate_of
-from hf_peft_ext.sublayers.gate import Gate
+from hf_peft_ext.sublayers.gate import Additive, Gate, cast, gate_factor
 
 
 class LowRank(Additive):
     """delta(x) = g(x) (alpha / r) B A x,  A: (r, d_in), B: (d_out, r), B zero at the start; g = 1 without a gate.
 
-    LoRA, Hu et al. 2022 (https://arxiv.org/abs/2106.09685), Eq. 3, with peft's initialisations. UniPELT's code lets g
-    take the place of alpha / r; `alpha = r` gives that.
+    LoRA, Hu et al. 2022 (https://arxiv.org/abs/2106.09685), Eq. 3, with peft's initialisations. UniPELT's code
+    replaces alpha / r by g; `alpha = r` gives that.
 
     Args:
         d_in: width of x.
@@ -24,7 +23,8 @@ class LowRank(Additive):
         alpha: numerator of the scaling.
         dropout: probability, on x, before A.
         init_lora_weights: True (Kaiming uniform) or "gaussian" for A, as in `peft.LoraConfig`.
-        rows: where the base output is wider than d_out (fused projections), the d_out rows of it that are updated.
+        gate: g, of width d_in; None for none.
+        rows: in a fused projection, whose output is wider than d_out, the d_out rows that are updated.
         width: width of the base output, needed with `rows`.
     """
 
@@ -58,27 +58,30 @@ class LowRank(Additive):
     def forward(
         self,
         x: Tensor,  # shape: (*batch, d_in)
-        visible: Tensor | None = None,  # shape: (batch, length)
+        token_mask: Tensor | None = None,  # shape: (batch, length)
     ) -> Tensor:  # shape: (*batch, d_out or width)
-        z = F.linear(self.dropout(cast(x, self.A)), self.A)
-        return gate_of(self.gate, x, visible) * self.scaling * F.linear(z, self.up())
+        """delta(x)."""
+        z = F.linear(self.dropout(cast(x, self.A)), self.A)  # (*batch, r)
+        return gate_factor(self.gate, x, token_mask) * self.scaling * F.linear(z, self.up())
 
-    def code(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    def code(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """g (alpha / r) A x, shape (*batch, r), and B, shape (d_out or width, r)."""
+        up = self.B if self.rows is None else self.up()
         if self.dropout.p and self.training:  # the gate reads x without dropout, so there is no product for both
             z = F.linear(self.dropout(cast(x, self.A)), self.A)
-            return z * self.scaling * gate_of(self.gate, x, visible), self.up()
-        z, g = self.project(x, self.A, visible)
+            return z * self.scaling * gate_factor(self.gate, x, token_mask), up
+        z, g = self.project(x, self.A, token_mask)
         z = z * self.scaling
-        return (z if g is None else z * g), self.up()
+        return (z if g is None else z * g), up
 
     def up(self) -> Tensor:  # shape: (d_out or width, r)
-        """B, spread over the rows of the base output."""
+        """B; in a fused projection, B in its rows and zeros in the others."""
         if self.rows is None:
             return self.B
         return self.B.new_zeros(self.width, self.B.shape[1]).index_copy(0, self.rows, self.B)
 
     def delta_weight(self) -> Tensor:  # shape: (d_out or width, d_in)
-        """The update of the base weight. Only without a gate, or with a constant one.
+        """g (alpha / r) B A, the update of the base weight. Only without a gate, or with a constant one.
 
         Raises:
             ValueError: the gate depends on the input.

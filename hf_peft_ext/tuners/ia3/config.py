@@ -78,14 +78,14 @@ def meet(model: nn.Module, config: IA3Config) -> tuple[IA3Config, dict[str, Tens
     is copied first.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: as `resolve_targets`.
     """
     asked = asked_by(config) or config
     if not isinstance(asked, TFewConfig):
         return config, {}
     heads = config.modules_to_save and list(config.modules_to_save)  # peft adds to the list
     asked = replace(asked, modules_to_save=heads, inference_mode=config.inference_mode)
-    resolved, kept = resolve(model, asked)
+    resolved, kept = resolve_targets(model, asked)
     if isinstance(config, TFewConfig):
         become(config, resolved, asked)
         return config, kept
@@ -104,7 +104,7 @@ class Resolved(NamedTuple):
     kept: dict[str, Tensor]
 
 
-def resolve(model: nn.Module, config: TFewConfig) -> Resolved:
+def resolve_targets(model: nn.Module, config: TFewConfig) -> Resolved:
     """The adapter of a config on a model, which is not changed.
 
     Args:

@@ -22,7 +22,7 @@ class IA3Model(peft.IA3Model):
         """Attach an adapter. With a `TFewConfig`, every error is raised before the model is changed.
 
         Raises:
-            ValueError: see `tuners.ia3.config.resolve`.
+            ValueError: see `tuners.ia3.config.resolve_targets`.
         """
         self.peft_config[adapter_name], kept = meet(model, cast(Any, self.peft_config[adapter_name]))
         keep_4bit_trainable(model)
