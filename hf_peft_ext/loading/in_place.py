@@ -22,7 +22,7 @@ from hf_peft_ext.attach.tuner import tuner_layers
 from hf_peft_ext.loading.expected_tensors import MetaAdapter, attach_on_meta, tensors_of
 from hf_peft_ext.loading.weights import check_weights
 
-HEADS = ("classifier", "score", "qa_outputs", "qa_output")  # modules that peft saves whole for a task type
+HEAD_NAMES = ("classifier", "score", "qa_outputs", "qa_output")  # modules that peft saves whole for a task type
 # peft's initialisations that need shapes only, and fields that read the weights of the base model.
 PLAIN_STARTS = (True, False, "gaussian")
 COMPUTED = ("use_dora", "trainable_token_indices", "loftq_config", "lora_ga_config", "eva_config", "corda_config")
@@ -83,7 +83,7 @@ def can_load_in_place(
         return False
     if any(adapter_name in path for path in by_path):
         return False
-    heads = (*HEADS, *(config.modules_to_save or []))
+    heads = (*HEAD_NAMES, *(config.modules_to_save or []))
     copied = [module for path, module in by_path.items() if path.endswith(heads)]
     return 2 * sum(tensor.numel() for module in copied for tensor in tensors_of(module.modules())) <= file_size
 
