@@ -15,12 +15,9 @@ SCRIPT = ROOT / "tools" / "house.py"
 House = runpy.run_path(str(SCRIPT))["House"]
 
 DOCUMENTED = 95  # percent of the public functions, classes and methods
-# Names that several modules may define: each has its own logger.
-ALIKE = {"logger"}
-# Names that several modules define and that are to be told apart.
-TO_RENAME = {
-    *("ROLES", "SITES", "aligned", "check_keys", "check_names", "gate_of", "load_adapter", "refuse", "widened"),
-}
+# Names that several modules may define: each has its own logger, and `checked_loading` extends a method of PeftModel by a
+# function of its name.
+ALIKE = {"logger", "load_adapter"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def test_public_names_have_docstrings(house):
 def test_no_two_public_names_are_alike(house, constants):
     """One name means one thing; importing it from another module is no definition."""
     alike = house.names_alike(constants)
-    assert {name: modules for name, modules in alike.items() if name not in ALIKE | TO_RENAME} == {}
+    assert {name: modules for name, modules in alike.items() if name not in ALIKE} == {}
 
 
 FILES = {

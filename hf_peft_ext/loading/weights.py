@@ -30,7 +30,7 @@ def check_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:  # checks lengths, offsets and types
-            check_keys(file.keys(), expected)
+            check_tensor_names(file.keys(), expected)
             for key, tensor in expected.items():
                 check_shape(key, file.get_slice(key), tensor)
             for key in expected:
@@ -51,7 +51,7 @@ def check_header(path: Path) -> None:
     parse_json(read_start(path, 8 + length)[8:], f"The header of {path}")
 
 
-def check_keys(in_file: Iterable[str], expected: Iterable[str]) -> None:
+def check_tensor_names(in_file: Iterable[str], expected: Iterable[str]) -> None:
     """Refuse extra and missing keys.
 
     Raises:

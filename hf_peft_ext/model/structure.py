@@ -18,7 +18,7 @@ from hf_peft_ext.model.calls import code_of, parameters
 from hf_peft_ext.model.calls import own_modules as own_modules
 
 # The role of a leaf of an attention module, by its name.
-ROLES = {
+LEAF_ROLES = {
     "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
               "project_q", "q_head"},
     "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head"},
@@ -168,7 +168,7 @@ def attends(attention: nn.Module) -> bool:
 def attention_leaves(module: nn.Module) -> dict[str, str]:
     """Role -> name of the linear leaves directly in an attention module."""
     leaves = [name for name, child in module.named_children() if leaf_size(child)]
-    return {role: name for role, names in ROLES.items() for name in leaves if name.lower() in names}
+    return {role: name for role, names in LEAF_ROLES.items() for name in leaves if name.lower() in names}
 
 
 def role_sizes(attention: nn.Module) -> dict[str, tuple[int, int]]:

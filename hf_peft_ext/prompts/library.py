@@ -80,12 +80,12 @@ def read(path: Path) -> list[PromptTemplate]:
     names = [one.name for one in templates]
     for name in names:
         if names.count(name) > 1:
-            refuse(path, f"has {names.count(name)} templates with the name {name!r}")
+            refuse_file(path, f"has {names.count(name)} templates with the name {name!r}")
     documented = set(content.get("fields", {}))
     for one in templates:
         missing = sorted((one.fields | {one.answer}) - documented)
         if documented and missing:
-            refuse(path, f"lacks in `fields` what template {one.name!r} reads: {', '.join(missing)}")
+            refuse_file(path, f"lacks in `fields` what template {one.name!r} reads: {', '.join(missing)}")
     return templates
 
 
@@ -97,7 +97,7 @@ def parsed(path: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        refuse(path, f"has {size:,} bytes; a set of templates may have {MAX_BYTES:,}")
+        refuse_file(path, f"has {size:,} bytes; a set of templates may have {MAX_BYTES:,}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # only texts, lists and mappings
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -132,11 +132,11 @@ def check_keys(path: Path, what: str, part: Any, allowed: set[str], needed: set[
     unknown, missing = sorted(part.keys() - allowed), sorted(needed - part.keys())
     if unknown:
         names, rule = ", ".join(unknown), f"allowed are {', '.join(sorted(allowed))}"
-        refuse(path, f"has unknown keys in {what}: {names}; {rule}")
+        refuse_file(path, f"has unknown keys in {what}: {names}; {rule}")
     if missing:
-        refuse(path, f"lacks keys in {what}: {', '.join(missing)}")
+        refuse_file(path, f"lacks keys in {what}: {', '.join(missing)}")
 
 
-def refuse(path: Path, rule: str) -> NoReturn:
+def refuse_file(path: Path, rule: str) -> NoReturn:
     """Raise a ValueError that names the file."""
     raise ValueError(f"{path.name} {rule}.")

@@ -79,7 +79,7 @@ def kept(method: Settings, sites: list[Site]) -> list[Site]:
     return sites
 
 
-def gate_of(method: Settings) -> GatePooling | None:
+def gate_pooling_of(method: Settings) -> GatePooling | None:
     """The pooling of the library's gates: a mean that includes padding."""
     return "mean_padded" if method.get("use_gating") else None
 
@@ -127,7 +127,7 @@ def bottlenecks(
         if method.get("use_gating"):
             tensors |= linear_state(checkpoint, f"{name}.gate", "gate")
         r = len(tensors["down.bias"])
-        yield ConvertedSublayer("bottleneck", site, gate_of(method), {"r": r, **options}, tensors)
+        yield ConvertedSublayer("bottleneck", site, gate_pooling_of(method), {"r": r, **options}, tensors)
 
 
 def bottleneck_sites(method: Settings, pre_norm: bool) -> list[str]:
@@ -192,7 +192,7 @@ def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[
         parts = {name: tensor.tensor_split(len(group)) for name, tensor in tensors.items()}
         for index, site in enumerate(group):
             own = {name: chunks[index] for name, chunks in parts.items()}
-            yield ConvertedSublayer("low_rank", site, gate_of(method), options, own)
+            yield ConvertedSublayer("low_rank", site, gate_pooling_of(method), options, own)
 
 
 # Prefixes
@@ -217,7 +217,7 @@ def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[S
             tensors = {"P_K": p_k, "P_V": p_v}
             if method.get("use_gating"):
                 tensors |= linear_state(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
-            yield ConvertedSublayer("prefix", site, gate_of(method), options, tensors)
+            yield ConvertedSublayer("prefix", site, gate_pooling_of(method), options, tensors)
 
 
 def prefix_name(model: Any, site: Site) -> str:

@@ -36,7 +36,7 @@ def stock_lora(converted: list[ConvertedSublayer], model: Any) -> tuple[PeftConf
     for host, group in groupby(converted, lambda one: one.site.host):
         parts = list(group)
         state[f"{host}.lora_A.weight"] = torch.cat([one.tensors["A"] for one in parts])
-        state[f"{host}.lora_B.weight"] = torch.cat([widened(one.tensors["B"], one.site) for one in parts], dim=1)
+        state[f"{host}.lora_B.weight"] = torch.cat([full_rows(one.tensors["B"], one.site) for one in parts], dim=1)
         branches[host] = len(parts)
     fused = {host.rpartition(".")[2]: n for host, n in branches.items() if n > 1}
     config = LoraConfig(
@@ -48,7 +48,7 @@ def stock_lora(converted: list[ConvertedSublayer], model: Any) -> tuple[PeftConf
     return config, state
 
 
-def widened(
+def full_rows(
     b: Tensor,  # shape: (d_out, r)
     site: Site,
 ) -> Tensor:  # shape: (width of the leaf, r)

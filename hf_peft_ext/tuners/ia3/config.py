@@ -18,7 +18,7 @@ from hf_peft_ext.model.structure import innermost, layer_paths, own_modules
 from hf_peft_ext.tuners.ia3.target_modules import module_names
 from hf_peft_ext.validation.checks import check, check_names
 
-SITES = ("key", "value", "ffn_output")
+TFEW_TARGETS = ("key", "value", "ffn_output")
 
 
 @dataclass
@@ -47,12 +47,12 @@ class TFewConfig(NamedFields, IA3Config):
         ValueError: a field is unknown, or its value breaks a rule.
     """
 
-    targets: Sequence[str] = field(default=SITES, metadata={"help": "What is scaled."})
+    targets: Sequence[str] = field(default=TFEW_TARGETS, metadata={"help": "What is scaled."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Target -> modules."})
 
     def __post_init__(self) -> None:
-        targets = (*SITES, "cross_key", "cross_value")
+        targets = (*TFEW_TARGETS, "cross_key", "cross_value")
         self.targets = check_names("targets", self.targets, targets)
         for name in ("target_modules", "feedforward_modules"):
             rule = "must be None: TFewConfig finds the modules; say where they are by `sites`, or use IA3Config"
