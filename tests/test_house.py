@@ -15,8 +15,7 @@ SCRIPT = ROOT / "tools" / "house.py"
 House = runpy.run_path(str(SCRIPT))["House"]
 
 DOCUMENTED = 95  # percent of the public functions, classes and methods
-# Names that several modules may define: each has its own logger, and `checked_loading` extends a method of PeftModel by a
-# function of its name.
+# Names that several modules may define: loggers; `checked_loading` extends a method of PeftModel by its name.
 ALIKE = {"logger", "load_adapter"}
 
 
