@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
-logging.disable(logging.WARNING)  # what libraries say while they are imported and models are loaded
+logging.disable(logging.WARNING)  # of libraries, during imports and the loading of models
 warnings.filterwarnings("ignore")
 
 import torch
@@ -94,7 +94,7 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 
 class Task(NamedTuple):
-    """What all runs share."""
+    """Data and settings that all runs share."""
 
     model: str  # a name on the Hub or a folder
     intents: list[str]
@@ -104,7 +104,7 @@ class Task(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """One finished run. Plain numbers, since it comes from another process."""
+    """The result of a run, in plain numbers, because it comes from another process."""
 
     method: str
     seed: int
@@ -169,7 +169,7 @@ def main(seeds: int, examples: int, epochs: int, output: Path) -> None:
 
 
 def train_all(task: Task, draws: list[list[Row]]) -> list[Trained]:
-    """Every method on every draw, in two processes."""
+    """Train every method on every draw, in two processes."""
     context = get_context("spawn")  # a fork of a process that has used torch can hang
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=context) as pool:
         jobs = [(method, seed) for method in reversed(METHODS) for seed in range(len(draws))]  # the slowest first
@@ -186,7 +186,7 @@ def train_all(task: Task, draws: list[list[Row]]) -> list[Trained]:
 
 
 def train_one(task: Task, train: list[Row], method: str, seed: int) -> Trained:
-    """One run, in a process of its own."""
+    """Train once, in a separate process."""
     torch.manual_seed(seed)
     config, lr = METHODS[method]
     model = new_model(task) if config is None else get_peft_model(new_model(task), config)
@@ -258,7 +258,7 @@ def heading(text: str) -> None:
 
 
 def find_model() -> str:
-    """The name of the model if the Hub answers, else the folder where a Python package has the same model."""
+    """The model's name if the Hub can be reached, else the folder of a Python package with the same model."""
     if not hub.HF_HUB_OFFLINE:
         try:
             with urllib.request.urlopen(f"{hub.ENDPOINT}/api/models/{HUB_MODEL}", timeout=3):
@@ -274,7 +274,7 @@ def find_model() -> str:
 
 
 def draw(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
-    """n rows at random, equally many of each intent (one more of some where n does not divide)."""
+    """Draw n rows with equal numbers of each intent; some have one more if n is not divisible."""
     shuffled = random.Random(seed).sample(rows, len(rows))
     intents = dict.fromkeys(row["intent"] for row in shuffled)
     turns = zip_longest(*([row for row in shuffled if row["intent"] == intent] for intent in intents))
@@ -282,7 +282,11 @@ def draw(rows: list[dict[str, str]], n: int, seed: int) -> list[dict[str, str]]:
 
 
 def fit(model: nn.Module, batch: Batch, lr: float, steps: int, name: str) -> list[float]:
-    """AdamW, linear warm-up over a tenth of the steps, then linear decay. Returns milliseconds a step (processor)."""
+    """Train with AdamW: linear warm-up for a tenth of the steps, then linear decay.
+
+    Returns:
+        Processor time of the median step, in milliseconds.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     milliseconds, next_line = [], 0.0
@@ -304,21 +308,21 @@ def fit(model: nn.Module, batch: Batch, lr: float, steps: int, name: str) -> lis
 
 
 def shuffled_batches(batch: Batch) -> list[Tensor]:
-    """Rows in random batches, each of messages of about one length, which halves the time that goes into padding."""
+    """Random batches of messages of similar length, which halves the time spent on padding."""
     lengths = batch["attention_mask"].sum(1)
     batches = (lengths + 10 * torch.rand(len(lengths))).argsort().split(BATCH_SIZE)
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
 def rows_of(batch: Batch, chosen: Tensor) -> Batch:
-    """The chosen rows of a batch, as wide as the longest of them."""
+    """The selected rows of a batch, cut to the longest of them."""
     length = int(batch["attention_mask"][chosen].sum(1).max())
     return {name: x[chosen, :length] if x.ndim == 2 else x[chosen] for name, x in batch.items()}
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, batch: Batch) -> Tensor:  # shape: (rows, intents)
-    """The logits, computed in batches of messages of about one length."""
+    """The logits, computed in batches of messages of similar length."""
     order = batch["attention_mask"].sum(1).argsort()
     logits = torch.cat([model(**rows_of(batch, part)).logits for part in order.split(32)])
     return logits[order.argsort()]
@@ -332,7 +336,7 @@ def weights_kib(model: nn.Module) -> float:
 
 
 def draw_gates(values: dict[str, Tensor], file: Path) -> None:
-    """A heat map of the gates, each its mean over the examples."""
+    """Draw a heat map of the gates, averaged over the examples."""
     layers = range(1 + max(int(name.split(".")[0]) for name in values))
     grid = [[values[f"{layer}.{name}"].mean().item() for layer in layers] for name in SUBLAYERS]
     figure = Figure(figsize=(8, 3.8), layout="constrained")

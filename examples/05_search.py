@@ -24,7 +24,7 @@ import random
 import warnings
 from pathlib import Path
 
-logging.disable(logging.WARNING)  # what libraries say while they are imported and models are loaded
+logging.disable(logging.WARNING)  # of libraries, during imports and the loading of models
 warnings.filterwarnings("ignore")
 
 import torch

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-Batch = TypeVar("Batch")
+BatchT = TypeVar("BatchT")
 
 
 def train_steps(
     parameters: Sequence[nn.Parameter],
-    loss: Callable[[Batch], Tensor],
-    batches: Iterable[Batch],
+    loss: Callable[[BatchT], Tensor],
+    batches: Iterable[BatchT],
     steps: int,
     lr: float,
     warmup_steps: int,

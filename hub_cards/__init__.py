@@ -1,10 +1,10 @@
-"""Cards and safe pushes: what others need to know and to trust of an adapter."""
+"""Model cards of adapters, and pushes of adapters to the Hub."""
 
 from hf_peft_ext.hub_cards.card import AdapterCard as AdapterCard
-from hf_peft_ext.hub_cards.card import is_as_written as is_as_written
 from hf_peft_ext.hub_cards.card import write_card as write_card
+from hf_peft_ext.hub_cards.card_files import is_as_written as is_as_written
 from hf_peft_ext.hub_cards.peft_integration import (
-    CardWarning as CardWarning,  # what PeftModel's own methods do for adapters of this package
+    CardWarning as CardWarning,  # the module extends methods of PeftModel
 )
 from hf_peft_ext.hub_cards.push import PushError as PushError
 from hf_peft_ext.hub_cards.push import publishable as publishable

@@ -1,6 +1,6 @@
-"""The figures of a card: the gates of an adapter by layer and sub-layer, and the losses of its training.
+"""The figures of a card: gates by layer and sub-layer, and losses by step.
 
-They need matplotlib (`pip install "hf_peft_ext[figures]"`); without it a card goes without figures.
+They need matplotlib (`pip install "hf_peft_ext[figures]"`); without it a card has no figures.
 """
 
 import io
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.record import TrainingRecord
 
 if TYPE_CHECKING:
@@ -18,60 +18,60 @@ if TYPE_CHECKING:
 GATES, LOSSES = "figures/gates.png", "figures/losses.png"
 INK, FAINT, NONE = "#1a1a2e", "#c9ccd6", "#dcdce2"
 COLORS = ("#1f5fbf", "#d1495b", "#2e933c", "#8a5fbf", "#e08e1b", "#17a2a2", "#8c564b", "#7f7f7f")
-WIDEST = 16  # layers whose fields have room for a number
+MAX_LABELLED = 16  # layers whose fields have room for a number
 Points = list[tuple[float, float]]
 
 
 def drawable(record: TrainingRecord) -> list[str]:
-    """The files that `draw` makes of a record."""
+    """The names of the figures that a record has data for; empty without matplotlib."""
     if find_spec("matplotlib") is None:
         return []
-    there = {GATES: gate_grid(record.gates), LOSSES: loss_curves(record)}
-    return [name for name, values in there.items() if values]
+    data = {GATES: gate_grid(record.gates), LOSSES: loss_curves(record)}
+    return [name for name, values in data.items() if values]
 
 
-def draw(record: TrainingRecord) -> dict[str, bytes]:
-    """File name -> PNG."""
-    makers = {GATES: lambda: heat_map(gate_grid(record.gates)), LOSSES: lambda: curves(loss_curves(record))}
-    return {name: png(makers[name]()) for name in drawable(record)}
+def draw_figures(record: TrainingRecord) -> dict[str, bytes]:
+    """Draw the figures of a record: file name -> PNG."""
+    plots = {GATES: lambda: heat_map(gate_grid(record.gates)), LOSSES: lambda: curves(loss_curves(record))}
+    return {name: png(plots[name]()) for name in drawable(record)}
 
 
 def gate_grid(gates: Mapping[str, float]) -> dict[str, dict[int, float]]:
-    """Sub-layer -> layer -> gate, of names such as "3.query_low_rank" as `gate_values` gives them."""
+    """Sub-layer -> layer -> gate, from names such as "3.query_low_rank", see `gate_values`."""
     grid: dict[str, dict[int, float]] = {}
     for name, value in gates.items():
-        if found := re.fullmatch(r"(?:.*?\.)??(\d+)\.(.+)", name, flags=re.DOTALL):
-            grid.setdefault(found[2], {})[int(found[1])] = value
+        if match := re.fullmatch(r"(?:.*?\.)??(\d+)\.(.+)", name, flags=re.DOTALL):
+            grid.setdefault(match[2], {})[int(match[1])] = value
     return grid
 
 
 def loss_curves(record: TrainingRecord) -> dict[str, Points]:
-    """Name -> (step, value) of the losses in the log and their terms, the training loss first."""
-    found: dict[str, Points] = {}
+    """Name -> (step, value) of the losses in the log and of their terms, the training loss first."""
+    curves: dict[str, Points] = {}
     for entry in record.history:
         for name, value in entry.items():
             if "step" in entry and ("loss" in name or name.removeprefix("eval_") in record.loss_terms):
-                found.setdefault(name, []).append((entry["step"], value))
-    several = {name: points for name, points in found.items() if len(points) > 1}
+                curves.setdefault(name, []).append((entry["step"], value))
+    several = {name: points for name, points in curves.items() if len(points) > 1}
     return dict(sorted(several.items(), key=lambda item: (item[0] != "loss", item[0])))
 
 
 def heat_map(grid: dict[str, dict[int, float]]) -> "Figure":
-    """The gates, sub-layers by layers."""
+    """Draw gates as a heat map, sub-layers by layers."""
     from matplotlib.figure import Figure
 
     layers = sorted({layer for row in grid.values() for layer in row})
-    size = (3.2 + 0.42 * max(6, min(len(layers), WIDEST)), 1.3 + 0.4 * len(grid))
+    size = (3.2 + 0.42 * max(6, min(len(layers), MAX_LABELLED)), 1.3 + 0.4 * len(grid))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     values = [[row.get(layer, float("nan")) for layer in layers] for row in grid.values()]
     image = axes.imshow(values, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
-    for y, row in enumerate(values if len(layers) <= WIDEST else []):
+    for y, row in enumerate(values if len(layers) <= MAX_LABELLED else []):
         for x, gate in enumerate(row):
             color = "white" if abs(gate - 0.5) > 0.3 else INK
             axes.text(x, y, f"{gate:.2f}" if gate == gate else "", ha="center", va="center", color=color, fontsize=9)
-    axes.set_facecolor(NONE)  # where a layer has no such sub-layer
-    every = -(-len(layers) // (2 * WIDEST))
+    axes.set_facecolor(NONE)  # for layers without the sub-layer
+    every = -(-len(layers) // (2 * MAX_LABELLED))
     axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     axes.set_yticks(range(len(grid)), [label(sublayer) for sublayer in grid], parse_math=False)
     axes.set_xlabel("layer")
@@ -85,7 +85,7 @@ def heat_map(grid: dict[str, dict[int, float]]) -> "Figure":
 
 
 def curves(losses: dict[str, Points]) -> "Figure":
-    """The losses over the steps."""
+    """Draw losses over the steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -93,9 +93,9 @@ def curves(losses: dict[str, Points]) -> "Figure":
     axes = figure.subplots()
     for color, (name, points) in zip(COLORS, losses.items(), strict=False):
         steps, values = zip(*points, strict=True)
-        said = {"loss": "training", "eval_loss": "evaluation"}.get(name) or label(name)
+        title = {"loss": "training", "eval_loss": "evaluation"}.get(name) or label(name)
         (line,) = axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if len(steps) < 40 else None, ms=3.5)
-        line.set_label(said)
+        line.set_label(title)
     legend = axes.legend(frameon=False, labelcolor="linecolor", loc="upper left", bbox_to_anchor=(1, 1))
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -110,12 +110,13 @@ def curves(losses: dict[str, Points]) -> "Figure":
 
 
 def label(name: str) -> str:
-    """A name in a figure: short, and in characters that every font has."""
-    text = "".join(c if c.isascii() else "?" for c in plain(name)).replace("_", " ").strip()
+    """A name for a figure: short, in ASCII, which every font has."""
+    text = "".join(c if c.isascii() else "?" for c in single_line(name)).replace("_", " ").strip()
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def png(figure: "Figure") -> bytes:
+    """A figure as PNG, with the same bytes for every version of matplotlib's metadata."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})  # the same whatever the version
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()

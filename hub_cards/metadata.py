@@ -1,4 +1,4 @@
-"""The metadata of a card: what the Hub files an adapter under. Checked here, before the Hub would refuse it."""
+"""The metadata of a card, by which the Hub indexes an adapter; checked by the Hub's rules before a push."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import auto_class, pipeline_tag
@@ -31,7 +31,7 @@ LICENSES = frozenset(
     other
     """.split()
 )
-# ISO 639-1; the Hub takes the three letters of 639-2 and 639-3 too, which are too many to list
+# ISO 639-1; the Hub also takes ISO 639-2 and 639-3 codes, of three letters, which are too many to list
 LANGUAGES = frozenset(
     """
     aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en
@@ -42,7 +42,7 @@ LANGUAGES = frozenset(
     """.split()
 )
 # https://huggingface.co/tasks
-TASKS = frozenset(
+HUB_TASKS = frozenset(
     """
     text-classification token-classification table-question-answering question-answering zero-shot-classification
     translation summarization feature-extraction text-generation fill-mask sentence-similarity text-ranking
@@ -56,17 +56,19 @@ TASKS = frozenset(
     video-text-to-text keypoint-detection visual-document-retrieval any-to-any video-to-video other
     """.split()
 )
-METRIC = re.compile(r"(?!loss$)[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")  # a loss is no metric of the Hub's
+METRIC = re.compile(r"(?!loss$)[a-z0-9][a-z0-9_\-]*(/[a-z0-9_\-]+)?")  # the Hub has no metric for losses
 
 
 def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> ModelCardData:
-    """The metadata of an adapter, from what it is and what was measured; checked.
+    """The metadata of an adapter and its training record.
 
     Args:
-        name: what the results are listed under, on the Hub's leaderboards.
+        adapter: the saved adapter.
+        record: of its training.
+        name: of the adapter on the Hub's leaderboards.
 
     Raises:
-        ValueError: a value is none that the Hub takes.
+        ValueError: the Hub would refuse a value.
     """
     base = base_model(adapter, record)
     task = record.pipeline_tag or pipeline_tag(adapter)
@@ -88,62 +90,66 @@ def card_data(adapter: SavedAdapter, record: TrainingRecord, name: str) -> Model
 
 
 def base_model(adapter: SavedAdapter, record: TrainingRecord) -> str | None:
-    """The base model's id on the Hub; None where it was loaded from a folder."""
+    """The base model's id on the Hub; None if it was loaded from a folder."""
     name = record.base_model or adapter.config.base_model_name_or_path
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
 def tags(adapter: SavedAdapter, record: TrainingRecord, base: str | None) -> list[str]:
-    """peft's own tags, the method, the trainer's, and this package where it is needed."""
+    """peft's tags, the method, the trainer's tags, and this package if loading needs it."""
     needed = ["hf_peft_ext"] * adapter.is_ours + ["transformers"] * bool(auto_class(adapter))
     named = [f"base_model:adapter:{base}"] * bool(base)
     return list(dict.fromkeys(["peft", *needed, adapter.method, *record.tags, *named]))
 
 
 def eval_results(record: TrainingRecord, task: str | None) -> list[EvalResult]:
-    """The adapter's own results on data of the Hub: the Hub lists a result under a data set's id and a task."""
+    """The adapter's own results on data of the Hub, which lists results by dataset id and task."""
     on_hub = {data.name: data for data in record.datasets if data.on_hub}
     own = [r for r in record.results if r.method == "adapter" and r.dataset in on_hub and isfinite(r.value)]
     return [eval_result(r, on_hub[str(r.dataset)], task) for r in own if task and METRIC.fullmatch(r.metric)]
 
 
 def eval_result(result: Result, data: DatasetRecord, task: str | None) -> EvalResult:
+    """A result in the form of the model-index."""
     return EvalResult(
         task_type=str(task),
         dataset_type=data.name,
         dataset_name=data.name,
-        dataset_config=plain(data.config) if data.config else None,
-        dataset_split=plain(result.split) if result.split else None,
-        dataset_revision=plain(data.revision) if data.revision else None,
+        dataset_config=single_line(data.config) if data.config else None,
+        dataset_split=single_line(result.split) if result.split else None,
+        dataset_revision=single_line(data.revision) if data.revision else None,
         metric_type=result.metric,
         metric_value=result.value,
     )
 
 
 def check_metadata(data: Mapping[str, Any]) -> None:
-    """Refuse metadata that the Hub would refuse, or file under the wrong name.
+    """Refuse metadata that the Hub would refuse or index wrongly.
+
+    Args:
+        data: field -> value.
 
     Raises:
-        ValueError: a field's value is none that the Hub takes.
+        ValueError: the value of a field is invalid.
     """
     for license in as_list(data.get("license")):
         near = nearest(str(license).lower().replace(" ", "-"), LICENSES, cutoff=0.5)
         hint = f"; did you mean {near!r}?" if near else ""
-        known = isinstance(license, str) and license in LICENSES
-        check("license", license, known, f"must be an identifier of the Hub, such as 'mit'{hint}")
+        valid = isinstance(license, str) and license in LICENSES
+        check("license", license, valid, f"must be an identifier of the Hub, such as 'mit'{hint}")
     for language in as_list(data.get("language")):
         listed = isinstance(language, str) and language in LANGUAGES | {"code", "multilingual"}
         hint = "; in YAML, write no as 'no'" if language is False else ""
-        known = listed or bool(re.fullmatch("[a-z]{3}", str(language)))
-        check("language", language, known, f"must be an ISO 639 code, such as 'en'{hint}")
+        valid = listed or bool(re.fullmatch("[a-z]{3}", str(language)))
+        check("language", language, valid, f"must be an ISO 639 code, such as 'en'{hint}")
     for name in ("base_model", "datasets"):
         for repo_id in as_list(data.get(name)):
             check(name, repo_id, is_hub_id(repo_id), "must be an id on the Hub, such as 'org/name'")
     task = data.get("pipeline_tag")
-    known = task is None or (isinstance(task, str) and task in TASKS)
-    check("pipeline_tag", task, known, "must be a task of the Hub: huggingface.co/tasks")
+    valid = task is None or (isinstance(task, str) and task in HUB_TASKS)
+    check("pipeline_tag", task, valid, "must be a task of the Hub: huggingface.co/tasks")
     for tag in as_list(data.get("tags")):
-        check("tags", tag, isinstance(tag, str) and tag == plain(tag) != "", "must be words on one line")
+        check("tags", tag, isinstance(tag, str) and tag == single_line(tag) != "", "must be words on one line")
     read = yaml.safe_load(yaml_dump(dict(data)))
     check("metadata", dict(data), read == dict(data), "must be the same after it was written as YAML and read again")
 

@@ -1,7 +1,7 @@
-"""What PeftModel does when adapters of this package are saved and pushed: with a card that tells of them.
+"""Saves and pushes adapters of this package with their cards, by PeftModel's own methods.
 
-peft writes a blank template beside an adapter; `push_to_hub`, which comes from transformers, puts another one on top
-of it and uploads every file at hand. Here both go by `write_card` and `push_adapter`.
+peft writes a blank template beside an adapter. `push_to_hub`, inherited from transformers, overwrites it by another
+one and uploads every file in the folder. Here both use `write_card` and `push_adapter`.
 """
 
 import inspect
@@ -20,12 +20,12 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from hf_peft_ext.hub_cards.card import on_the_hub, write_card
-from hf_peft_ext.hub_cards.merge import Version, read_text
+from hf_peft_ext.hub_cards.card_edits import CardEdits, read_text
+from hf_peft_ext.hub_cards.card_files import CARD
 from hf_peft_ext.hub_cards.push import explained, push_adapter
 from hf_peft_ext.registry import extend_on_first_use
 from hf_peft_ext.validation.checks import check
 
-CARD = "README.md"
 Stock = Callable[..., Any]
 
 
@@ -35,30 +35,34 @@ class CardWarning(UserWarning):
 
 @extend_on_first_use
 def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """As peft does, and a card for each adapter; none beside a pickle, which no card recommends.
+    """Save as peft does, and write the card of each adapter; pickled weights get no card.
 
-    The adapter counts: what is wrong with the card of one is a `CardWarning`.
+    The adapter is saved even if its card cannot be written; that is a `CardWarning`.
 
-    Embeddings of the base model are not saved, also where its vocabulary was changed: an adapter that brings weights
-    of the base model along is refused when it is loaded. `modules_to_save` or `trainable_token_indices` save new
-    tokens.
+    Embeddings of the base model are not saved, even if its vocabulary was changed: loading refuses adapters that
+    contain weights of the base model. New tokens are saved by `modules_to_save` or `trainable_token_indices`.
+
+    Args:
+        stock: peft's method.
+        model: the model.
+        save_directory, args, kwargs: of peft's method.
 
     Raises:
         ValueError: `save_embedding_layers` is True.
     """
     bound = inspect.signature(stock).bind(save_directory, *args, **kwargs)
-    given = bound.arguments
+    arguments = bound.arguments
     rule = "must not be True: name the embeddings in `modules_to_save`, or new tokens in `trainable_token_indices`"
-    check("save_embedding_layers", True, given.get("save_embedding_layers") is not True, rule)
-    given["save_embedding_layers"] = False
+    check("save_embedding_layers", True, arguments.get("save_embedding_layers") is not True, rule)
+    arguments["save_embedding_layers"] = False
     warn_of_new_tokens(model)
-    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # which peft asks for before it saves
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # peft calls it before it saves
     try:
         stock(*bound.args, **bound.kwargs)
     finally:
         del vars(model)["create_or_update_model_card"]
-    if given.get("is_main_process", True) and given.get("safe_serialization", True):
-        names = given.get("selected_adapters") or list(model.peft_config)
+    if arguments.get("is_main_process", True) and arguments.get("safe_serialization", True):
+        names = arguments.get("selected_adapters") or list(model.peft_config)
         for name in names:
             write_card_or_warn(Path(save_directory) / home(name), model, name)
         if "default" not in names:
@@ -66,25 +70,25 @@ def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, 
 
 
 def warn_of_new_tokens(model: Any) -> None:
-    """Say that rows of embeddings which the base model has not are lost, where no part of the adapter holds them."""
+    """Warn if the model has embeddings of new tokens that no part of the adapter saves."""
     base, size = model.active_peft_config.base_model_name_or_path, getattr(model.config, "vocab_size", None)
     if not base or size is None or isinstance(model.get_input_embeddings(), AuxiliaryTrainingWrapper):
         return
     try:
-        known = type(model.config).from_pretrained(base, local_files_only=True).vocab_size
-    except (OSError, ValueError):  # of a model that lies nowhere, nothing is known
+        base_size = type(model.config).from_pretrained(base, local_files_only=True).vocab_size
+    except (OSError, ValueError):  # the base model is not on this machine
         return
-    if size != known:
+    if size != base_size:
         warnings.warn(
-            f"The vocabulary was changed from {known} to {size} tokens, and the new embeddings are not saved with the "
-            f"adapter: name them in `modules_to_save`, or the tokens in `trainable_token_indices`.",
+            f"The vocabulary was changed from {base_size} to {size} tokens, and the new embeddings are not saved with "
+            f"the adapter: name them in `modules_to_save`, or the tokens in `trainable_token_indices`.",
             stacklevel=4,
         )
 
 
 @extend_on_first_use
 def create_or_update_model_card(stock: Stock, model: PeftModel, output_dir: str | Path) -> None:
-    """The card of an adapter that lies there; none where there is no adapter."""
+    """Write the model card if the folder contains an adapter."""
     if Path(output_dir, CONFIG_NAME).exists():
         write_card(output_dir, model)
 
@@ -104,17 +108,19 @@ def push_to_hub(
     max_shard_size: int | str | None = None,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Save the adapters into a temporary folder, with their cards, and push it.
+    """Save the adapters and their cards into a temporary folder, and push it.
 
-    What an author has written into the card on the Hub is kept. The folder is removed when the push has arrived; after
-    an error it stays, and the error names it.
+    The author's part of a card on the Hub is kept. The folder is removed when the push has arrived. After an error it
+    stays, and the error names it.
 
     Args:
-        max_shard_size: no use here: adapters are saved in one file.
+        stock, model: the method of transformers, which is not called, and the model.
+        repo_id, commit_message, commit_description, private, token, revision, create_pr: see `push_adapter`.
+        max_shard_size: unused; an adapter is saved in one file.
         tags: further tags for the card.
 
     Raises:
-        ValueError, PushError: as `push_adapter`.
+        ValueError, PushError: see `push_adapter`.
     """
     validate_repo_id(repo_id)
     folder = Path(tempfile.mkdtemp(prefix=f"{repo_id.rpartition('/')[2]}-"))
@@ -127,7 +133,7 @@ def push_to_hub(
             published = published_cards(repo_id, revision, token)
         write_cards(folder, model, repo_id, published, tags)
         info = push_adapter(folder, repo_id, token=token, **options)
-    except ValueError:  # refused, so there is nothing to finish
+    except ValueError:  # refused, so there is no push to finish
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
@@ -135,19 +141,20 @@ def push_to_hub(
 
 
 def full_id(repo_id: str, token: bool | str | None = None) -> str:
-    """A repository as "user/name", also where only its name is given."""
+    """The id of a repository as "user/name"; a bare name is of the token's user."""
     return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
 
 
 def published_cards(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> dict[str, str]:
-    """The cards that a repository has on the Hub, by path; what their author has edited there is to be kept.
+    """Download the cards of a repository on the Hub, whose author's parts are kept: path -> text.
 
     Args:
         repo_id: its full id, "user/name".
-        revision: the branch; the main one where there is no such branch yet.
+        revision: the branch; the main one if there is no such branch yet.
+        token: an access token.
 
     Raises:
-        ValueError: one of them is not UTF-8.
+        ValueError: a card is not UTF-8.
     """
     api = HfApi(token=token, library_name="hf_peft_ext")
     try:
@@ -157,22 +164,22 @@ def published_cards(repo_id: str, revision: str | None = None, token: bool | str
     except RepositoryNotFoundError:
         return {}
     paths = [file for file in files if PurePosixPath(file).name == CARD]
-    found = {file: Path(api.hf_hub_download(repo_id, file, revision=revision)) for file in paths}
-    return {file: read_text(path, f"{file} of {repo_id} on the Hub") for file, path in found.items()}
+    cards = {file: Path(api.hf_hub_download(repo_id, file, revision=revision)) for file in paths}
+    return {file: read_text(path, f"{file} of {repo_id} on the Hub") for file, path in cards.items()}
 
 
 def home(adapter: str) -> PurePosixPath:
-    """Where in a folder peft saves an adapter: "default" in the folder itself, the others below."""
+    """The folder of an adapter in a saved one: peft saves "default" in the folder itself, others in sub-folders."""
     return PurePosixPath("" if adapter == "default" else adapter)
 
 
 def write_card_or_warn(folder: Path, model: PeftModel, adapter: str) -> None:
-    """The card of an adapter that has just been saved; where there can be none, a warning that says why."""
+    """Write the card of a saved adapter; an error becomes a warning."""
     try:
         write_card(folder, model)
     except ValueError as error:
-        said = f"The adapter {adapter!r} is saved in {folder}, but its card (README.md) is not: {error}"
-        warnings.warn(said, CardWarning, stacklevel=4)  # where `save_pretrained` is called
+        message = f"The adapter {adapter!r} is saved in {folder}, but its card (README.md) is not: {error}"
+        warnings.warn(message, CardWarning, stacklevel=4)  # at the call of `save_pretrained`
 
 
 def write_cards(
@@ -182,11 +189,17 @@ def write_cards(
     published: Mapping[str, str],
     tags: list[str] | None = None,
 ) -> None:
-    """The card of each adapter, beside it, for a repository.
+    """Write the card of each adapter in a folder, for a repository.
 
     Args:
+        folder: saved adapters.
+        model: with these adapters.
+        repo_id: the repository.
         published: the cards on the Hub, by path.
         tags: further tags for the first card.
+
+    Raises:
+        ValueError: a card is invalid, here or on the Hub.
     """
     names = list(model.peft_config)
     for name in names:
@@ -205,16 +218,21 @@ def write_cards(
 
 
 def write_contents(folder: Path, names: list[str], published: str | None = None) -> None:
-    """A first page for a folder of which each adapter lies in a sub-folder, where it has its own card.
+    """Write an overview into a folder whose adapters are all in sub-folders.
+
+    Args:
+        folder: saved adapters.
+        names: of the adapters.
+        published: the overview on the Hub, which is kept.
 
     Raises:
-        ValueError: the page on the Hub cannot be read.
+        ValueError: the overview on the Hub cannot be read.
     """
     if published is not None:
-        Version.read(published)
+        CardEdits.read(published)
         (folder / CARD).write_text(published, encoding="utf-8")
     elif not (folder / CARD).exists():
         rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)
         data = ModelCardData(library_name="peft", tags=["hf_peft_ext"])
-        text = f"Each adapter lies in a folder of its own, which `PeftModel.from_pretrained` is told:\n\n{rows}\n"
+        text = f"Each adapter has a folder of its own; pass it to `PeftModel.from_pretrained`:\n\n{rows}\n"
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Adapters\n\n{text}").save(folder / CARD)

@@ -1,4 +1,4 @@
-"""What a published record leaves out of paths: the folders of one machine, which tell who its user is."""
+"""Shortens absolute paths in published texts: the folders of a machine can name its user."""
 
 import os
 import re
@@ -8,15 +8,15 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 PART = r"[^\s/\\'\",;:=()\[\]{}<>|]+"
-# An absolute path among other text; a slash of an address (https://...) or between words (and/or) begins none.
+# An absolute path in a text; the slashes of an address (https://...) or between words (and/or) do not start one.
 POSIX = re.compile(rf"(?<![\w/\\.~}}\]>-])(?:~[\w.-]*[/\\]|/(?=\w{PART}/))(?:{PART}/)*(?:{PART})?")
 WINDOWS = re.compile(rf"(?<![\w/\\])(?:[A-Za-z]:[/\\]|\\\\(?={PART}\\))(?:{PART}[/\\])*(?:{PART})?")
-FILE = re.compile(r"\b(file|sqlite(?:\+\w+)?):///+(?=\S)")  # what follows is a path
+FILE_URL = re.compile(r"\b(file|sqlite(?:\+\w+)?):///+(?=\S)")  # what follows is a path
 WHOLE = re.compile(r"(--?[\w.-]+=|[\w.-]+=)?(?:~[\w.-]*/|/|[A-Za-z]:[/\\]|\\\\)")
 
 
 def without_places(value: Any) -> Any:
-    """A copy of JSON-like data in which absolute paths are relative to where the run was, or, outside of it, names."""
+    """A copy of JSON-like data whose absolute paths are relative to the working directory; others are last parts."""
     if isinstance(value, dict):
         return {without_places(key): without_places(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -25,34 +25,34 @@ def without_places(value: Any) -> Any:
 
 
 def shared_recipe(recipe: Any) -> bytes:
-    """A recipe as it is published: YAML without local paths."""
+    """A recipe for publication, as YAML without local paths."""
     return yaml_dump(without_places(recipe), sort_keys=False).encode()
 
 
 def in_text(text: str) -> str:
-    """The text with each absolute path shortened. One with spaces is found where it is all of it."""
-    found = WHOLE.match(text)
-    if found and "\n" not in text:
-        before, path = found[1] or "", text[len(found[1] or "") :]
+    """The text with each absolute path shortened; a path with spaces is recognised if it is the whole text."""
+    match = WHOLE.match(text)
+    if match and "\n" not in text:
+        before, path = match[1] or "", text[len(match[1] or "") :]
         if is_path(path):
             return before + shortened(path)
-    if len(Path.home().parts) > 2:  # it may have spaces, which end a path in the patterns below
+    if len(Path.home().parts) > 2:  # it may contain spaces, which end a path in the patterns below
         text = text.replace(f"{Path.home()}{os.sep}", f"~{os.sep}")
-    text = FILE.sub(lambda scheme: f"{scheme[1]}:/// /", text)
+    text = FILE_URL.sub(lambda scheme: f"{scheme[1]}:/// /", text)
     text = WINDOWS.sub(lambda path: shortened(path[0]), text)
     text = POSIX.sub(lambda path: shortened(path[0]), text)
     return re.sub(r"\b((?:file|sqlite(?:\+\w+)?):///) /?", r"\1", text)
 
 
 def is_path(text: str) -> bool:
-    """Whether a text is one path as a whole: two folders at least, or something that is there."""
+    """Whether a text is a single path: with two folders at least, or of an existing file."""
     if re.search(r"[{}<>|?*]", text) or re.search(r"\s[/\\~-]|\s\w+=", text):
         return False
     return len(re.findall(r"[/\\]", text)) > 1 or text[0] == "~" or (len(text) > 1 and os.path.exists(text))
 
 
 def shortened(path: str) -> str:
-    """A path relative to the working directory, or its last part."""
+    """A path relative to the working directory; outside of it, its last part."""
     whole = PurePosixPath(os.path.expanduser(path))
     if whole.is_absolute() and len(Path.cwd().parts) > 1 and whole.is_relative_to(Path.cwd()):
         return str(whole.relative_to(Path.cwd()))
@@ -63,6 +63,6 @@ def shortened(path: str) -> str:
 
 
 def local(name: str | None) -> str | None:
-    """The name of a model that lies in a folder: "./name" of an absolute path, so that it is no id on the Hub."""
+    """The name of a model: "./name" for an absolute path, which cannot be mistaken for an id on the Hub."""
     short = without_places(name)
     return short if short == name else f"./{short}"

@@ -1,7 +1,7 @@
-"""Pushes an adapter's folder to the Hub: a list says which files may go, each is looked into, one commit carries them.
+"""Pushes an adapter's folder to the Hub: listed files only, each checked first, in one commit.
 
-What is not on the list stays here: optimizers, pickled arguments, logs, hidden files. A file is pushed as it lies in
-the folder, byte for byte, and none that holds an access token is pushed at all.
+Optimizers, pickled arguments, logs and hidden files are not on the list. Files are pushed byte for byte; a file with
+an access token stops the push.
 """
 
 import json
@@ -30,34 +30,37 @@ TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("source.spm", "target.spm", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
-ALLOWED = (
+PUSHED = (
     *("*.safetensors", CONFIG_NAME, "README.md", "figures/*.png", "recipe.yaml"),
     *("training_record.json", "trainer_state.json", *TOKENIZER),
 )
-DENIED = ("optimizer*", "scheduler*")  # whatever their format
-REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # what git takes
-# what a trainer keeps in a run's folder beside the adapter: checkpoints, one that is being written, pushes under way
+NEVER_PUSHED = ("optimizer*", "scheduler*")  # in any format
+REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # the names that git accepts
+# a trainer's folders beside the adapter: checkpoints, an unfinished one, and pushes
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-UNFINISHED, STAGES = "unfinished", "hub"
-# tokens of users, logins and organisations; each begins with plain text, which `re` finds fast in large files
+UNFINISHED, PUSHES = "unfinished", "hub"
+# tokens of users, logins and organisations; each starts with literal text, which `re` finds fast in large files
 TOKENS = (rb"hf_(?:[A-Za-z0-9]{30}|(?:oauth|jwt)_[\w.-]{30})", rb"api_org_[A-Za-z0-9]{30}")
-# the last is the base of httpx's errors, which httpx or httpx2 this huggingface_hub may use
+# the last is the base class of httpx's errors; huggingface_hub uses httpx or httpx2
 FAILURES: tuple[type[Exception], ...] = (OSError, RuntimeError, json.JSONDecodeError, HfHubHTTPError.__bases__[0])
 
 
 class PushError(OSError):
-    """A push that did not arrive. The message says why, where the adapter is, and what to run to go on."""
+    """A push that failed. The message gives the reason, the adapter's folder and the command that continues."""
 
 
 def publishable(folder: str | Path) -> list[str]:
-    """The files of a folder that may be pushed, as paths in the repository, sorted.
+    """The files of a folder that may be pushed, as sorted paths in the repository.
 
-    Sub-folders (further adapters) are held to the same list, but for what a trainer keeps in its run's folder:
-    "checkpoint-N", "unfinished" and "hub" stay out, unless the folder itself is a checkpoint. Hidden files and folders
-    stay out, and links unless they lead to a file of the same folder that is on the list as well.
+    The same list applies to sub-folders, which hold further adapters. A trainer's folders "checkpoint-N", "unfinished"
+    and "hub" are excluded, unless `folder` itself is a checkpoint. So are hidden files and folders, and links that do
+    not lead to a listed file of the same folder.
+
+    Args:
+        folder: a saved adapter.
 
     Raises:
-        ValueError: `folder` is no folder.
+        ValueError: `folder` is not a folder.
     """
     check("folder", str(folder), os.path.isdir(folder), "must be a folder")
     root = Path(folder).resolve()
@@ -67,22 +70,24 @@ def publishable(folder: str | Path) -> list[str]:
 
 
 def allowed(file: Path, root: Path) -> bool:
+    """Whether a file, and the file that it may link to, is in the folder and on the list."""
     target = Path(os.path.realpath(file))
     inside = target.is_file() and target.is_relative_to(root)
     return inside and all(on_the_list(path.relative_to(root)) for path in (file, target))
 
 
 def of_training(file: Path, root: Path) -> bool:
-    """Whether a file lies in what a trainer keeps beside the adapter; an adapter may have one of those names."""
+    """Whether a file is in a trainer's folder beside the adapter, which is not an adapter of the same name."""
     top = file.relative_to(root).parts[0]
     if CHECKPOINT.fullmatch(top):
-        return not CHECKPOINT.fullmatch(root.name)  # a checkpoint that is pushed can hold its state below
-    return top in (UNFINISHED, STAGES) and not (root / top / CONFIG_NAME).exists()
+        return not CHECKPOINT.fullmatch(root.name)  # a pushed checkpoint can have its state in a sub-folder
+    return top in (UNFINISHED, PUSHES) and not (root / top / CONFIG_NAME).exists()
 
 
 def on_the_list(path: PurePath) -> bool:
+    """Whether a path in the repository is on the list of files to push."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and any(map(path.match, ALLOWED)) and not any(map(path.match, DENIED))
+    return not hidden and any(map(path.match, PUSHED)) and not any(map(path.match, NEVER_PUSHED))
 
 
 def push_adapter(
@@ -96,56 +101,57 @@ def push_adapter(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Push what is `publishable` of an adapter's folder, in one commit: all of it arrives or nothing.
+    """Push the `publishable` files of an adapter's folder in one commit: all or nothing arrives.
 
-    The repository is created where it is missing, and so is the branch. After an error the same call goes on where it
-    stopped: weights that have arrived are not sent again. Files of the repository that are not in the folder stay.
+    A missing repository or branch is created. After an error the same call continues: weights that have arrived are
+    not sent again. Files of the repository that are not in the folder stay.
 
     Args:
-        folder: a saved adapter; with several, each in a sub-folder. A trainer's checkpoints in it are left out.
+        folder: a saved adapter; several adapters are in sub-folders.
         repo_id: the repository, "user/name" or "name".
         revision: a branch, or an open pull request ("refs/pr/1"); the main branch by default.
         token: an access token; by default that of `hf auth login` or HF_TOKEN.
-        private: whether a new repository is private; one that exists stays as it is.
-        create_pr: propose the commit as a pull request, which needs no right to write.
+        private: whether a new repository is private; an existing one is not changed.
+        create_pr: open a pull request, which needs no write access.
         commit_message: the commit's first line.
-        commit_description: its further text, and that of the pull request.
+        commit_description: the further text of the commit and the pull request.
 
     Raises:
-        ValueError: the folder holds no adapter, or a file a token or something else than its name says; the card's
-            metadata are invalid; `revision` does not go with `create_pr`. Nothing has been pushed.
+        ValueError: the folder holds no adapter; a file holds a token or is not of its type; the card's metadata are
+            invalid; `revision` is incompatible with `create_pr`. Nothing has been pushed.
         PushError: the Hub could not be reached, or refused.
     """
-    options: dict[str, Any] = {"revision": revision, "private": private, "create_pr": create_pr}
-    options |= {"commit_message": commit_message, "commit_description": commit_description}
+    texts: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
+    options = {"revision": revision, "private": private, "create_pr": create_pr, **texts}
     files = publishable(folder)
     check_request(repo_id, options)
     check_files(folder, files, options, token)
     warn_of_local_base(folder, files)
     api = HfApi(token=token, library_name="hf_peft_ext")
     with explained(folder, repo_id, options):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision not in (None, "main") and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, published(Path(folder, name))) for name in files],
-            commit_message=commit_message or "Upload adapter",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        repo_id = create_destination(api, repo_id, private, revision)
+        content = [CommitOperationAdd(name, published(Path(folder, name))) for name in files]
+        texts["commit_message"] = commit_message or "Upload adapter"
+        return api.create_commit(repo_id, content, revision=revision, create_pr=create_pr, **texts)
+
+
+def create_destination(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Create a repository and a branch of it if they are missing; return the repository's full id."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision not in (None, "main") and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
 
 
 @contextmanager
 def explained(folder: str | Path, repo_id: str, options: dict[str, Any]) -> Iterator[None]:
-    """Turns what goes wrong on the way to the Hub into a `PushError`."""
+    """Turn errors of the connection and the Hub into a `PushError`."""
     try:
         yield
     except FAILURES as error:
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # huggingface_hub's wrap
-        said = [(str(cause) or type(cause).__name__).splitlines()[0], getattr(cause, "server_message", None)]
-        reason = "; ".join(text.rstrip(".") for text in said if text)
+        messages = [(str(cause) or type(cause).__name__).splitlines()[0], getattr(cause, "server_message", None)]
+        reason = "; ".join(text.rstrip(".") for text in messages if text)
         raise PushError(
             f"The push to {repo_id} failed: {reason}. The adapter is complete in {folder}. "
             f"Run this to finish the push: {command(folder, repo_id, options)}"
@@ -153,7 +159,7 @@ def explained(folder: str | Path, repo_id: str, options: dict[str, Any]) -> Iter
 
 
 def command(folder: str | Path, repo_id: str, options: dict[str, Any]) -> str:
-    """The command line that pushes the same."""
+    """The command line of the same push."""
     words = ["hf-peft-ext", "push", str(folder), repo_id]
     for name, value in options.items():
         if value:
@@ -162,12 +168,18 @@ def command(folder: str | Path, repo_id: str, options: dict[str, Any]) -> str:
 
 
 def check_request(repo_id: str, options: Mapping[str, Any]) -> None:
-    """Raise where no repository has such an id, or the revision does not go with the pull request."""
+    """Refuse an invalid request.
+
+    Raises:
+        ValueError: the id is invalid, or the revision is, or does not fit the pull request.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"`repo_id` (={repo_id!r}) must be an id on the Hub, such as 'user/name': {said}.") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"`repo_id` (={repo_id!r}) must be an id on the Hub, such as 'user/name': {reason}."
+        ) from error
     check("repo_id", repo_id, bool(repo_id), "must be an id on the Hub, such as 'user/name'")
     revision, rule = options["revision"], "must be None with `create_pr`: a pull request is opened against main"
     check("revision", revision, not options["create_pr"] or revision in (None, "main"), rule)
@@ -175,7 +187,7 @@ def check_request(repo_id: str, options: Mapping[str, Any]) -> None:
 
 
 def published(file: Path) -> Path | bytes:
-    """What is sent of a file: itself, but a recipe without the local paths that repeat the run here."""
+    """The content to push: the file, or a recipe without its local paths."""
     if file.name != "recipe.yaml":
         return file
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -185,7 +197,11 @@ def published(file: Path) -> Path | bytes:
 def check_files(
     folder: str | Path, files: list[str], options: Mapping[str, Any], token: str | bool | None = None
 ) -> None:
-    """Raise where the files are no adapter's, one is not what its name says, or a token would go with them."""
+    """Refuse files that must not be pushed.
+
+    Raises:
+        ValueError: no adapter is among them, a file is not of its type, or a file or text holds an access token.
+    """
     check_adapter(folder, files)
     secrets = [text.encode() for text in (token, get_token()) if isinstance(text, str) and text]
     for name in files:
@@ -195,6 +211,11 @@ def check_files(
 
 
 def check_adapter(folder: str | Path, files: list[str]) -> None:
+    """Refuse a folder without an adapter.
+
+    Raises:
+        ValueError: no folder of `files` has both a config and weights.
+    """
     homes = {str(PurePath(name).parent) for name in files if PurePath(name).name == CONFIG_NAME}
     complete = homes & {
         str(PurePath(name).parent) for name in files if PurePath(name).name == SAFETENSORS_WEIGHTS_NAME
@@ -204,7 +225,11 @@ def check_adapter(folder: str | Path, files: list[str]) -> None:
 
 
 def check_content(file: Path, name: str, secrets: list[bytes]) -> None:
-    """Raise where a file holds a token, or something else than its name says."""
+    """Refuse a file with an access token or with content of another type.
+
+    Raises:
+        ValueError: the message names the file.
+    """
     check("file", name, is_as_named(file), f"is no {file.suffix[1:]} file inside, so nothing was pushed")
     if file.stat().st_size:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -215,12 +240,12 @@ def check_content(file: Path, name: str, secrets: list[bytes]) -> None:
 
 
 def holds_token(content: bytes | mmap.mmap, secrets: list[bytes]) -> bool:
-    """Whether there is a token known to be in use, or anything that looks like one."""
+    """Whether a content holds one of the secrets, or a text in the form of a token."""
     return any(re.search(pattern, content) for pattern in (*TOKENS, *map(re.escape, secrets)))
 
 
 def is_as_named(file: Path) -> bool:
-    """Whether a file is what its name says: weights, a picture, or text; never a pickle or an archive."""
+    """Whether a file's content has the type of its name: weights, a picture, or text; never a pickle or an archive."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="numpy"):
@@ -236,6 +261,7 @@ def is_as_named(file: Path) -> bool:
 
 
 def is_utf8(content: bytes) -> bool:
+    """Whether a content is UTF-8."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:
@@ -244,7 +270,7 @@ def is_utf8(content: bytes) -> bool:
 
 
 def warn_of_local_base(folder: str | Path, files: list[str]) -> None:
-    """Say so where the base model is a folder of this machine, which nobody else can load."""
+    """Warn if the base model is a folder of this machine, which nobody else can load."""
     for name in files:
         if PurePath(name).name == CONFIG_NAME:
             base = json.loads(Path(folder, name).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -257,4 +283,5 @@ def warn_of_local_base(folder: str | Path, files: list[str]) -> None:
 
 
 def is_local(model: str) -> bool:
+    """Whether the name of a base model is a path."""
     return not is_hub_id(model) or os.path.exists(model)

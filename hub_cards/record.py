@@ -1,18 +1,21 @@
-"""What a training run knows and its card shows: a plain record, kept as JSON beside the adapter."""
+"""The record of a training run that its card shows, kept as JSON beside the adapter."""
 
 import json
+import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from math import isfinite, nan, sqrt
+from dataclasses import asdict, dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, get_args, get_origin
+from typing import Any
 
+from peft import PeftModel
+
+from hf_peft_ext.hub_cards.record_json import read_as, without_nan
 from hf_peft_ext.validation.checks import check
-from hf_peft_ext.validation.config_schema import fits, refuse, type_hints
 
-FILE = "training_record.json"
+RECORD_FILE = "training_record.json"
 
 
 @dataclass
@@ -21,12 +24,12 @@ class Result:
 
     Args:
         metric: its name, such as "accuracy".
-        value: the number; the mean where there are several runs.
-        spread: standard deviation over runs; None for a single run.
-        runs: how many runs it is the mean of.
-        method: what was measured: "adapter" (this one), "base" (the untouched model), "lora" (a LoRA baseline)...
-        dataset: the data it was measured on, a Hub id or a name.
-        split: which part of it.
+        value: the number; the mean if there are several runs.
+        spread: sample standard deviation over runs; None for a single run.
+        runs: the number of runs.
+        method: what was measured: "adapter" (this one), "base" (without it), "lora" (a LoRA baseline)...
+        dataset: the data of the measurement, a Hub id or a name.
+        split: the part of the data.
     """
 
     metric: str
@@ -39,23 +42,23 @@ class Result:
 
     @property
     def place(self) -> tuple[str | None, ...]:
-        """Metric, method, data set and split; results of equal places can be combined."""
+        """Metric, method, dataset and split; results with the same place can be combined."""
         return (self.metric, self.method, self.dataset, self.split)
 
 
 @dataclass
 class DatasetRecord:
-    """One set of data that was trained or evaluated on.
+    """A dataset that was used for training or evaluation.
 
     Args:
-        name: a Hub id, or a name where the data is local.
+        name: a Hub id, or a name for local data.
         config: its configuration on the Hub.
-        split: which part.
-        rows: how many examples.
+        split: the part that was used.
+        rows: the number of examples.
         revision: the commit on the Hub.
-        fingerprint: that of `datasets.Dataset`, which changes with the content.
+        fingerprint: of `datasets.Dataset`, which changes with the content.
         on_hub: whether `name` is a Hub id.
-        used_for: "train" or "eval"; None where that is not known.
+        used_for: "train" or "eval"; None if unknown.
     """
 
     name: str
@@ -70,35 +73,35 @@ class DatasetRecord:
 
 @dataclass
 class TrainingRecord:
-    """A training run as its card tells it. What was not measured is None or empty.
+    """A training run. What was not measured is None or empty.
 
     Args:
         base_model: Hub id (or path) of the base model.
-        base_model_revision: the commit it was loaded at.
+        base_model_revision: its commit.
         datasets: the data.
         labels: names of the classes, in order.
         results: the numbers measured, baselines included.
-        trainable_parameters: how many were trained.
+        trainable_parameters: how many parameters were trained.
         total_parameters: how many the model has, the adapter included.
-        peak_memory: the most memory in use, in bytes: of the GPU where there is one, else of the process.
-        step_time: median seconds of one optimiser step.
+        peak_memory: bytes: of the GPU if there is one, else of the process.
+        step_time: median seconds of an optimizer step.
         train_time: seconds of the whole training.
-        gates: layer and sub-layer, as `gate_values` names them -> mean gate over an evaluation batch.
+        gates: LAYER.SUBLAYER, as `gate_values` names them -> mean gate over an evaluation batch.
         history: the log, one entry a logging step: {"step": ..., "loss": ..., terms of the loss...}.
-        loss_terms: what the terms of the loss are called there.
+        loss_terms: the names of the loss terms in `history`.
         hyperparameters: the training arguments that differ from their defaults, without secrets.
         recipe: the run as a recipe for `hf-peft-ext train`; empty if it was not started from one.
         command: the command line, without secrets.
         seeds: the seed of each run.
         versions: package -> version.
         hardware: processor or GPU, and how many.
-        quantization: of the base model, such as "4-bit NF4, double quantisation"; None without.
+        quantization: of the base model, such as "4-bit NF4, double quantisation"; None if there is none.
         language: ISO 639-1 codes.
         license: identifier on the Hub, such as "apache-2.0".
         pipeline_tag: the Hub's task, such as "text-classification".
-        trainer: the name of the trainer, such as "SFT".
-        paper: of the way it was trained, with `title`, `arxiv` and `bibtex`; empty where that has none of its own.
-        tags: of the trainer, for the Hub.
+        trainer: the trainer's name, such as "SFT".
+        paper: of the training method, with `title`, `arxiv` and `bibtex`; empty if it has no paper of its own.
+        tags: the trainer's tags for the Hub.
     """
 
     base_model: str | None = None
@@ -129,21 +132,31 @@ class TrainingRecord:
     tags: list[str] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the record into the adapter's folder. Numbers that are not finite become null: JSON has none."""
-        path = Path(folder) / FILE
-        content = json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
+        """Write the record into the adapter's folder; numbers that are not finite become null.
+
+        Returns:
+            The path of the file.
+        """
+        path = Path(folder) / RECORD_FILE
+        content = json.dumps(without_nan(asdict(self)), indent=2, allow_nan=False)
         path.write_text(content + "\n", encoding="utf-8")
         return path
 
+    def filled_from(self, model: PeftModel) -> "TrainingRecord":
+        """A copy with fields that only the live model knows, if they are empty: class names, quantization."""
+        config: Any = getattr(model, "config", None)
+        fields = {"labels": class_names(config), "quantization": quantization_of(config)}
+        return replace(self, **{name: v for name, v in fields.items() if v and not getattr(self, name)})
+
     @classmethod
     def merge(cls, records: Sequence["TrainingRecord"]) -> "TrainingRecord":
-        """One record of several runs of a recipe: the first one's, with mean and spread of what they all measured.
+        """The first of several records, with the mean and the spread of all their results.
 
         Args:
             records: of runs that differ in their seeds.
 
         Raises:
-            ValueError: there are none, or they are of different base models or numbers of parameters.
+            ValueError: there is no record, or they have different base models or numbers of parameters.
         """
         check("records", records, len(records) > 0, "must hold at least one record")
         for name in ("base_model", "trainable_parameters"):
@@ -167,73 +180,46 @@ class TrainingRecord:
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainingRecord | None":
-        """The record of an adapter's folder, or None where there is none.
+        """The record in an adapter's folder; None if there is none.
 
         Raises:
             ValueError: the file is not a record; the message names the field.
         """
-        path = Path(folder) / FILE
+        path = Path(folder) / RECORD_FILE
         if not path.exists():
             return None
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
             raise ValueError(f"{path} is not JSON: {error}.") from error
-        return read_as(cls, stored)
+        return read_as(cls, stored, RECORD_FILE)
 
 
-def finite(value: Any) -> Any:
-    """A copy of JSON-like data with None in place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+def class_names(config: Any) -> list[str]:
+    """The names of the classes in a model's config, in order; empty if they are transformers' defaults."""
+    names = getattr(config, "id2label", None) or {}
+    ordered = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else []
+    return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
 
 
-def read_as(kind: Any, value: Any, name: str = "") -> Any:
-    """What JSON holds as a field's type, dataclasses included; `name` is the field.
-
-    Raises:
-        ValueError: it is of another type; of a dataclass, a field is not known or missing.
-    """
-    of = next(iter(get_args(kind)), None)
-    if is_dataclass(of) and isinstance(value, list):
-        return [read_as(of, entry, f"{name}[{i}]") for i, entry in enumerate(value)]
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        value = with_nan(kind, value)
-        if not fits(value, kind):
-            refuse(name, value, f"in {FILE} must be of type {getattr(kind, '__name__', kind)}")
-        return value
-    check(name or FILE, value, isinstance(value, dict), "must hold one JSON object")
-    names = {f.name for f in fields(kind)}
-    unknown = sorted(set(value) - names)
-    check(name or FILE, unknown, not unknown, f"has fields that are not among {', '.join(sorted(names))}")
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [field for field in needed if field not in value]
-    check(name or FILE, missing, not missing, "must be there")
-    inside, hints = f"{name}." if name else "", type_hints(kind)
-    return kind(**{key: read_as(hints[key], entry, f"{inside}{key}") for key, entry in value.items()})
-
-
-def with_nan(kind: Any, value: Any) -> Any:
-    """NaN where a number was not finite when it was written."""
-    if kind is float:
-        return nan if value is None else value
-    of = get_args(kind)
-    if get_origin(kind) is list and isinstance(value, list):
-        return [with_nan(of[0], item) for item in value]
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: with_nan(of[1], item) for key, item in value.items()}
-    return value
+def quantization_of(config: Any) -> str | None:
+    """The storage of a model's weights, such as "4-bit NF4, double quantisation"; None if they are not quantized."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    if settings.get("load_in_4bit"):
+        double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"4-bit {str(settings.get('bnb_4bit_quant_type')).upper()}{double}"
+    return "8-bit" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
 
 
 def pooled(results: Sequence[Result]) -> Result:
-    """Results of the same place as one: over all their runs, the mean and the sample standard deviation."""
+    """Results of one place as a single one: the mean and the sample standard deviation over all their runs."""
     runs = sum(result.runs for result in results)
     mean = sum(result.runs * result.value for result in results) / runs
-    known = all(result.runs == 1 or result.spread is not None for result in results)
+    complete = all(result.runs == 1 or result.spread is not None for result in results)
     squares = sum(r.runs * (r.value - mean) ** 2 + (r.runs - 1) * (r.spread or 0.0) ** 2 for r in results)
     return replace(
-        results[0], value=mean, runs=runs, spread=sqrt(squares / (runs - 1)) if known and runs > 1 else None
+        results[0], value=mean, runs=runs, spread=sqrt(squares / (runs - 1)) if complete and runs > 1 else None
     )

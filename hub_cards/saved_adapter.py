@@ -1,4 +1,4 @@
-"""What a saved adapter says of itself: its config, and the names and shapes in its safetensors header."""
+"""Reads a saved adapter without its weights: the config, and the names and shapes in the safetensors header."""
 
 import json
 import re
@@ -12,18 +12,20 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from hf_peft_ext.attach.config import RegisteredConfig
 from hf_peft_ext.hub_cards.markdown import cell, ranges
 from hf_peft_ext.validation.checks import check
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OURS = re.compile(r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)")
-LADDER = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
+SUBLAYER_KEY = re.compile(
+    r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
+)
+LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
-# In which dimension of which tensor a sub-layer's size stands.
-SIZES = {
+# Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
+SIZE_DIMENSIONS = {
     **{"down.weight": (0, "r"), "A": (0, "r"), "P_K": (1, "tokens")},
     "side.up.weight": (1, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
@@ -50,15 +52,15 @@ SITE_NAMES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file.
+    """A tensor in the file.
 
     Args:
-        key: its name there.
+        key: its name in the file.
         shape: its shape.
-        host: path of the module that it belongs to.
-        sublayer: what it is a part of: a sub-layer of ours, a stock method, or "saved whole".
-        site: where that sits.
-        rest: its name inside the sub-layer.
+        host: path of the base model's module that it belongs to.
+        sublayer: its sub-layer, its stock method, or "saved whole".
+        site: of the sub-layer.
+        rest: its name in the sub-layer.
     """
 
     key: str
@@ -70,8 +72,8 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the architecture table; each field is Markdown."""
+class ArchitectureRow:
+    """A row of the architecture table; each text is Markdown."""
 
     sublayer: str
     site: str
@@ -82,10 +84,10 @@ class Row:
 
 
 class SavedAdapter:
-    """An adapter's folder, read without loading a weight.
+    """An adapter's folder.
 
     Args:
-        folder: where `save_pretrained` wrote it.
+        folder: of `save_pretrained`.
 
     Raises:
         ValueError: the folder has no config or no safetensors, or one of them cannot be read.
@@ -93,12 +95,12 @@ class SavedAdapter:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
             check("folder", str(folder), (self.folder / name).is_file(), f"holds no {name}; save an adapter there")
-        stored = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        stored = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
         kind = stored.get("peft_type") if isinstance(stored, dict) else None
-        known = kind in {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}
-        check("peft_type", kind, known, f"in {CONFIG} must be a type that this peft knows")
+        types = {member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING}
+        check("peft_type", kind, kind in types, f"in {CONFIG_NAME} must be a type of the installed peft")
         self.config: Any = PeftConfig.from_pretrained(str(folder))
         self.method = str(kind).lower()
 
@@ -109,23 +111,29 @@ class SavedAdapter:
 
     @property
     def prefix(self) -> str:
-        """What the names of its tensors begin with, for types of peft's own."""
+        """The first part of its tensors' names, for types of peft's own."""
         return PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].rstrip("_")
 
     @cached_property
     def tensors(self) -> list[Tensor]:
+        """The tensors in the file.
+
+        Raises:
+            ValueError: the file is not safetensors.
+        """
         try:
-            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            with safe_open(self.folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
                 return [self._tensor(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]
         except SafetensorError as error:
-            raise ValueError(f"`folder` (={str(self.folder)!r}) holds an {WEIGHTS} that is none: {error}.") from error
+            name = SAFETENSORS_WEIGHTS_NAME
+            raise ValueError(f"`folder` (={str(self.folder)!r}) holds an invalid {name}: {error}.") from error
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if self.is_ours and (found := OURS.fullmatch(path)) and (place := PLACE.fullmatch(found["place"])):
-            return Tensor(key, shape, found["host"], place["sublayer"], place["site"], found["rest"])
-        if self.is_ours and (found := LADDER.fullmatch(path)):
-            return Tensor(key, shape, found["host"], "ladder", "blocks", f"side.{found['rest']}")
+        if self.is_ours and (match := SUBLAYER_KEY.fullmatch(path)) and (place := PLACE.fullmatch(match["place"])):
+            return Tensor(key, shape, match["host"], place["sublayer"], place["site"], match["rest"])
+        if self.is_ours and (match := LADDER_KEY.fullmatch(path)):
+            return Tensor(key, shape, match["host"], "ladder", "blocks", f"side.{match['rest']}")
         parts = path.split(".")
         at = next((i for i, part in enumerate(parts) if not self.is_ours and part.startswith(self.prefix)), None)
         if at:
@@ -136,14 +144,16 @@ class SavedAdapter:
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         return sum(prod(tensor.shape) for tensor in self.tensors)
 
     @property
     def bytes(self) -> int:
-        return (self.folder / WEIGHTS).stat().st_size
+        """The size of the file."""
+        return (self.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
-    def rows(self) -> list[Row]:
-        """The architecture: one row for each sub-layer at each site."""
+    def rows(self) -> list[ArchitectureRow]:
+        """The architecture: a row for each sub-layer at each site."""
         places: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         for tensor in self.tensors:
             places[tensor.sublayer, tensor.site].append(tensor)
@@ -151,22 +161,22 @@ class SavedAdapter:
         ranked = sorted(places, key=lambda p: (p[0] == "saved whole", order.index(p[0]) if p[0] in order else 9))
         return [self._row(*place, places[place]) for place in ranked]
 
-    def _row(self, sublayer: str, site: str, tensors: list[Tensor]) -> Row:
+    def _row(self, sublayer: str, site: str, tensors: list[Tensor]) -> ArchitectureRow:
         sizes: dict[str, set[int]] = defaultdict(set)
         for tensor in tensors:
-            if tensor.rest in SIZES:
-                dimension, name = SIZES[tensor.rest]
+            if tensor.rest in SIZE_DIMENSIONS:
+                dimension, name = SIZE_DIMENSIONS[tensor.rest]
                 sizes[name].add(tensor.shape[dimension])
-        return Row(
+        return ArchitectureRow(
             sublayer=sublayer.replace("_", " ") if self.is_ours or sublayer == "saved whole" else sublayer.upper(),
             site=self._site(sublayer, site, tensors),
-            layers=self._rungs() if sublayer == "ladder" else layers(tensor.host for tensor in tensors),
+            layers=self._side_blocks() if sublayer == "ladder" else layers(tensor.host for tensor in tensors),
             size=", ".join(f"{name} = {ranges(values)}" for name, values in sizes.items()),
             gate=self._gate(sublayer, site) if any(t.rest.startswith("gate.") for t in tensors) else "",
             parameters=sum(prod(tensor.shape) for tensor in tensors),
         )
 
-    def _rungs(self) -> str:
+    def _side_blocks(self) -> str:
         kept = self.config.layers_to_keep
         return "all" if kept is None else ranges(set(kept))
 
@@ -185,20 +195,20 @@ class SavedAdapter:
                   and (p.site in (site, site.removeprefix("cross_")) or site == "target")}  # fmt: skip
         return ", ".join(sorted(str(pooling).replace("_", " ") for pooling in chosen))
 
-    def labels(self) -> int | None:
-        """How many classes the saved head has; None where no head was saved."""
+    def number_of_labels(self) -> int | None:
+        """The number of classes of the saved head; None if no head was saved."""
         heads = [t.shape[0] for t in self.tensors if t.sublayer == "saved whole" and len(t.shape) == 2
                  and re.search(r"(^|\.)(classifier|score|classification_head|logits_proj)\.", t.key)]  # fmt: skip
         return min(heads, default=None)
 
 
 def layers(hosts: Iterable[str]) -> str:
-    """Which layers modules lie in, stack by stack: the first number in a path counts the layers of its stack."""
+    """The layers of modules, by stack: the first number in a path is the index of the layer."""
     stacks: dict[str, set[int]] = defaultdict(set)
     outside = False
     for host in hosts:
-        if found := re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", host):
-            stacks[found[1] or ""].add(int(found[2]))
+        if match := re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", host):
+            stacks[match[1] or ""].add(int(match[2]))
         else:
             outside = True
     sides = {

@@ -1,4 +1,4 @@
-"""What a card says, section by section, as Markdown for its template."""
+"""The parts of a card as Markdown, for its template."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
 from hf_peft_ext.validation.checks import is_hub_id
 
-COLUMNS = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
+METHOD_TITLES = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
 VERSION = re.compile(r"[0-9][0-9a-z.+]*")
 HUB = "https://huggingface.co"
 
@@ -23,7 +23,7 @@ HUB = "https://huggingface.co"
 def values(
     adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None, subfolder: str | None = None
 ) -> dict[str, Any]:
-    """The variables of the template; what is None or empty is left out of the card."""
+    """The variables of the template; a part that is None or empty is left out of the card."""
     base = base_model(adapter, record)
     revision = record.base_model_revision or adapter.config.revision
     drawn = figures.drawable(record)
@@ -45,7 +45,7 @@ def values(
         "results": results(record.results),
         "spread": spread(record.results),
         "description": methods.description(adapter),
-        "architecture": architecture(adapter),
+        "architecture": architecture_table(adapter),
         "gates_note": gates_note(adapter),
         "gates_figure": figures.GATES in drawn,
         "losses_figure": figures.LOSSES in drawn,
@@ -54,66 +54,69 @@ def values(
         "recipe": bool(record.recipe),
         "arguments": as_yaml(without_places(record.recipe or record.hyperparameters)),
         "command": fenced(in_text(record.command), "bash") if record.command else None,
-        "versions": versions({"peft": adapter.config.peft_version} | record.versions),
+        "versions": version_list({"peft": adapter.config.peft_version} | record.versions),
         "citations": fenced("\n\n".join(filter(None, cited)), "bibtex") if any(cited) else None,
     }
 
 
 def link(repo_id: str, kind: str = "") -> str:
-    """A link to what has been checked to be an id on the Hub."""
+    """A link to a valid id on the Hub."""
     return f"[{code(repo_id)}]({HUB}/{kind}{repo_id})"
 
 
 def data_name(data: DatasetRecord) -> str:
+    """The name of a dataset, with a link if it is on the Hub."""
     return link(data.name, "datasets/") if data.on_hub and is_hub_id(data.name) else cell(data.name)
 
 
 def trains(data: DatasetRecord) -> bool:
+    """Whether a dataset was trained on, by its record or by its split."""
     return data.used_for == "train" or (data.used_for is None and (data.split or "").startswith("train"))
 
 
 def unnamed(adapter: SavedAdapter) -> str:
-    """What is known of a base model without an id."""
-    found = base_class(adapter)
-    return f"a {code(found.__name__) if found else 'base model'} that has no id on the Hub"
+    """The class of a base model without an id."""
+    cls = base_class(adapter)
+    return f"a {code(cls.__name__) if cls else 'base model'} that has no id on the Hub"
 
 
-def results(found: Sequence[Result]) -> str | None:
-    """Methods side by side, one row for each metric on each set of data."""
-    if not found:
+def results(measured: Sequence[Result]) -> str | None:
+    """A table with a row for each metric on each dataset, and a column for each method."""
+    if not measured:
         return None
-    methods = sorted({r.method for r in found}, key=lambda m: (list(COLUMNS).index(m) if m in COLUMNS else 3, m))
+    order = list(METHOD_TITLES)
+    methods = sorted({r.method for r in measured}, key=lambda m: (order.index(m) if m in order else len(order), m))
     rows: dict[tuple[str, str | None, str | None], dict[str, str]] = {}
-    for result in found:
+    for result in measured:
         unnamed = result.dataset == result.split or (result.dataset, result.split) == ("eval", "evaluation")
         place = (result.metric, None if unnamed else result.dataset, result.split)
         rows.setdefault(place, {})[result.method] = number(result.value, result.spread)
-    given = [any(key[i] for key in rows) for i in range(3)]
-    names = [name for name, there in zip(("metric", "data", "split"), given, strict=True) if there]
+    shown = [any(key[i] for key in rows) for i in range(3)]
+    names = [name for name, show in zip(("metric", "data", "split"), shown, strict=True) if show]
     body = [
-        [*(cell(part) if part else "" for part, there in zip(key, given, strict=True) if there),
+        [*(cell(part) if part else "" for part, show in zip(key, shown, strict=True) if show),
          *(cells.get(method, "") for method in methods)]
         for key, cells in rows.items()
     ]  # fmt: skip
-    header = [*names, *(COLUMNS.get(method) or cell(method) for method in methods)]
+    header = [*names, *(METHOD_TITLES.get(method) or cell(method) for method in methods)]
     return table(header, body, numbers=range(len(names), len(header)))
 
 
-def spread(found: Sequence[Result]) -> str | None:
-    """What stands behind ±: of each method by itself, unless this adapter and all others ran as often."""
-    several = [result for result in found if result.spread is not None]
+def spread(measured: Sequence[Result]) -> str | None:
+    """A sentence on the runs behind each ±: once for all methods if their numbers are equal, else for each."""
+    several = [result for result in measured if result.spread is not None]
     if not several:
         return None
     runs = {result.method: [r.runs for r in several if r.method == result.method] for result in several}
     counted = {method: " to ".join(map(whole, sorted({min(n), max(n)}))) for method, n in runs.items()}
     if "adapter" in counted and len(set(counted.values())) == 1:
         return f"Mean ± standard deviation over {counted['adapter']} runs."
-    said = ", ".join(f"{COLUMNS.get(method) or code(method)} {count}" for method, count in counted.items())
-    return f"Mean ± standard deviation where there were several runs: {said}."
+    listing = ", ".join(f"{METHOD_TITLES.get(method) or code(method)} {count}" for method, count in counted.items())
+    return f"Mean ± standard deviation where there were several runs: {listing}."
 
 
-def architecture(adapter: SavedAdapter) -> str:
-    """Where the sub-layers sit, how large they are and how many parameters they have."""
+def architecture_table(adapter: SavedAdapter) -> str:
+    """A table of the sub-layers: sites, layers, sizes, gates and numbers of parameters."""
     rows = adapter.rows()
     columns = [("sub-layer", "sublayer"), ("site", "site"), ("layers", "layers"), ("size", "size"), ("gate", "gate")]
     shown = [(title, name) for title, name in columns if any(getattr(row, name) for row in rows)]
@@ -122,6 +125,7 @@ def architecture(adapter: SavedAdapter) -> str:
 
 
 def gates_note(adapter: SavedAdapter) -> str | None:
+    """The meaning of `auto` in the table of sub-layers, if it occurs."""
     if not any("auto" in row.gate for row in adapter.rows()):
         return None
     return (
@@ -130,31 +134,24 @@ def gates_note(adapter: SavedAdapter) -> str | None:
     )
 
 
-def datasets(found: Sequence[DatasetRecord]) -> str | None:
-    """The data, with what pins them down."""
-    known = ("used_for", "config", "split", "rows", "revision", "fingerprint")
-    fields = [f for f in known if any(getattr(data, f) for data in found)]
-    body = [
-        [data_name(data), *("" if getattr(data, f) is None else shown(getattr(data, f)) for f in fields)]
-        for data in found
-    ]
-    return (
-        table(
-            ["data", *(f.replace("_", " ") for f in fields)],
-            body,
-            [1 + i for i, f in enumerate(fields) if f == "rows"],
-        )
-        if found
-        else None
-    )
+def datasets(records: Sequence[DatasetRecord]) -> str | None:
+    """A table of the data, with revisions and fingerprints."""
+    if not records:
+        return None
+    names = ("used_for", "config", "split", "rows", "revision", "fingerprint")
+    fields = [name for name in names if any(getattr(data, name) for data in records)]
+    body = [[data_name(data), *(field_value(getattr(data, name)) for name in fields)] for data in records]
+    header = ["data", *(name.replace("_", " ") for name in fields)]
+    return table(header, body, numbers=[1 + fields.index("rows")] if "rows" in fields else [])
 
 
-def shown(value: Any) -> str:
-    return whole(value) if isinstance(value, int) else cell(value)
+def field_value(value: Any) -> str:
+    """A value of a record as the cell of a table."""
+    return "" if value is None else whole(value) if isinstance(value, int) else cell(value)
 
 
 def facts(record: TrainingRecord, revision: str | None) -> str | None:
-    """The run in a list."""
+    """The run as a list."""
     trained = record.trainable_parameters
     total = record.total_parameters
     share = f" of {whole(total)} ({100 * trained / total:.3g} %)" if trained and total else ""
@@ -173,14 +170,15 @@ def facts(record: TrainingRecord, revision: str | None) -> str | None:
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str | None:
+    """Settings as a block of YAML."""
     return fenced(yaml_dump(dict(settings), sort_keys=False), "yaml") if settings else None
 
 
-def versions(found: Mapping[str, str | None]) -> str | None:
-    """One package a line; peft's as peft writes it itself, which it looks for when it saves once more."""
+def version_list(installed: Mapping[str, str | None]) -> str | None:
+    """A list of packages; peft's line has peft's own form, so that peft recognises it when it saves again."""
     lines = [
         f"- {'PEFT' if name == 'peft' else code(name)} {version if VERSION.fullmatch(version) else code(version)}"
-        for name, version in found.items()
+        for name, version in installed.items()
         if version
     ]
     return "\n".join(lines) or None

@@ -1,4 +1,4 @@
-"""The code that loads an adapter, as its card shows it."""
+"""The code on a card that loads the adapter."""
 
 import json
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 import transformers
 
-from hf_peft_ext.hub_cards.markdown import plain
+from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 
 # task type of peft -> the Auto class of transformers, and the task on the Hub where the type leaves no choice
-TASKS = {
+TASK_CLASSES = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
     "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
@@ -44,37 +44,37 @@ RANK = """
 classifier = RankClassifier(model, tokenizer, choices=["one answer", "another"])
 print(classifier.predict(["A prompt that asks for one of them:"]))"""
 USES = {"SEQ_CLS": CLASSIFY, "CAUSAL_LM": GENERATE, "SEQ_2_SEQ_LM": GENERATE}
-MANY = 20  # more names of classes would bury the code
+MAX_LABELS = 20  # names of classes in the code
 
 
 def ranks_choices(adapter: SavedAdapter, task: str | None) -> bool:
-    """Whether a model that writes text is used to classify, by the choice that it finds most probable."""
+    """Whether a language model is used as a classifier, by ranking answer choices."""
     return task == "text-classification" and adapter.config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def auto_class(adapter: SavedAdapter) -> str | None:
-    """The class of transformers that loads the base model: by the task type, else the class that was adapted.
+    """The class of transformers that loads the base model: by the task type, else the base model's class.
 
-    None for models that are not of transformers.
+    None for models of other libraries.
     """
-    if adapter.config.task_type in TASKS:
-        return TASKS[adapter.config.task_type][0]
-    found = base_class(adapter)
-    return found.__name__ if found else None
+    if adapter.config.task_type in TASK_CLASSES:
+        return TASK_CLASSES[adapter.config.task_type][0]
+    cls = base_class(adapter)
+    return cls.__name__ if cls else None
 
 
 def base_class(adapter: SavedAdapter) -> Any:
-    """The class that was adapted, if it is one of transformers'. The name is a stranger's: nothing is imported."""
-    found = getattr(transformers, str((adapter.config.auto_mapping or {}).get("base_model_class")), None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    """The base model's class, if it is one of transformers'. The name is untrusted: nothing is imported."""
+    cls = getattr(transformers, str((adapter.config.auto_mapping or {}).get("base_model_class")), None)
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
 
 
 def pipeline_tag(adapter: SavedAdapter) -> str | None:
-    """The task on the Hub, where the config leaves no doubt."""
-    if adapter.config.task_type in TASKS:
-        return TASKS[adapter.config.task_type][1]
-    found = base_class(adapter)
-    endings = [tag for ending, tag in ENDINGS.items() if found is not None and found.__name__.endswith(ending)]
+    """The task on the Hub; None if the config allows several."""
+    if adapter.config.task_type in TASK_CLASSES:
+        return TASK_CLASSES[adapter.config.task_type][1]
+    cls = base_class(adapter)
+    endings = [tag for ending, tag in ENDINGS.items() if cls is not None and cls.__name__.endswith(ending)]
     return next(iter(endings), None)
 
 
@@ -88,29 +88,29 @@ def snippet(
     subfolder: str | None = None,
     ranks: bool = False,
 ) -> str:
-    """Python that loads the base model and the adapter, and uses them where the task says how.
+    """Python that loads the base model and the adapter, and uses them if the task is known.
 
     Args:
-        adapter: what is loaded.
-        base_model: the base model's id on the Hub; a place for it is left open where it has none.
+        adapter: the saved adapter.
+        base_model: the base model's id on the Hub; None for a placeholder.
         revision: its commit.
         labels: names of the classes, in order.
-        repo_id: where the adapter is on the Hub; its folder's name by default.
-        subfolder: the folder of the repository in which it lies; None for the repository itself.
-        ranks: whether it is used by ranking answer choices.
+        repo_id: the adapter's repository on the Hub; its folder's name by default.
+        subfolder: the adapter's folder in the repository; None for the repository itself.
+        ranks: whether the model classifies by ranking answer choices.
     """
     cls, use = auto_class(adapter), RANK if ranks else USES.get(adapter.config.task_type, "")
     load = "hf_peft_ext.load_adapter" if adapter.is_ours else "PeftModel.from_pretrained"
-    lines = [*imports(adapter, cls, use), "", f"adapter = {literal(repo_id or adapter.folder.resolve().name)}"]
+    lines = [*imports(adapter, cls, use), "", f"adapter = {string_literal(repo_id or adapter.folder.resolve().name)}"]
     if cls:
-        arguments = [f"revision={literal(revision)}"] if base_model and revision else []
+        arguments = [f"revision={string_literal(revision)}"] if base_model and revision else []
         if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") or cls.endswith("Classification"):
-            arguments += classes(labels, adapter.labels())
-        lines += [f"base = {literal(base_model or 'path/to/the/base/model')}"]
+            arguments += class_arguments(labels, adapter.number_of_labels())
+        lines += [f"base = {string_literal(base_model or 'path/to/the/base/model')}"]
         lines += [call(f"model = {cls}.from_pretrained", ["base", *arguments])]
     else:
         lines += ["model = ...  # the base model, as it was before training"]
-    place = f", subfolder={literal(subfolder)}" if subfolder else ""
+    place = f", subfolder={string_literal(subfolder)}" if subfolder else ""
     lines += [f"model = {load}(model, adapter{place})"]
     if use:
         saved = (adapter.folder / "tokenizer_config.json").is_file()
@@ -119,6 +119,7 @@ def snippet(
 
 
 def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
+    """The import lines that the code needs."""
     ours = "import hf_peft_ext  # comes first: it makes the method known to peft"
     names = sorted(name for name in (cls, "AutoTokenizer" if use else None) if name)
     lines = {
@@ -132,19 +133,19 @@ def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
 
 
 def call(function: str, arguments: Sequence[str]) -> str:
-    """A call on one line, or with one argument a line where that would be long."""
+    """A call on one line, or with an argument a line if it is over 100 characters."""
     line = f"{function}({', '.join(arguments)})"
     return line if len(line) <= 100 else "\n    ".join([f"{function}(", *(f"{a}," for a in arguments)]) + "\n)"
 
 
-def classes(labels: Sequence[str], count: int | None) -> list[str]:
-    """The argument that gives the base model a head of the right size."""
-    if labels and len(labels) <= MANY:
-        return ["id2label={" + ", ".join(f"{i}: {literal(label)}" for i, label in enumerate(labels)) + "}"]
+def class_arguments(labels: Sequence[str], count: int | None) -> list[str]:
+    """The argument for the size of the base model's head, if the number of classes is known."""
+    if labels and len(labels) <= MAX_LABELS:
+        return ["id2label={" + ", ".join(f"{i}: {string_literal(label)}" for i, label in enumerate(labels)) + "}"]
     count = len(labels) or count
     return [f"num_labels={count}"] if count else []
 
 
-def literal(text: str) -> str:
-    """A string in Python, on one line; JSON's is one, since plain text holds no half characters."""
-    return json.dumps(plain(text), ensure_ascii=False)
+def string_literal(text: str) -> str:
+    """A string literal of Python, on one line. JSON's is one, since plain text has no lone surrogates."""
+    return json.dumps(single_line(text), ensure_ascii=False)

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord, write_card
-from hf_peft_ext.hub_cards.merge import COMMENT, Version, digest, merge, split
+from hf_peft_ext.hub_cards.card_edits import BEGIN, COMMENT, item_digest, split
 
 from .cards import full_record, saved
 
@@ -41,81 +41,67 @@ def trained_again(folder, accuracy=0.9):
     return write_card(folder).read_text()
 
 
-def without(comment):
-    return COMMENT.sub("", comment)
+def without(comments):
+    return COMMENT.sub("", comments)
+
+
+edited = pytest.warns(UserWarning, match=r"The generated section of .*README.md was edited")
 
 
 # The text
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "# UniPELT adapter",
-        "## Use",
-        "```python",
-        "| metric |",
-        "## Method",
-        "| bottleneck |",
-        "- Trainer",
-        "```bibtex",
-    ],
-)
-def test_a_paragraph_anywhere_stays_where_it_is(folder, place):
-    """In front of any line, twice over, while the results are renewed."""
-    edit(folder, (place, f"\n\n{OWN}\n\n{place}"))
+@pytest.mark.parametrize(("above", "below"), [(OWN, ""), ("", OWN), (OWN, f"## Limits\n\n\n{OWN}\n\n    code")])
+def test_text_outside_the_section_stays(folder, above, below):
+    """Above, below or both, as it is written, twice over, while the results are renewed."""
+    edit(folder, (BEGIN, f"{above}\n\n{BEGIN}"))
+    (folder / "README.md").write_text(f"{(folder / 'README.md').read_text()}\n{below}\n")
     for accuracy in (0.9, 0.95):
         text = trained_again(folder, accuracy)
-        assert text.count(OWN) == 1
-        assert text.index(OWN) < text.index(place)
-        assert f"\n\n{OWN}\n\n{place}" in text
+        assert f"| {accuracy} |" in text
+        assert f"\n\n{above}\n\n{BEGIN}\n\n# UniPELT adapter" in text if above else f"---\n\n{BEGIN}" in text
+        assert text.endswith(f" -->\n\n{below}\n" if below else " -->\n")
 
 
-def test_a_changed_paragraph_stays_changed(folder):
-    edit(folder, ("A [peft](https://github.com/huggingface/peft) adapter", "My best adapter"))
-    for _ in range(2):
-        text = trained_again(folder)
-        assert text.count("My best adapter: 3,507 parameters") == 1
-        assert "A [peft]" not in text
-        assert "| `accuracy` | `nyu-mll/glue` | `validation` | 0.9 |" in text
+@pytest.mark.parametrize("place", ["## Use", "```python", "| metric |", "## Method", "```bibtex"])
+def test_paragraphs_added_inside_the_section_move_below_it(folder, place):
+    """With a warning; the section is whole again, and the next renewal changes nothing."""
+    before = edit(folder, (place, f"\n\n{OWN}\n\n{place}"))
+    with edited:
+        text = write_card(folder).read_text()
+    assert before.replace(f"\n\n{OWN}\n\n{place}", place).split(" -->")[0] in text
+    assert text.endswith(f" -->\n\n{OWN}\n")
+    assert write_card(folder).read_text() == text
 
 
-def test_a_deleted_part_stays_away(folder):
-    edit(folder, ("Classes, in order: `refund`, `lost card`, `other`.\n\n", ""), ("## Citation\n\n", ""))
-    for _ in range(2):
-        text = trained_again(folder)
-        assert "Classes, in order" not in text
-        assert "## Citation" not in text
+def test_changed_paragraphs_and_titles_are_kept(folder):
+    """A changed paragraph is kept below what is generated, a title above it and in place of the generated one."""
+    edit(folder, ("A [peft](https://github.com/huggingface/peft) adapter", "My best adapter"), ("# UniPELT", "# My"))
+    with edited:
+        trained_again(folder)
+    text = trained_again(folder, 0.95)
+    assert text.count("My best adapter: 3,507 parameters") == text.count("A [peft]") == 1
+    assert text.index("# My adapter") < text.index("A [peft]") < text.index("My best adapter")
+    assert "# UniPELT adapter" not in text
+    assert "| `accuracy` | `nyu-mll/glue` | `validation` | 0.95 |" in text
 
 
-def test_parts_that_are_moved_are_renewed_where_they_are(folder):
-    table = re.search(r"## Results\n\n(?:\|.*\n)+\n", edit(folder))[0]
-    edit(folder, (table, ""), ("## Use\n", f"{table}## Use\n"))
-    text = trained_again(folder)
-    assert text.index("| 0.9 |") < text.index("## Use")
-    assert text.count("## Results") == 1
+def test_deleted_paragraphs_are_written_again(folder):
+    edit(folder, ("Classes, in order: `refund`, `lost card`, `other`.\n\n", ""))
+    with edited:
+        assert "Classes, in order" in write_card(folder).read_text()
 
 
-def test_what_is_measured_later_is_put_in_its_place(tmp_path):
-    """Behind what precedes it in a card that is written at once, and gone when it is measured no more."""
+def test_a_section_changes_with_the_record(tmp_path):
+    """It is that of a card written at once, and the first one's when the measurements are gone."""
     saved(tmp_path, "unipelt")
     before = write_card(tmp_path).read_text()
     full_record().save(tmp_path)
     later = write_card(tmp_path).read_text()
     (tmp_path / "README.md").unlink()
-    assert without(write_card(tmp_path).read_text()).split("---\n", 2)[2] == without(later).split("---\n", 2)[2]
+    assert write_card(tmp_path).read_text() == later
     (tmp_path / "training_record.json").unlink()
-    after = write_card(tmp_path).read_text()
-    assert without(after).split() == without(before).split()
-
-
-def test_results_that_come_back_are_shown_again(folder):
-    """Only what the author deletes stays away."""
-    record = TrainingRecord.load(folder)
-    record.results = []
-    record.save(folder)
-    assert "## Results" not in write_card(folder).read_text()
-    assert "| 0.9 |" in trained_again(folder)
+    assert without(write_card(tmp_path).read_text()) == without(before)
 
 
 def test_windows_line_endings(folder):
@@ -130,7 +116,8 @@ def test_fences_are_whole(folder):
     """An author's code block keeps its blank lines and whatever looks like a part of the card."""
     block = "~~~~\n# Title\n\n\n```\n---\n\n~~~\nend\n~~~~"
     edit(folder, ("## Use", f"{block}\n\n## Use"))
-    assert f"\n\n{block}\n\n## Use" in trained_again(folder)
+    with edited:
+        assert trained_again(folder).endswith(f" -->\n\n{block}\n")
 
 
 # Metadata
@@ -176,9 +163,15 @@ def test_wrong_metadata_of_the_author_is_an_error(folder):
     [
         ("license: apache-2.0", "license: [", r"The metadata of the card \(README.md\) is not valid YAML"),
         (
-            "unless you change it: {",
-            "unless you change it: ",
-            r"The last comment of the card \(README.md\) was changed",
+            '"section":',
+            '"sections":',
+            r"The comments around the generated section of the card \(README.md\) were changed",
+        ),
+        (f"{BEGIN}\n", "", r"The comments around the generated section of the card \(README.md\) were changed"),
+        (
+            "<!-- hf_peft_ext end of",
+            "<!-- end of",
+            r"The comments around the generated section .* were changed; restore",
         ),
         ("  results:", "  resolts:", "Invalid `model_index`"),
     ],
@@ -225,11 +218,10 @@ def test_files_that_no_card_has_written_are_the_author_s(tmp_path):
 
 
 def test_a_card_names_no_other_files(folder):
-    """Its comment can be a stranger's: files that it names besides are not touched."""
+    """Its comment can be untrusted: other files that it names are not touched, and odd values do no harm."""
     other = folder.parent / "other.txt"
     other.write_text("mine")
-    forged = f'"generated":{{"file:../other.txt":"{digest(b"mine".hex())}",'
-    edit(folder, ('"generated":{', forged))
+    edit(folder, ('"files":{', f'"files":{{"figures/gates.png":[],"../other.txt":"{item_digest(b"mine".hex())}",'))
     write_card(folder)
     assert other.read_text() == "mine"
 
@@ -259,17 +251,32 @@ def test_a_card_by_hand_is_kept_in_front(tmp_path):
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n# Mine\n\n{OWN}\n")
     for _ in range(2):
         card = ModelCard(write_card(tmp_path).read_text())
-        assert card.text.startswith(f"\n# Mine\n\n{OWN}\n\nA [peft]")
+        assert card.text.startswith(f"\n# Mine\n\n{OWN}\n\n{BEGIN}\n\nA [peft]")
         assert card.text.count("\n# ") == card.text.count("## Use") == 1
         assert (card.data.license, card.data.library_name) == ("mit", "peft")
 
 
-def test_a_card_without_its_comment(folder):
-    """Nothing is doubled that still stands as it would be written."""
+def test_a_card_without_its_comments(folder):
+    """All of its text is the author's then, and is kept above a new section."""
     path = folder / "README.md"
-    path.write_text(without(path.read_text()))
+    path.write_text(without(path.read_text()).replace("| 0.8", "| 0.7"))
+    own = path.read_text().split("---\n", 2)[2].strip()
     text = write_card(folder).read_text()
-    assert text.count("## Method") == text.count("| metric |") == 1
+    assert f"---\n\n{own}\n\n{BEGIN}\n\nA [peft]" in text
+
+
+def test_forged_comments(folder):
+    """Comments of a section inside the section, as in a command of somebody else's, end nothing."""
+    record = TrainingRecord.load(folder)
+    forged = (folder / "README.md").read_text().split("\n")[-2]
+    record.command = f"run\n{forged}\n\n{BEGIN}\n\nhidden"
+    record.save(folder)
+    text = write_card(folder).read_text()
+    assert text.count(forged) == 1
+    assert write_card(folder).read_text() == text
+    record.command = None
+    record.save(folder)
+    assert "hidden" not in write_card(folder).read_text()
 
 
 @pytest.mark.parametrize("name", ["unipelt", "lora"])
@@ -277,10 +284,9 @@ def test_saving_again_over_a_card(tmp_path, name):
     """peft writes its own metadata over what is there; the author's text stays, and so does what we wrote."""
     model = saved(tmp_path, name)
     first = write_card(tmp_path, model).read_text()
-    edit(tmp_path, ("## Use", f"{OWN}\n\n## Use"))
+    edit(tmp_path, (BEGIN, f"{OWN}\n\n{BEGIN}"))
     model.save_pretrained(tmp_path, save_embedding_layers=False)  # or it asks the Hub for the base model
-    text = write_card(tmp_path).read_text()
-    assert without(text) == without(first).replace("## Use", f"{OWN}\n\n## Use", 1)
+    assert write_card(tmp_path).read_text() == first.replace(BEGIN, f"{OWN}\n\n{BEGIN}", 1)
 
 
 # Two cards of one adapter
@@ -289,17 +295,14 @@ def test_saving_again_over_a_card(tmp_path, name):
 def test_edits_on_the_hub_and_here_are_both_kept(folder):
     """Both started from the same card; what each added, changed or deleted since holds in the end, and later too."""
     there = edit(folder)
-    there = there.replace("## Use", f"{OWN}\n\n## Use").replace("license: apache-2.0", "license: mit")
-    there = there.replace("Classes, in order: `refund`, `lost card`, `other`.\n\n", "")
-    edit(folder, ("## Method", "Here.\n\n## Method"), ("- support\n", "- here\n"))
+    there = there.replace(BEGIN, f"{OWN}\n\n{BEGIN}").replace("license: apache-2.0", "license: mit")
+    edit(folder, (BEGIN, f"Here.\n\n{BEGIN}"), ("- support\n", "- here\n"))
     for published in (there, None, None):
         record = TrainingRecord.load(folder)
         record.results = [Result("accuracy", 0.9)]
         record.save(folder)
         text = write_card(folder, published=published).read_text()
-        assert f"\n\n{OWN}\n\n## Use" in text
-        assert "\n\nHere.\n\n## Method" in text
-        assert "Classes, in order" not in text
+        assert f"---\n\n{OWN}\n\nHere.\n\n{BEGIN}" in text
         assert "| `accuracy` | 0.9 |" in text
         data = ModelCard(text).data
         assert data.license == "mit"
@@ -307,27 +310,67 @@ def test_edits_on_the_hub_and_here_are_both_kept(folder):
         assert "support" not in data.tags
 
 
-def test_edits_that_were_pushed_can_be_edited_on_both_sides(folder):
-    """An author's paragraph that both sides have is changed on the Hub, another is deleted here."""
-    edit(folder, ("## Use", "One.\n\nTwo.\n\n## Use"))
-    there = write_card(folder).read_text().replace("One.", "One, on the Hub.")
-    edit(folder, ("Two.\n\n", ""))
+def pushed(folder):
+    """The card of a folder after its first push, here and on the Hub."""
+    return write_card(folder, published="").read_text()
+
+
+def test_the_side_that_changed_a_text_wins(folder):
+    """After a push, a text or a field that one side alone has changed is that side's; a deleted one is gone."""
+    edit(folder, (BEGIN, f"Above.\n\n{BEGIN}"), ("license: apache-2.0", "license: mit"), ("- en\n", "- de\n"))
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nBelow.\n")
+    there = pushed(folder).replace("Above.", "Above, there.").replace("- de\n", "- fr\n")
+    edit(folder, ("\nBelow.\n", ""), ("license: mit", "license: bsd"))
     text = write_card(folder, published=there).read_text()
-    assert "\n\nOne, on the Hub.\n\n## Use" in text
-    assert "One.\n" not in text
-    assert "Two." not in text
+    assert f"---\n\nAbove, there.\n\n{BEGIN}" in text
+    assert "Below." not in text
+    data = ModelCard(text).data
+    assert (data.license, data.language) == ("bsd", ["fr"])
+
+
+def test_a_text_that_both_sides_changed(folder):
+    """A paragraph that both sides had is changed on the Hub, another is deleted here, a third is added here."""
+    edit(folder, (BEGIN, f"One.\n\nTwo.\n\n{BEGIN}"))
+    there = pushed(folder).replace("One.", "One, there.")
+    edit(folder, ("Two.\n\n", "Three.\n\n"))
+    text = write_card(folder, published=there).read_text()
+    assert f"---\n\nOne, there.\n\nThree.\n\n{BEGIN}" in text
+
+
+def test_a_push_that_failed_is_tried_again(folder):
+    """What was changed here before or after the failure is not doubled by what the Hub still has."""
+    edit(folder, (BEGIN, f"One.\n\nTwo.\n\n{BEGIN}"))
+    there = pushed(folder)
+    for old, new in (("One.", "1."), ("Two.", "2.")):
+        edit(folder, (old, new))
+        text = write_card(folder, published=there).read_text()
+    assert f"---\n\n1.\n\n2.\n\n{BEGIN}" in text
+
+
+def test_edits_inside_the_section_on_the_hub_are_kept(folder):
+    there = edit(folder).replace("## Use", f"{OWN}\n\n## Use")
+    with edited:
+        assert write_card(folder, published=there).read_text().endswith(f" -->\n\n{OWN}\n")
+
+
+def test_another_repository_deletes_nothing(folder):
+    """A card pushed to one repository keeps its author's text in a push to another, whose card has none."""
+    other = edit(folder)
+    edit(folder, (BEGIN, f"{OWN}\n\n{BEGIN}"))
+    pushed(folder)
+    assert OWN in write_card(folder, published=other).read_text()
 
 
 def test_a_folder_that_knows_nothing_of_the_hub_deletes_nothing(folder, tmp_path_factory):
     """Saved into a new folder and pushed: the card on the Hub keeps what its author wrote."""
-    edit(folder, ("## Use", f"{OWN}\n\n## Use"), ("license: apache-2.0", "license: mit"))
-    there = write_card(folder).read_text()
+    edit(folder, (BEGIN, f"{OWN}\n\n{BEGIN}"), ("license: apache-2.0", "license: mit"))
+    there = pushed(folder)
     fresh = tmp_path_factory.mktemp("unipelt")
     saved(fresh, "unipelt")
     text = write_card(fresh, published=there).read_text()
-    assert f"\n\n{OWN}\n\n## Use" in text
+    assert f"\n\n{OWN}\n\n{BEGIN}" in text
     assert "license: mit" in text
-    assert "## Results" not in text  # what was generated is generated anew, from this folder
+    assert "## Results" not in text  # generated anew, from this folder
 
 
 def test_a_first_card_on_the_hub(folder):
@@ -337,19 +380,8 @@ def test_a_first_card_on_the_hub(folder):
     assert text.count("## Use") == 1
 
 
-# The merge itself
-
-
-def test_merge():
-    """Item by item: untouched, changed, added and deleted, on either side."""
-    before = {name: Version.of({}, {name: text}).generated[name] for name, text in zip("abcd", "ABCD", strict=True)}
-    current = {"a": "A", "b": "B!", "x": "X", "d": "D"}  # b changed, c deleted, x added
-    new = {"n": "N", "a": "A2", "b": "B2", "c": "C2", "m": "M"}  # d gone, n and m new
-    assert merge(current, before, new) == {"n": "N", "a": "A2", "b": "B!", "m": "M", "x": "X"}
-
-
-def test_split_and_template():
-    """huggingface_hub's own template, part by part, is whole again."""
+def test_split():
+    """huggingface_hub's own template, part by part, is whole again; fenced blocks are one part."""
     text = ModelCard.from_template(ModelCardData()).text
     assert "\n\n".join(split(text)).split() == text.split()
     assert split("a\n\n```\n\nb\n```\nc\n\n\n d") == ["a", "```\n\nb\n```\nc", " d"]

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
-from hf_peft_ext.hub_cards.markdown import cell, code, fenced, plain, ranges, table
-from hf_peft_ext.hub_cards.merge import Version
+from hf_peft_ext.hub_cards.card_edits import BEGIN, CardEdits
+from hf_peft_ext.hub_cards.markdown import cell, code, fenced, ranges, single_line, table
 
 from .cards import BASE, full_record, saved
 
@@ -52,7 +52,8 @@ HOSTILE = [
     '"""\nimport os\n"""',
     "- item\n1. item\n> quote\n    code",
     "!!python/object/apply:os.system ['x']",
-    '<!-- hf_peft_ext renews what stands above unless you change it: {"generated":{},"kept":{}} -->',
+    f"x\n{BEGIN}\ny",
+    'x\n<!-- hf_peft_ext end of the section: {"section":[],"metadata":{},"shared":{},"seen":{},"files":{}} -->\n\nx',
     "x" * 5000,
     "",
 ]
@@ -153,20 +154,19 @@ def test_card(adapter, tmp_path, text):
         assert shape(card) == shape(harmless)
         assert card.attributes == harmless.attributes
     assert not any(value and "javascript" in value for _, value in card.attributes)
-    assert len(card.comments) == 1
-    assert card.comments[0].startswith(" hf_peft_ext renews")
+    assert [comment[:19] for comment in card.comments] == [" hf_peft_ext writes", " hf_peft_ext end of"]
     metadata = [ModelCard(card).data.to_dict() for card in cards]
     for data in metadata:
         data.pop("metrics", None)  # a harmless word can be the name of one
     assert metadata[0] == metadata[1]
     compile(re.findall(r"^(```+)python\n(.*?)\n\1$", cards[1], re.DOTALL | re.MULTILINE)[0][1], "snippet", "exec")
-    assert plain(text) in card.text
+    assert single_line(text) in card.text
 
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if re.search(r"\$|\n|\d\.|\x00|x{9}|^$", text)])
 def test_figures(text):
     """Names in figures are drawn as they are, or with `?` where fonts may lack them; formulas are none."""
-    drawn = figures.draw(stranger(text))
+    drawn = figures.draw_figures(stranger(text))
     assert all(png.startswith(b"\x89PNG") for png in drawn.values())
     assert figures.GATES in drawn
     assert len(figures.label(text)) <= 40
@@ -177,7 +177,7 @@ def test_card_is_written_again(adapter, tmp_path, text):
     """Nothing in it is taken for an author's edit, or for a part of the card."""
     card = written(adapter, tmp_path / "adapter", replace(stranger(text), gates={}, history=[]))
     assert write_card(tmp_path / "adapter").read_text() == card
-    assert Version.read(card).kept == {}
+    assert CardEdits.read(card).items == {}
 
 
 @every_hostile
@@ -195,7 +195,7 @@ def test_settings(adapter, tmp_path, text):
         assert html.elements.count("pre") == 4
         (shown,) = [token.content for token in MarkdownIt().parse(found) if token.info == "yaml"]
         ((key, value),) = yaml.safe_load(shown).items()
-        assert plain(key) == plain(value[0]) == plain(text)
+        assert single_line(key) == single_line(value[0]) == single_line(text)
 
 
 @every_hostile
@@ -236,7 +236,7 @@ def test_hostile_metadata_is_refused(tmp_path):
 @every_hostile
 def test_tags(adapter, text):
     """A tag is a word on one line, whatever is in it: text in the metadata, and an error where it is none."""
-    if plain(text) != text or not text:
+    if single_line(text) != text or not text:
         with pytest.raises(ValueError, match=r"`tags` \(="):
             AdapterCard.from_adapter(adapter[0], TrainingRecord(tags=[text]))
         return
@@ -259,7 +259,7 @@ def test_code(text):
     for html in (render(f"before {code(text)} after"), render(table(["one", "two"], [[cell(text), "end"]]))):
         assert html.elements.count("code") == 1
         assert set(html.elements) <= SAFE
-        assert plain(text) in html.text
+        assert single_line(text) in html.text
     assert render(table(["one", "two"], [[cell(text), "end"]])).elements.count("td") == 2
 
 
@@ -275,8 +275,8 @@ def test_fenced(text):
 @given(texts)
 def test_plain(text):
     """One line that can be written to a file and read again."""
-    line = plain(text)
-    assert line == line.strip() == plain(line)
+    line = single_line(text)
+    assert line == line.strip() == single_line(line)
     assert len(line.splitlines()) <= 1
     assert line.encode().decode() == line
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
-from hf_peft_ext.hub_cards.merge import COMMENT
+from hf_peft_ext.hub_cards.card_edits import COMMENT
 from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards.record import quantization_of
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter, layers
-from hf_peft_ext.hub_cards.told import quantization
 from hf_peft_ext.papers import IA3, LADDER, LORA, MAM, S4, UNIPELT
 
 from .backbones import BACKBONES
@@ -85,10 +85,10 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
         write_card(tmp_path)
     saved(tmp_path, "bitfit")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds an adapter_model.safetensors that is none"):
+    with pytest.raises(ValueError, match=r"`folder` \(=.*\) holds an invalid adapter_model.safetensors"):
         write_card(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOVEL"}')
-    with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type that this"):
+    with pytest.raises(ValueError, match=r"`peft_type` \(='NOVEL'\) in adapter_config.json must be a type of the"):
         write_card(tmp_path)
 
 
@@ -170,10 +170,10 @@ def test_snippet_counts_the_classes_of_the_head(tmp_path):
 def test_quantisation_of_a_model():
     """As the model's config has it; whole weights have none."""
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    assert quantization(SimpleNamespace(quantization_config=four)) == "4-bit NF4, double quantisation"
-    assert quantization(SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))) == "8-bit"
-    assert quantization(SimpleNamespace(quantization_config={"quant_method": "gptq"})) == "gptq"
-    assert quantization(SimpleNamespace()) is None
+    assert quantization_of(SimpleNamespace(quantization_config=four)) == "4-bit NF4, double quantisation"
+    assert quantization_of(SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))) == "8-bit"
+    assert quantization_of(SimpleNamespace(quantization_config={"quant_method": "gptq"})) == "gptq"
+    assert quantization_of(SimpleNamespace()) is None
 
 
 def test_a_model_of_ones_own(tmp_path):

@@ -12,7 +12,7 @@ from hf_peft_ext import TFewConfig
 from hf_peft_ext.ranking.encode import encode_choices
 from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.trainers import DataCollatorForChoices, TFewTrainer, TFewTrainingArguments
-from hf_peft_ext.trainers.choice_data import ChoiceRows, checked
+from hf_peft_ext.trainers.choice_data import ChoiceRows, validated
 
 from .backbones import BACKBONES
 from .test_rank_classification import DECODER, SEQ2SEQ
@@ -54,7 +54,7 @@ ROW = {"prompt": "Is it?", "choices": ["yes", "no"], "answer": 1}
 def test_wrong_rows(row, kind, message, tmp_path):
     """Each error says which row, which field, what stands there and what should; before a model is touched."""
     with pytest.raises(kind, match=message):
-        checked(row, 7)
+        validated(row, 7)
     rows = [ROW] * 7 + [row]
     for data in ({"train_dataset": rows}, {"eval_dataset": rows}, {"eval_dataset": {"one": [ROW], "two": rows}}):
         with pytest.raises(kind, match=message):
@@ -64,8 +64,8 @@ def test_wrong_rows(row, kind, message, tmp_path):
 def test_right_rows():
     """Whole numbers of any kind are answers, and rows without one can be ranked."""
     for answer in (1, np.int64(1), torch.tensor(1)):
-        assert checked({**ROW, "choices": ("yes", "no"), "answer": answer, "idx": 5}, 0) == ROW
-    assert checked({**ROW, "answer": None}, 0, answered=False) == {"prompt": "Is it?", "choices": ["yes", "no"]}
+        assert validated({**ROW, "choices": ("yes", "no"), "answer": answer, "idx": 5}, 0) == ROW
+    assert validated({**ROW, "answer": None}, 0, answered=False) == {"prompt": "Is it?", "choices": ["yes", "no"]}
 
 
 class Stream(IterableDataset):
@@ -94,7 +94,7 @@ class Changing(torch.utils.data.Dataset):
 
 
 def test_rows_that_are_rendered_are_checked_as_they_are_read(tmp_path):
-    """No row is read before training, and each is checked each time."""
+    """No row is read before training, and each is validated each time."""
     rows = Changing()
     assert [ChoiceRows(rows)[0]["answer"] for _ in "12"] == [1, 0]
     assert len(ChoiceRows(rows)) == 4

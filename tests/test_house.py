@@ -14,21 +14,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "house.py"
 House = runpy.run_path(str(SCRIPT))["House"]
 
-# Longer than 300 lines: to be split.
-LONG_MODULES = {"hf_peft_ext.attach.attention"}
-DOCUMENTED = 78  # percent of the public functions, classes and methods
-# Names that several modules may define: each has its own logger.
-ALIKE = {"logger"}
-# Names that several modules define and that are to be told apart.
-TO_RENAME = set(
-    """
-    ALLOWED BESIDE Batch COLUMNS FILE FILES INPUTS LADDER METHODS NAME PAPERS RESIDUAL ROLES Run SITES SIZES
-    STRATEGIES STYLES SUBLAYERS TASKS TRAINED UNFINISHED accuracy aligned batches candidates check_complete
-    check_keys check_names check_rows check_weights digest draw fill finite gate_of joined layer_groups literal
-    load_adapter named of_rows peak_memory plain refuse resolve saved_whole shown starts targets template tensors
-    versions widened width with_adapter
-    """.split()
-)
+DOCUMENTED = 95  # percent of the public functions, classes and methods
+# Names that several modules may define: loggers; `checked_loading` extends a method of PeftModel by its name.
+ALIKE = {"logger", "load_adapter"}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +33,7 @@ def test_no_import_cycles(house):
 
 def test_modules_and_functions_are_short(house):
     """At most 300 lines a module, 60 a function, and every signature has types."""
-    long = {module.name for module in house.modules.values() if len(module.text.splitlines()) > 300}
-    assert long <= LONG_MODULES
+    assert [m.name for m in house.modules.values() if len(m.text.splitlines()) > 300] == []
     assert [str(f) for f in house.functions if f.lines > 60] == []
     assert [str(f) for f in house.functions if not f.is_typed] == []
 
@@ -62,7 +49,7 @@ def test_public_names_have_docstrings(house):
 def test_no_two_public_names_are_alike(house, constants):
     """One name means one thing; importing it from another module is no definition."""
     alike = house.names_alike(constants)
-    assert {name: modules for name, modules in alike.items() if name not in ALIKE | TO_RENAME} == {}
+    assert {name: modules for name, modules in alike.items() if name not in ALIKE} == {}
 
 
 FILES = {

@@ -181,5 +181,5 @@ def test_wrong_shapes_are_named(batch):
     with pytest.raises(ValueError, match=r"`labels` \(=\(6, 4\)\) must have the shape of `logits`"):
         token_scores(logits, labels[:, :-1])
     labels[3] = -100
-    with pytest.raises(ValueError, match=r"`labels` \(=\[3\]\) has rows without a token that counts"):
+    with pytest.raises(ValueError, match=r"`labels` \(=\[3\]\) has rows in which every label is -100"):
         token_scores(logits, labels)

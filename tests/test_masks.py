@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_peft_ext.attach import masks
 from hf_peft_ext.attach.forward_state import FORWARD
-from hf_peft_ext.attach.masks import causal_mask, mask_position, pad_front, selected, some_query_sees, widened
+from hf_peft_ext.attach.masks import causal_mask, mask_position, mask_with_prefix, pad_front, selected, some_query_sees
 from hf_peft_ext.sublayers import Gate
 
 LOWEST = torch.finfo(torch.float32).min
@@ -88,12 +88,12 @@ def test_selected(kind):
 def test_widened_without_scores(kind):
     """Every query sees the prefix, without a bias; the rest is the mask. It is computed once for a mask."""
     mask = as_kind(ALLOWED, kind)
-    wide = widened(mask, None, KEYS, N, torch.float32)
+    wide = mask_with_prefix(mask, None, KEYS, N, torch.float32)
     assert wide.dtype == mask.dtype
     assert torch.equal(wide[..., N:], mask)
     assert (wide[..., :N] == (True if kind == "bool" else 0.0)).all()
-    assert widened(mask, None, KEYS, N, torch.float32) is wide
-    assert widened(mask, None, KEYS, N + 1, torch.float32).shape[-1] == N + 1 + KEYS
+    assert mask_with_prefix(mask, None, KEYS, N, torch.float32) is wide
+    assert mask_with_prefix(mask, None, KEYS, N + 1, torch.float32).shape[-1] == N + 1 + KEYS
     FORWARD.derived.pop(mask)
 
 
@@ -103,7 +103,7 @@ def test_widened_with_scores(kind, length):
     """[scores, mask] in the type of the queries, for scores of each query or of all."""
     scores = torch.randn(BATCH, 1, length, N, dtype=torch.float64)
     mask = None if kind == "none" else as_kind(ALLOWED[:1], kind)
-    wide = widened(mask, scores, KEYS, N, torch.float32)
+    wide = mask_with_prefix(mask, scores, KEYS, N, torch.float32)
     assert wide.dtype == torch.float32
     assert wide.shape == (BATCH, 1, length if mask is None else LENGTH, N + KEYS)
     torch.testing.assert_close(wide[..., :N], scores.float().expand(-1, -1, wide.shape[2], -1))
@@ -112,9 +112,9 @@ def test_widened_with_scores(kind, length):
 
 
 def test_widened_nothing():
-    assert widened(None, None, KEYS, N, torch.float32) is None
-    with pytest.raises(ValueError, match="A mask of type str cannot be widened by a prefix"):
-        widened("causal", None, KEYS, N, torch.float32)
+    assert mask_with_prefix(None, None, KEYS, N, torch.float32) is None
+    with pytest.raises(ValueError, match="A mask of type str cannot take a prefix"):
+        mask_with_prefix("causal", None, KEYS, N, torch.float32)
 
 
 def test_pad_front():

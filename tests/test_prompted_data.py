@@ -115,7 +115,7 @@ def test_answers_alone():
 
 
 @pytest.mark.parametrize(
-    ("templates", "rule"), [([], "must hold at least one template"), (TEMPLATES[:1] * 2, "must each")]
+    ("templates", "rule"), [([], "must hold at least one template"), (TEMPLATES[:1] * 2, "must have different names")]
 )
 def test_errors_of_templates(templates, rule):
     with pytest.raises(ValueError, match=f"`templates` .* {rule}"):
@@ -283,7 +283,7 @@ def test_chats():
     dataset = PromptedDataset(ROWS, TEMPLATES, chat=tok)
     for i in range(6):
         assert dataset[i]["prompt"] == chat(tok, dataset.template(i).render(ROWS[i])["prompt"])
-    with pytest.raises(ValueError, match="has no chat template; pass its prompts as they are"):
+    with pytest.raises(ValueError, match="has no chat template; use the prompts without `chat`"):
         chat(tokenizer("<s> $A"), "a")
 
 
@@ -325,7 +325,7 @@ def test_labels_in_the_instruction():
     [
         ({"labels": "ab"}, "`labels` .* must be a list of at least two texts."),
         ({"labels": ["a"]}, "`labels` .* must be a list of at least two texts."),
-        ({"labels": ["a", "a"]}, "`labels` .* must hold a label once."),
+        ({"labels": ["a", "a"]}, "`labels` .* must not repeat a label."),
         (
             {"labels": ["a", "b"], "fields": ["Paper title"]},
             r"`fields` \(='Paper title'\) must be a name that Jinja can",

@@ -116,7 +116,7 @@ def test_errors_of_templates(kwargs, error, message):
         (
             {"choices": "{{ text }}|||b"},
             {"text": "x ||| y", "label": 0},
-            r"`choices` .* cannot be told apart: a text of the row holds '\|\|\|'; pass a list.",
+            r"`choices` .* cannot be separated: a text of the row holds '\|\|\|'; pass a list.",
         ),
     ],
 )

@@ -272,15 +272,17 @@ def test_wrong_arguments_are_named():
         score_choices(model, tok, PROMPTS, CHOICES[:2])
     with pytest.raises(ValueError, match=r"must hold at least one text, and no empty one"):
         score_choices(model, tok, ["Answer:"], [["yes", ""]])
-    with pytest.raises(ValueError, match=r"`choices` \(=None\) must be given here, or when the classifier is made"):
+    with pytest.raises(ValueError, match=r"`choices` \(=None\) must be passed here or to the classifier"):
         RankClassifier(model, tok).predict(PROMPTS)
     with pytest.raises(ValueError, match="must be a list of at least one text"):
         encode_choices(tok, "Answer:", [])
     with pytest.raises(ValueError, match="must be a list of at least one text"):
         encode_choices(tok, "Answer:", "yes")
-    with pytest.raises(ValueError, match=r"`tokenizer` \(='Swallowing'\) has no token to begin an empty prompt with"):
+    with pytest.raises(
+        ValueError, match=r"`tokenizer` \(='Swallowing'\) has neither a BOS nor an EOS token for an empty prompt"
+    ):
         encode_choices(Swallowing(), "", ["a"])
-    with pytest.raises(ValueError, match=r"`choices` \(=' '\) has no tokens behind its prompt"):
+    with pytest.raises(ValueError, match=r"`choices` \(=' '\) has no tokens after its prompt"):
         encode_choices(Swallowing(), "a", [" "])
     assert score_choices(model, tok, [], ["yes"]) == []
 

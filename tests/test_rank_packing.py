@@ -242,22 +242,22 @@ def test_distributed(backbone, tmp_path):
 
 
 REFUSED = {
-    "alibi": (lambda: GENERATORS["bloom"].build(), "BloomForCausalLM takes positions from the order of the tokens"),
+    "alibi": (lambda: GENERATORS["bloom"].build(), "BloomForCausalLM derives positions from the order of the tokens"),
     "mean gates": (
         lambda: adapted("llama", lambda **kw: UniPELTConfig(gate_pooling="mean", **kw)),
-        "gates that are means over tokens would see the other choices",
+        "gates that average over tokens would include other choices",
     ),
     "prompt tuning": (
         lambda: adapted("llama", lambda **kw: PromptTuningConfig(num_virtual_tokens=3, **kw)),
-        "PROMPT_TUNING puts tokens of its own in front of the prompt",
+        "PROMPT_TUNING inserts tokens before the prompt",
     ),
     "prefix tuning": (
         lambda: adapted("t5", lambda **kw: PrefixTuningConfig(num_virtual_tokens=3, **kw)),
-        "PREFIX_TUNING puts tokens of its own in front of the prompt",
+        "PREFIX_TUNING inserts tokens before the prompt",
     ),
     "recurrent": (
         lambda: Backbone("decoder", "recurrent_gemma", {**PLAIN, "num_hidden_layers": 3, "lru_width": 32}).build(),
-        "RecurrentGemmaForCausalLM has layers that are no plain attention",
+        "RecurrentGemmaForCausalLM has layers other than full or sliding attention",
     ),
     "own masks": (
         lambda: Backbone(
@@ -265,11 +265,11 @@ REFUSED = {
             "gpt_neo",
             {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["local", "global"], 1]]},
         ).build(),
-        "the layers of GPTNeoForCausalLM make their own masks",
+        "the layers of GPTNeoForCausalLM build their own masks",
     ),
     "both ways": (
         lambda: Backbone("decoder", "bert", PLAIN).build(),
-        "BertLMHeadModel lets tokens see those behind them",
+        "BertLMHeadModel lets tokens attend to later ones",
     ),
 }
 

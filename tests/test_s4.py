@@ -35,7 +35,7 @@ from hf_peft_ext.model.layer_groups import (
 from hf_peft_ext.tuners.s4 import config as s4
 from hf_peft_ext.tuners.s4.costs import STRATEGIES, Cost, Costs, all_placed, base_parameters, sizes_in
 from hf_peft_ext.tuners.s4.layout import layout_of
-from hf_peft_ext.tuners.s4.solve import OutOfReach, solve, targets
+from hf_peft_ext.tuners.s4.solve import OutOfReach, layer_targets, solve
 
 from .backbones import BACKBONES
 
@@ -236,7 +236,7 @@ def test_solver(problem):
     assert {i: sorted(of) for i, of in sizes.items()} == {i: sorted(names) for i, names in there.items()}
     assert all(type(size) is int and size > 0 for of in sizes.values() for size in of.values())
     assert abs(sum(found.values()) - asked) <= 0.05 * asked
-    due = targets(costs, there, shares, asked)
+    due = layer_targets(costs, there, shares, asked)
     assert all(abs(found[i] - due[i]) <= max(units) for i in found)
     assert sizes_in(all_placed(sizes)) == sizes
 

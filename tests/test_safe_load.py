@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig, load_adapter
 from hf_peft_ext.hub_cards import push_adapter
-from hf_peft_ext.loading import expected_tensors as implied
+from hf_peft_ext.loading import expected_tensors
 from hf_peft_ext.loading.config import ONLY, STOCK
 from hf_peft_ext.validation.module_patterns import matching
 
@@ -704,7 +704,7 @@ def test_no_copy_of_the_model_is_made(method, further, tmp_path, monkeypatch):
     def fail(*_):
         raise AssertionError("a copy was made")
 
-    monkeypatch.setattr(implied, "without_data", fail)
+    monkeypatch.setattr(expected_tensors, "copy_without_data", fail)
     load_adapter(model, tmp_path, "second")
 
 

@@ -146,7 +146,7 @@ def test_largest_weight(sign):
     weights.check_values("w", torch.tensor(sign * 10**9))
     weights.check_values("w", torch.empty(0, 3))
     for value in (65505.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="w holds a weight that is not finite, or beyond 65504"):
+        with pytest.raises(ValueError, match="w holds a weight that is not finite, or is larger than 65504"):
             weights.check_values("w", torch.tensor([0.0, sign * value]))
 
 
@@ -188,22 +188,22 @@ def test_types_and_shapes_of_tensors(change, tmp_path):
 def test_rows_of_the_vocabulary():
     """The first and the last token can be trained."""
     model = BACKBONES["llama"].build()
-    rows = expected_tensors.implied_tensors(model, TrainableTokensConfig(token_indices=[0, VOCAB - 1]), "default")
+    rows = expected_tensors.expected_tensors(model, TrainableTokensConfig(token_indices=[0, VOCAB - 1]), "default")
     assert [tensor.shape[0] for tensor in rows.values()] == [2]
     for row in (-1, VOCAB):
         with pytest.raises(ValueError, match=r"`token_indices` .* must be rows of 0 to"):
-            expected_tensors.implied_tensors(model, TrainableTokensConfig(token_indices=[0, row]), "default")
+            expected_tensors.expected_tensors(model, TrainableTokensConfig(token_indices=[0, row]), "default")
 
 
 def test_what_may_be_allocated(monkeypatch):
     """Twice what the file holds, and `SPARE` more."""
     model, config = BACKBONES["llama"].build(), LoraConfig(r=2, **QV)
-    held = sum(tensor.numel() for tensor in expected_tensors.implied_tensors(model, config, "default").values())
+    held = sum(tensor.numel() for tensor in expected_tensors.expected_tensors(model, config, "default").values())
     monkeypatch.setattr(expected_tensors, "SPARE", -held)  # LoRA allocates what its file holds
-    assert expected_tensors.implied_tensors(model, config, "default")
+    assert expected_tensors.expected_tensors(model, config, "default")
     monkeypatch.setattr(expected_tensors, "SPARE", -held - 1)
-    with pytest.raises(ValueError, match=f"would allocate {held} numbers, but its file must hold {held} only"):
-        expected_tensors.implied_tensors(model, config, "default")
+    with pytest.raises(ValueError, match=f"would allocate {held} numbers, but its file must hold only {held}"):
+        expected_tensors.expected_tensors(model, config, "default")
 
 
 def test_most_of_a_field(tmp_path):

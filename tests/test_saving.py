@@ -328,7 +328,7 @@ def test_dry_run(hub, tmp_path):
 
 REFUSED = {
     "no adapter": ("ann/tiny", "must hold adapter_config.json and adapter_model.safetensors"),
-    "pickle": ("ann/tiny", "holds an adapter_model.safetensors that is none"),
+    "pickle": ("ann/tiny", "holds an invalid adapter_model.safetensors"),
     "token": ("ann/tiny", "holds an access token"),
     "licence": ("ann/tiny", r"`license` \(='mine'\)"),
     "id": ("ann/tiny/x", r"`repo_id` \(='ann/tiny/x'\) must be an id on the Hub"),

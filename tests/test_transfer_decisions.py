@@ -14,7 +14,7 @@ from hf_peft_ext.ranking.encode import collate, encode_choices
 from hf_peft_ext.ranking.losses import choice_loss
 from hf_peft_ext.ranking.packing import choice_token_scores
 from hf_peft_ext.transfer import PlugInSettings, bridge, decide, delta_bridge, plug, plug_in
-from hf_peft_ext.transfer.refine.training_loop import fit, refine
+from hf_peft_ext.transfer.refine.stage_training import fit, refine
 from hf_peft_ext.transfer.run.task import Ranking, task_for
 
 from .backbones import BACKBONES

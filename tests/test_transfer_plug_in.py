@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from hf_peft_ext import BottleneckConfig
 from hf_peft_ext.transfer import PlugInSettings, importance, plug_in
+from hf_peft_ext.transfer.map import adapter_tensors
 from hf_peft_ext.transfer.run.pipeline import Stages
 from hf_peft_ext.transfer.run.result import Measured
 from hf_peft_ext.transfer.run.task import Classification, Ranking, task_for
@@ -95,6 +96,16 @@ def test_one_call(tokenizer, tmp_path, family, settings):
         inputs = BACKBONES[family].inputs()
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, fresh(**inputs).logits)
+
+
+def test_tensors_are_read_once_for_a_model(tokenizer, tmp_path, monkeypatch):
+    """Of the small model's adapter, the large one's and the pruned copy's."""
+    read, models = adapter_tensors.read_adapter, []
+    monkeypatch.setattr(
+        adapter_tensors, "read_adapter", lambda model, name: (models.append(model), read(model, name))[1]
+    )
+    run(tokenizer, tmp_path, refine="scales")
+    assert len(models) == len({id(model) for model in models}) == 3
 
 
 @pytest.mark.slow

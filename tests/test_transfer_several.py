@@ -8,12 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.pruning import pruned_copy
-from hf_peft_ext.transfer import Projections, bridge, delta_bridge, merge_projections, plug, plug_in
+from hf_peft_ext.transfer import PlugInSettings, Projections, bridge, delta_bridge, merge_projections, plug, plug_in
 
 from .backbones import BACKBONES, output
 from .methods import randomise
 from .test_transfer_fold import LARGE, refuses, slow
-from .test_transfer_plug_in import rankings, word_tokenizer
+from .test_transfer_plug_in import QUICK, rankings, word_tokenizer
 
 LLAMA = BACKBONES["llama"]
 NAMES = ["one", "two"]
@@ -97,3 +97,9 @@ def test_a_run_takes_one(tmp_path):
     call = lambda: plug_in(small, large_model(), word_tokenizer(), rows, rows, tmp_path, progress=False)  # noqa: E731
     refuses(r"`active_adapters` .=\['one', 'two'\]. must be one, whose scale is chosen", ValueError, call)
     assert not list(tmp_path.iterdir())
+    small.set_adapter("two")
+    settings = PlugInSettings(**QUICK, bridge="none")
+    model, _ = plug_in(small, large_model(), word_tokenizer(), rows, rows, tmp_path, settings=settings, progress=False)
+    assert list(model.peft_config) == ["two"]
+    again = PeftModel.from_pretrained(large_model(), tmp_path / "plugged")
+    assert again.active_peft_config.r == 2

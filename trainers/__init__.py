@@ -1,4 +1,4 @@
-"""Trainers that record what an adapter's card tells, and save and push nothing but the adapter."""
+"""Trainers that save and push adapters only, and record the run for the adapter's card."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 
-def with_adapter(model: nn.Module, config: PeftConfig | None, args: TrainingArguments | None) -> PeftModel:
+def add_adapter_to(model: nn.Module, config: PeftConfig | None, args: TrainingArguments | None) -> PeftModel:
     """Add an adapter to a base model, which is prepared first if it is quantized.
 
     Args:

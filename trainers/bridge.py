@@ -1,4 +1,4 @@
-"""The bridge stage of plug-in transfer as a Trainer."""
+"""A Trainer for the bridge stage of plug-in transfer."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -15,25 +15,25 @@ from hf_peft_ext.transfer.bridges.bridge import bridge
 from hf_peft_ext.transfer.map.bake import plain_state
 from hf_peft_ext.validation.checks import check
 
-TRAINED = "bridge.safetensors"
+BRIDGE_WEIGHTS = "bridge.safetensors"
 
 
 class BridgeTrainer(Trainer):
-    """transformers' `Trainer` for a plugged module in a bridge; the large model is never trained.
+    """Trains a plugged module in a bridge; the large model is never trained.
 
-    What it saves is the folded adapter of the large model, a plain LORA, BOTTLENECK or LAYER_PREFIX; a checkpoint has
-    what is trained beside it, to go on from.
+    It saves the merged adapter of the large model: a plain LORA, BOTTLENECK or LAYER_PREFIX. A checkpoint also holds
+    the trainable parameters of the bridge, to resume from.
 
     Args:
-        plugged: what `transfer.plug` returned; or the large model with a fresh adapter, without any small one.
-        args: as `Trainer` takes them; a delta bridge wants gentle steps, such as a rate of 2e-4.
-        thin: the thin copy of the large model, cut before it was plugged.
-        kind: "delta" (held to the large model) or "paper" (trained with the module).
+        plugged: the result of `transfer.plug`, or the large model with a new adapter.
+        args: of `Trainer`; a delta bridge needs small steps, such as a learning rate of 2e-4.
+        thin: the thin copy of the large model, made before the module was plugged in.
+        kind: "delta" (follows the large model's activations) or "paper" (is trained together with the module).
         ladder, cache: of the paper's bridge, see `transfer.bridge`.
-        kwargs: as `Trainer` takes them.
+        kwargs: of `Trainer`.
 
     Raises:
-        ValueError: `kind` is unknown or has no ladder, or the thin copy is not of this large model.
+        ValueError: `kind` is unknown or has no ladder, or the thin copy is of another model.
     """
 
     def __init__(
@@ -49,33 +49,36 @@ class BridgeTrainer(Trainer):
         check("kind", kind, kind in ("delta", "paper"), "must be delta or paper")
         check("ladder", ladder, kind == "paper" or not ladder, "is for the paper's bridge: a delta bridge needs none")
         self.plugged, self.kind = plugged, kind
-        self._held = delta_bridge(plugged, thin) if kind == "delta" else None
-        model = self._held.__enter__() if self._held else bridge(plugged, thin, ladder=ladder, cache=cache)
+        self._delta = delta_bridge(plugged, thin) if kind == "delta" else None
+        model = self._delta.__enter__() if self._delta else bridge(plugged, thin, ladder=ladder, cache=cache)
         super().__init__(model, args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a batch; the large model stays in evaluation mode."""
         self.plugged.eval()
         return super().training_step(model, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch, for a delta bridge without dropout."""
         if self.kind == "delta":
-            model.eval()  # dropout would not be the large model's
+            model.eval()  # the large model has no dropout there
         return super().compute_loss(model, *args, **kwargs)
 
     def release(self) -> PeftModel:
-        """The plugged model, no longer held to the bridge; to be folded."""
-        if self._held:
-            self._held.__exit__(None, None, None)
-            self._held = None
+        """Take the plugged model out of the bridge, for example to merge it."""
+        if self._delta:
+            self._delta.__exit__(None, None, None)
+            self._delta = None
         return self.plugged
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         self.plugged.save_pretrained(str(folder), state_dict=plain_state(self.plugged))
-        save_file({name: p.detach().contiguous().clone() for name, p in self._trained().items()}, folder / TRAINED)
+        weights = {name: p.detach().contiguous().clone() for name, p in self._trained().items()}
+        save_file(weights, folder / BRIDGE_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = load_file(Path(resume_from_checkpoint, TRAINED))
+        state = load_file(Path(resume_from_checkpoint, BRIDGE_WEIGHTS))
         with torch.no_grad():
             for name, parameter in self._trained().items():
                 parameter.copy_(state[name])
@@ -85,4 +88,5 @@ class BridgeTrainer(Trainer):
 
     @property
     def peft_bridge(self) -> PeftModel:
+        """The bridge, without accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model)  # pyright: ignore[reportReturnType]

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_peft_ext.attach.gates import gate_means, gates
-from hf_peft_ext.trainers.run_info import peak_memory
+from hf_peft_ext.trainers.run_info import peak_bytes
 
 STEPS = 1000  # the median step time is that of the last so many steps
 
@@ -33,12 +33,15 @@ class GateLog(TrainerCallback):
         self._evaluation_begins = False
 
     def on_training_batch(self, batch: dict[str, Any]) -> None:
+        """Keep a batch that is trained on."""
         self._batch = batch
 
     def on_evaluation_begin(self) -> None:
+        """Keep the next batch of an evaluation."""
         self._batch, self._evaluation_begins = None, True
 
     def on_evaluation_batch(self, batch: dict[str, Any]) -> None:
+        """Keep the first batch of an evaluation."""
         if self._evaluation_begins:
             self._batch, self._evaluation_begins = batch, False
 
@@ -105,7 +108,7 @@ class Clock(TrainerCallback):
         now = time.perf_counter()
         self.steps.append(now - self._step_began)
         self.total = now - self._began
-        self.peak = peak_memory(args.device)
+        self.peak = peak_bytes(args.device)
 
 
 class EpochSetter(TrainerCallback):

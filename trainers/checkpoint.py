@@ -18,16 +18,17 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hf_peft_ext.hub_cards.push import UNFINISHED
 from hf_peft_ext.registry import REGISTERED
 from hf_peft_ext.trainers.loss_terms import SUMS, LossTerms
 from hf_peft_ext.trainers.pushing import Pusher
 from hf_peft_ext.trainers.recorder import Recorder
 from hf_peft_ext.trainers.redact import without_secrets
 from hf_peft_ext.trainers.restore import (
-    FILES,
+    FILE_LIST,
     STATE,
     TRAINED,
-    check_complete,
+    check_checkpoint,
     last_checkpoint,
     projected,
     restore,
@@ -41,7 +42,6 @@ else:
     Base = object
 
 ARGUMENTS = "training_args.json"
-UNFINISHED = "unfinished"
 
 
 class AdapterCheckpoints(Base):
@@ -121,8 +121,9 @@ class AdapterCheckpoints(Base):
             weights = {name: p.detach().contiguous() for name, p in trainable(self.peft_model)}
             save_file(weights, written / TRAINED)
         files = {file.relative_to(written).as_posix(): file for file in written.rglob("*") if file.is_file()}
-        (written / FILES).write_text(json.dumps({n: f.stat().st_size for n, f in files.items()}, indent=2), "utf-8")
-        for file in (*files.values(), written / FILES):
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        (written / FILE_LIST).write_text(json.dumps(sizes, indent=2), "utf-8")
+        for file in (*files.values(), written / FILE_LIST):
             with file.open("rb+") as opened:  # the files reach the disk before the name: a machine can fail too
                 os.fsync(opened.fileno())
         if final.exists():  # of an earlier run in the same folder; only an empty folder can be replaced
@@ -149,7 +150,7 @@ class AdapterCheckpoints(Base):
             resume_from_checkpoint = last_checkpoint(folder)
             check("output_dir", folder, resume_from_checkpoint is not None, "holds no complete checkpoint to resume")
         elif resume_from_checkpoint:
-            check_complete(resume_from_checkpoint)
+            check_checkpoint(resume_from_checkpoint)
             if not (Path(resume_from_checkpoint) / "optimizer.pt").exists() and not self.is_deepspeed_enabled:
                 rule = "training goes on with a new one, and not exactly as it would have without a break"
                 warnings.warn(f"{resume_from_checkpoint} holds no state of the optimizer: {rule}.", stacklevel=2)

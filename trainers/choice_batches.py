@@ -1,4 +1,4 @@
-"""What is read off a batch of examples with answer choices: which are right, what losses are means over, scores."""
+"""Batches of examples with answer choices: the right choices, the denominators of the losses, scores."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -11,35 +11,35 @@ from transformers import EvalPrediction
 
 from hf_peft_ext.ranking.losses import IGNORED, Averaging, TokenScores
 
-Batch = Mapping[str, Tensor]  # as `DataCollatorForChoices` makes it
+ChoiceBatch = Mapping[str, Tensor]  # of `DataCollatorForChoices`
 
 
-def sizes(batch: Batch) -> Tensor:  # shape: (examples,)
-    """How many choices each example has."""
+def sizes(batch: ChoiceBatch) -> Tensor:  # shape: (examples,)
+    """The number of choices of each example."""
     return torch.bincount(batch["example"], minlength=len(batch["prompt_ids"]))
 
 
-def starts(batch: Batch) -> Tensor:  # shape: (examples,)
+def first_rows(batch: ChoiceBatch) -> Tensor:  # shape: (examples,)
     """The row of the first choice of each example."""
     return sizes(batch).cumsum(0) - sizes(batch)
 
 
-def right(batch: Batch) -> Tensor:  # shape: (rows,)
-    """Whether a row is the answer."""
+def right(batch: ChoiceBatch) -> Tensor:  # shape: (rows,)
+    """Whether each row is its example's answer."""
     correct = torch.zeros_like(batch["example"], dtype=torch.bool)
-    correct[starts(batch) + batch["answer"]] = True
+    correct[first_rows(batch) + batch["answer"]] = True
     return correct
 
 
-def answers_alone(batch: Batch) -> dict[str, Tensor]:
+def answers_alone(batch: ChoiceBatch) -> dict[str, Tensor]:
     """The batch without the wrong choices."""
     correct = right(batch)
     answers = {name: batch[name][correct] for name in ("choice_ids", "example", "lengths")}
     return {**batch, **answers, "answer": torch.zeros_like(batch["answer"])}
 
 
-def loss_counts(batch: Batch, average: Averaging) -> Tensor:  # shape: (3,)
-    """What a batch adds to the counts of `lm_loss`, `choice_loss` and `unlikelihood_loss`."""
+def loss_counts(batch: ChoiceBatch, average: Averaging) -> Tensor:  # shape: (3,)
+    """A batch's share of the denominators of `lm_loss`, `choice_loss` and `unlikelihood_loss`."""
     correct, tokens = right(batch), (batch["choice_ids"] != IGNORED).sum(1)
     ranked = (sizes(batch) > 1).sum()
     if average == "token":
@@ -47,23 +47,23 @@ def loss_counts(batch: Batch, average: Averaging) -> Tensor:  # shape: (3,)
     return torch.stack([correct.sum(), ranked, ranked])
 
 
-# Scores. Trainer joins what comes from several batches and processes, and where one is shorter fills it with -100,
-# which a sum of log-probabilities can be. Handed to it is their negative, which is 0 or more.
+# Trainer joins the scores of several batches and processes, and pads shorter ones with -100. A sum of
+# log-probabilities can be -100; its negative, which is passed to Trainer, cannot.
 
 NO_CHOICE = -100.0
 
 
-def costs(tokens: TokenScores, batch: Batch) -> Tensor:  # shape: (examples, most choices)
-    """-log p of each choice over its length, and `NO_CHOICE` where an example has no such choice."""
+def costs(tokens: TokenScores, batch: ChoiceBatch) -> Tensor:  # shape: (examples, most choices)
+    """-log p of each choice over its length; `NO_CHOICE` where an example has fewer choices."""
     example, count = batch["example"], sizes(batch)
-    column = torch.arange(len(example), device=example.device) - starts(batch)[example]
-    found = tokens.log_p.new_full((len(count), int(count.max())), NO_CHOICE)
-    found[example, column] = -tokens.row_sums(tokens.log_p) / batch["lengths"]
-    return found
+    column = torch.arange(len(example), device=example.device) - first_rows(batch)[example]
+    padded = tokens.log_p.new_full((len(count), int(count.max())), NO_CHOICE)
+    padded[example, column] = -tokens.row_sums(tokens.log_p) / batch["lengths"]
+    return padded
 
 
 def scores(joined: Any) -> Any:
-    """The scores that such costs are, as they come: an array, a tensor, a list of them, or None."""
+    """Costs as scores: an array, a tensor, a list of them, or None, as it came."""
     if joined is None or isinstance(joined, list):
         return joined and [scores(one) for one in joined]
     where = torch.where if isinstance(joined, Tensor) else np.where
@@ -71,11 +71,11 @@ def scores(joined: Any) -> Any:
 
 
 def with_scores(compute: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-    """`compute_metrics` as a user writes it, called with scores where Trainer has costs."""
+    """Wrap a user's `compute_metrics`: Trainer calls it with costs, and it gets scores."""
 
     @wraps(compute)
     def computed(evaluated: EvalPrediction, **kwargs: Any) -> dict[str, float]:
-        found, more = scores(evaluated.predictions), {"inputs": evaluated.inputs, "losses": evaluated.losses}
-        return compute(EvalPrediction(found, evaluated.label_ids, **more), **kwargs)
+        ranked, more = scores(evaluated.predictions), {"inputs": evaluated.inputs, "losses": evaluated.losses}
+        return compute(EvalPrediction(ranked, evaluated.label_ids, **more), **kwargs)
 
     return computed

@@ -16,7 +16,7 @@ from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import as_list
 from hf_peft_ext.papers import Paper
 from hf_peft_ext.registry import extend_peft
-from hf_peft_ext.trainers.adapted_model import with_adapter
+from hf_peft_ext.trainers.adapted_model import add_adapter_to
 from hf_peft_ext.trainers.callbacks import GateLog
 from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
 from hf_peft_ext.trainers.loss_scaling import LossScaling
@@ -68,18 +68,20 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         if peft_config is not None and "peft_config" in theirs:
             kwargs["peft_config"] = peft_config  # TRL's trainers wrap the model in their own way
         elif model is not None:
-            model = with_adapter(model, peft_config, args)
+            model = add_adapter_to(model, peft_config, args)
         super().__init__(model, args, *more, **kwargs)
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
             self.add_callback(callback)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return with_adapter(super().call_model_init(trial), self._peft_config, self.args)
+        """A new base model with a new adapter."""
+        return add_adapter_to(super().call_model_init(trial), self._peft_config, self.args)
 
     # Steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Train on a micro-batch, whose gates and terms of the loss are logged."""
         self.recorder.measured = {}  # of weights that change now
         self.gate_log.on_training_batch(inputs)
         self.loss_terms.on_batch_begin()
@@ -88,11 +90,13 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         return loss
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of a step and their number of labels; None for losses that are means over a batch."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._loss_scaling.measure(batches, count)
         return batches, count if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, whose gates and terms of the loss are logged."""
         self.gate_log.on_evaluation_batch(inputs)
         self.loss_terms.on_batch_begin()
         result = super().prediction_step(model, inputs, *args, **kwargs)
@@ -100,6 +104,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, with the terms of the loss among the metrics, and record the results."""
         self.loss_terms.on_evaluation_begin()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -109,6 +114,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the averages of the terms of the loss, and the gates after them."""
         if "loss" in logs and self.is_in_train:
             logs.update(self.loss_terms.training_averages())
         super().log(logs, start_time)
@@ -117,15 +123,18 @@ class AdapterTrainerMixin(AdapterCheckpoints):
     # Data
 
     def get_train_dataloader(self) -> Any:
+        """The data loader of training, whose data are recorded."""
         self.recorder.add_training_data()
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The data loader of an evaluation, whose data are recorded with its results."""
         self.gate_log.on_evaluation_begin()
         self.recorder.data.set_evaluated(eval_dataset, self.eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The data loader of a prediction, whose data are recorded with its results."""
         self.recorder.data.set_evaluated(test_dataset, None)
         return super().get_test_dataloader(test_dataset)
 

@@ -17,7 +17,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_peft_ext.hub_cards import publishable, push_adapter, write_card
 from hf_peft_ext.hub_cards.peft_integration import CARD, home, published_cards, write_card_or_warn
-from hf_peft_ext.hub_cards.push import STAGES, explained
+from hf_peft_ext.hub_cards.push import PUSHES, explained
 from hf_peft_ext.trainers.restore import STATE, TRAINED
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,7 @@ class Pusher:
 
     def _assemble(self, name: str, source: Path, state_folder: str | None = None) -> Path:
         """Copy the files of a push into a folder: the adapter, and the training state below it."""
-        folder = Path(self.trainer.args.output_dir) / STAGES / name
+        folder = Path(self.trainer.args.output_dir) / PUSHES / name
         shutil.rmtree(folder, ignore_errors=True)
         for file in publishable(source):
             path = PurePosixPath(file)

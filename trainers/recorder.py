@@ -12,11 +12,11 @@ from transformers import TrainerCallback
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import check_metadata
 from hf_peft_ext.hub_cards.places import local, without_places
-from hf_peft_ext.hub_cards.told import quantization
+from hf_peft_ext.hub_cards.record import quantization_of
 from hf_peft_ext.trainers.callbacks import Clock, GateLog
 from hf_peft_ext.trainers.data_log import DataLog
 from hf_peft_ext.trainers.redact import command_line, without_secrets
-from hf_peft_ext.trainers.run_info import hardware, hyperparameters, versions
+from hf_peft_ext.trainers.run_info import hardware, hyperparameters, package_versions
 from hf_peft_ext.validation.checks import check
 
 NOT_RESULTS = ("_runtime", "_per_second", "_time", "_timestamp", "_entropy", "_num_tokens")
@@ -40,6 +40,7 @@ class Recorder(TrainerCallback):
     # Results
 
     def add_training_data(self) -> None:
+        """Describe the trainer's training data in the record."""
         self.data.add_to(self.record.datasets, self.trainer.train_dataset, "train", "train")
 
     def add_metrics(self, metrics: Mapping[str, float], prefix: str) -> None:
@@ -159,9 +160,9 @@ class Recorder(TrainerCallback):
         record.recipe = without_places(without_secrets(record.recipe, args.hub_token))
         record.command = command_line(args.hub_token)
         record.seeds = [args.seed]
-        record.versions = versions()
+        record.versions = package_versions()
         record.hardware = hardware(args.world_size, args.device)
-        record.quantization = quantization(config)
+        record.quantization = quantization_of(config)
         places = {r.place for r in record.results}
         measured = [result for result in self.measured.values() if result.place not in places]
         return replace(record, results=[*measured, *record.results])

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
 
-FILES = "checkpoint_files.json"  # the files of a complete checkpoint: name -> bytes
+FILE_LIST = "checkpoint_files.json"  # the files of a complete checkpoint: name -> bytes
 TRAINED = "trained_weights.safetensors"  # all trainable weights, where a network computes the prefixes
 
 
@@ -71,7 +71,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def check_complete(folder: str | Path) -> None:
+def check_checkpoint(folder: str | Path) -> None:
     """Refuse an incomplete checkpoint.
 
     Raises:
@@ -84,8 +84,8 @@ def check_complete(folder: str | Path) -> None:
 
 def missing_files(folder: Path) -> list[str]:
     """The files that a checkpoint lacks, in whole or in part."""
-    if not (folder / FILES).exists():  # of another trainer, which writes its state last
+    if not (folder / FILE_LIST).exists():  # of another trainer, which writes its state last
         return [] if (folder / STATE).exists() else [STATE]
-    sizes: dict[str, int] = json.loads((folder / FILES).read_text("utf-8"))
+    sizes: dict[str, int] = json.loads((folder / FILE_LIST).read_text("utf-8"))
     return [name for name, size in sizes.items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != size]  # fmt: skip

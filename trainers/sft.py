@@ -1,4 +1,4 @@
-"""TRL's supervised fine-tuning, for adapters."""
+"""TRL's trainer for supervised fine-tuning, for adapters."""
 
 from typing import Any
 

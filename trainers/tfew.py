@@ -18,7 +18,7 @@ from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
 from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
 from hf_peft_ext.trainers.callbacks import EpochSetter
 from hf_peft_ext.trainers.choice_batches import answers_alone, costs, loss_counts, right, scores, with_scores
-from hf_peft_ext.trainers.choice_data import COLUMNS, ChoiceRows, DataCollatorForChoices, check_rows
+from hf_peft_ext.trainers.choice_data import ROW_FIELDS, ChoiceRows, DataCollatorForChoices, check_choice_rows
 from hf_peft_ext.trainers.tfew_arguments import TFewTrainingArguments
 from hf_peft_ext.trainers.trainer import AdapterTrainer
 from hf_peft_ext.validation.checks import check
@@ -28,34 +28,35 @@ class TFewTrainer(AdapterTrainer):
     """Trains an adapter to answer prompts by one of their choices, with the losses of T-Few.
 
     Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.2: loss = lm_loss + choice_loss + unlikelihood_loss.
-    Each is logged. Means are over the whole step: however many batches are accumulated and processes take part, loss
-    and gradient are those of one big batch.
+    Each term is logged. Means are over the whole step: loss and gradient are those of one large batch, for any number
+    of accumulated batches and processes.
 
     Rows of data are mappings with `prompt` (a text), `choices` (a list of texts, of any length) and `answer` (the
-    index of the right one). A row with one choice has the language-modelling loss alone.
+    index of the right choice). A row with one choice has the language-modelling loss only.
 
-    Evaluation ranks the choices: `compute_metrics` gets an `EvalPrediction` with
+    Evaluation ranks the choices. `compute_metrics`, the accuracy by default, gets an `EvalPrediction` with
 
-        predictions   (examples, most choices of an example): the scores of the choices, float32, -inf where an example
-                      has no such choice
+        predictions   (examples, largest number of choices): the scores of the choices, float32; -inf where an example
+                      has fewer choices
         label_ids     (examples,): the answers
 
-    and is the accuracy if none is given. `predict` returns the same scores, also for rows of which none has an
-    `answer`. The loss of an evaluation is the mean over its batches, as everywhere in Trainer.
+    `predict` returns the same scores, also for rows without `answer`. The loss of an evaluation is the mean over its
+    batches, as in Trainer.
 
     Args:
         model: a causal or sequence-to-sequence language model, with an adapter, or with `peft_config`.
         args: `TFewTrainingArguments`.
         data_collator: in place of `DataCollatorForChoices`.
         train_dataset, eval_dataset: lists of rows, a `datasets.Dataset`, or other map-style data. Rows may be rendered
-            as they are read; what draws at random does so anew in each epoch if it has `set_epoch`, which is called.
+            at each access; `set_epoch` of the training data is called in each epoch if there is one.
         processing_class: the model's tokenizer.
-        peft_config: the adapter to put on `model`: `TFewConfig()`, as in the paper, or any other.
-        kwargs: further arguments of `transformers.Trainer`.
+        compute_metrics: metrics of an evaluation.
+        peft_config: the adapter to add to `model`: `TFewConfig()`, as in the paper, or any other.
+        kwargs: of `transformers.Trainer`.
 
     Raises:
         TypeError: arguments, data or rows are of the wrong kind.
-        ValueError: a row breaks a rule, or an argument does not go with these losses.
+        ValueError: a row is invalid, or an argument is incompatible with these losses.
     """
 
     _name = "T-Few"
@@ -81,10 +82,10 @@ class TFewTrainer(AdapterTrainer):
             raise TypeError(f"`args` (={type(args).__name__}) must be TFewTrainingArguments.")
         if data_collator is None and processing_class is None:
             raise ValueError("`processing_class` (=None) must be the tokenizer of the model.")
-        given = kwargs.get("compute_loss_func")
-        check("compute_loss_func", given, given is None, "must be None: the losses are those of T-Few")
+        loss = kwargs.get("compute_loss_func")
+        check("compute_loss_func", loss, loss is None, "must be None: the losses are those of T-Few")
         for rows in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            check_rows(rows)
+            check_choice_rows(rows)
         super().__init__(
             model,
             args,
@@ -92,7 +93,7 @@ class TFewTrainer(AdapterTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=compute_metrics or accuracy,
+            compute_metrics=compute_metrics or choice_accuracy,
             **kwargs,
         )
         self._check_setting()
@@ -123,23 +124,23 @@ class TFewTrainer(AdapterTrainer):
         check("model", type(base).__name__, base.can_generate(), rule)
         rule = "GPUs in one process are not supported; start a process for each with `torchrun --nproc-per-node`"
         check("n_gpu", self.args.n_gpu, self.args.n_gpu <= 1, rule)
-        packs(self.peft_model, self._arguments.packed)  # says what is not possible, and what will be slower
+        packs(self.peft_model, self._arguments.packed)  # raises if it cannot be packed, warns if it will be slower
 
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS  # what `remove_unused_columns` leaves
+        self._signature_columns = ROW_FIELDS  # `remove_unused_columns` keeps these
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         rows = ChoiceRows(dataset, answered=None if description == "test" else True)
         return super()._get_dataloader(rows, description, *args, **kwargs)
 
-    # The loss: a share of that of the whole step
+    # The loss of a batch is its share of the step's loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:  # shape: (3,)
-        """What the means of the three losses are over: in all batches of a step, on all processes."""
+        """The denominators of the three losses, over all batches of a step and all processes."""
         total = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batch_samples:
             total += loss_counts(batch, self._arguments.average).to(device)
@@ -156,6 +157,7 @@ class TFewTrainer(AdapterTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,  # shape: (3,)
     ) -> Any:
+        """The weighted sum of the losses of T-Few, whose terms are logged; with `return_outputs` also the costs."""
         args, weights = self._arguments, self._arguments.weights
         batch = inputs if return_outputs or weights.keys() != {"lm_loss"} else answers_alone(inputs)
         tokens = choice_token_scores(model, batch, args.packed)
@@ -174,47 +176,49 @@ class TFewTrainer(AdapterTrainer):
         return (loss, {"costs": costs(tokens, batch)}) if return_outputs else loss
 
     def gate_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prompts; for an encoder-decoder with the right choices, as its labels."""
+        """The prompts; for an encoder-decoder also the right choices, as labels."""
         prompts = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
         decoded = {"labels": inputs["choice_ids"][right(inputs)]} if self._base_config.is_encoder_decoder else {}
         return prompts | decoded
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """The optimizer that `args` names; Adafactor with the `scale_parameter` that they say."""
+        """The optimizer that `args` names; Adafactor gets their `scale_parameter`."""
         cls, kwargs = AdapterTrainer.get_optimizer_cls_and_kwargs(args, model)
         if cls is Adafactor:
             kwargs["scale_parameter"] = cast(TFewTrainingArguments, args).scale_parameter
         return cls, kwargs
 
     def filled_record(self) -> TrainingRecord:
-        """The record as it stands now; what is trained classifies, even if the model could generate text."""
+        """The record of the run so far. The task is classification, even if the model can generate text."""
         record = super().filled_record()
         return replace(record, pipeline_tag=record.pipeline_tag or "text-classification")
 
     # Evaluation
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Loss, costs of the choices and answers; without answers the costs only."""
         if "answer" in inputs:
             loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-            # The same on all processes, of which Trainer leaves out what the last batch was filled up with.
+            # The same on all processes: Trainer drops those that only fill up the last batch.
             return (self.accelerator.reduce(loss, "mean") if self._sums_processes else loss, *rest)
         batch = cast(dict[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, costs(choice_token_scores(model, batch, self._arguments.packed), batch), None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as Trainer does; predictions are scores of the choices."""
         keep_4bit_trainable(self.peft_model)
-        given = self.compute_metrics
-        self.compute_metrics = given and with_scores(given)
+        compute = self.compute_metrics
+        self.compute_metrics = compute and with_scores(compute)
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
-            self.compute_metrics = given
+            self.compute_metrics = compute
         return output._replace(predictions=scores(output.predictions))
 
 
-def accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    """The share of the examples whose answer has the highest score, whether batches are joined or not."""
-    found = zip(evaluated.predictions, evaluated.label_ids, strict=True)
-    return {"accuracy": float(np.hstack([np.argmax(scores, -1) == answers for scores, answers in found]).mean())}
+def choice_accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    """The share of examples whose answer has the highest score; batches may be joined or in a list."""
+    pairs = zip(evaluated.predictions, evaluated.label_ids, strict=True)
+    return {"accuracy": float(np.hstack([np.argmax(scores, -1) == answers for scores, answers in pairs]).mean())}

@@ -1,4 +1,4 @@
-"""The recipe of T-Few as training arguments."""
+"""Training arguments with the recipe of T-Few."""
 
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -12,31 +12,30 @@ from hf_peft_ext.validation.checks import check, check_count, is_number
 
 @dataclass
 class TFewTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the recipe of T-Few as defaults, and what its losses take.
+    """transformers' `TrainingArguments` with the recipe of T-Few as defaults, and the settings of its losses.
 
-    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.5 and the paper's code: 1,000 steps of 8 examples,
-    Adafactor, a rate of 3e-3 that rises over the first 6 % of the steps and falls linearly to 0, and gradients clipped
-    at 1.
+    Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.5 and the paper's code: 1,000 steps of 8 examples
+    with Adafactor; a learning rate of 3e-3 with a linear warm-up over 6 % of the steps and a linear decay to 0;
+    gradients clipped to norm 1.
 
     Args:
-        max_steps: 1,000; to train by `num_train_epochs` set it to -1.
-        scale_parameter: of Adafactor: whether the rate is that of a change relative to the root mean square of a
-            parameter, as in the paper, where the vectors of (IA)^3 have 1. What begins at zero, as half of LoRA does,
-            then moves at a thousandth of the rate: False is better for it (or `optim="adamw_torch"`).
-            transformers' own `optim="adafactor"` is False, whatever `optim_args` says.
+        max_steps: 1,000; -1 to train by `num_train_epochs`.
+        scale_parameter: of Adafactor: whether the learning rate is relative to the root mean square of a parameter, as
+            in the paper, where it is 1 for the vectors of (IA)^3. Parameters that start at zero, such as half of
+            LoRA's, then move at a thousandth of the rate; use False for them (or `optim="adamw_torch"`).
+            transformers' own `optim="adafactor"` uses False, whatever `optim_args` says.
         lm_weight, choice_weight, unlikelihood_weight: weights of the losses in `hf_peft_ext.ranking.losses`. With the
             last two at 0, only the right choices are trained (the paper does so for dozens of choices).
-        power: of the length that divides a choice's log-probability in the choice loss; 0 for none.
+        power: exponent of the length that divides a choice's log-probability in the choice loss; 0 for no division.
         epsilon: of the unlikelihood loss; 0.01 in the code of the paper.
-        average: "token", over all tokens of a step as in the code of the paper, or "example", as the paper writes it.
-        packed: whether a prompt is read once for all its choices; None for wherever the model can. The numbers are the
-            same.
-        normalization: of the scores by which choices are ranked in evaluation, see `hf_peft_ext.score_choices`.
+        average: "token", over all tokens of a step, as in the code of the paper; or "example", as in its text.
+        packed: whether a prompt is encoded once for all its choices, with the same results; None if the model can.
+        normalization: of the scores that rank the choices in evaluation, see `hf_peft_ext.score_choices`.
         max_prompt_length, max_choice_length, separator: see `DataCollatorForChoices`. The lengths hold in evaluation
-            too; `RankClassifier` and `score_choices` cut nothing.
+            too; `RankClassifier` and `score_choices` have no limits.
 
     Raises:
-        ValueError: a value breaks a rule.
+        ValueError: a value is invalid.
     """
 
     learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
@@ -63,8 +62,8 @@ class TFewTrainingArguments(TrainingArguments):
             check(name, value, is_number(value) and value >= 0, "must be a number of 0 or more")
         rule = "must not be 0 if `choice_weight` and `unlikelihood_weight` are"
         check("lm_weight", self.lm_weight, bool(self.weights), rule)
-        for name, known in (("average", get_args(Averaging)), ("normalization", get_args(Normalization))):
-            check(name, getattr(self, name), getattr(self, name) in known, f"must be one of {', '.join(known)}")
+        for name, choices in (("average", get_args(Averaging)), ("normalization", get_args(Normalization))):
+            check(name, getattr(self, name), getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
         for name in ("max_prompt_length", "max_choice_length"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -77,12 +76,12 @@ class TFewTrainingArguments(TrainingArguments):
         rule = "must not hold 'inputs': those of T-Few are prompts and choices, which are not one tensor"
         check("include_for_metrics", self.include_for_metrics, "inputs" not in self.include_for_metrics, rule)
         rule = "must not be True: the choices of an example would be parted from its prompt"
-        loading: Any = self.accelerator_config  # an AcceleratorConfig by now, whatever it was given as
-        check("dispatch_batches", True, not loading.dispatch_batches, rule)
+        accelerator: Any = self.accelerator_config  # an AcceleratorConfig, after `super().__post_init__`
+        check("dispatch_batches", True, not accelerator.dispatch_batches, rule)
 
     @property
     def weights(self) -> dict[str, float]:
-        """The losses that count, by their names in the log, and their weights."""
+        """The losses with a weight other than 0: name in the log -> weight."""
         weights = {
             "lm_loss": self.lm_weight,
             "choice_loss": self.choice_weight,

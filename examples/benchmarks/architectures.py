@@ -1,8 +1,8 @@
 """On which architectures of transformers do UniPELT, T-Few and LoRA work with their default settings?
 
-Builds a tiny random model of every causal-LM, sequence-to-sequence and sequence-classification head that transformers
-has, adapts it, and checks that the adapter acts, that all of it that ran is trained, and that the base model is itself
-again when the adapter is disabled.
+The script builds a tiny random model of every causal-LM, sequence-to-sequence and sequence-classification head in
+transformers, and adapts it. It checks that the adapter has an effect, that every part that ran is trained, and that
+disabling the adapter restores the base model's outputs.
 
     python examples/benchmarks/architectures.py                       # all of them, about two minutes on one core
     python examples/benchmarks/architectures.py --model_types t5 llama  # some of them
@@ -35,7 +35,7 @@ HEADS = {
 METHODS: dict[str, type[PeftConfig]] = {"UniPELT": UniPELTConfig, "T-Few": TFewConfig, "LoRA": LoraConfig}
 VOCABULARY, BATCH, LENGTH = 160, 2, 12
 EOS = 2
-LARGEST = 20_000_000  # parameters; what is larger even so is left out
+LARGEST = 20_000_000  # parameters; larger models are skipped
 
 # What makes a model tiny, under the names that configs have for it.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
@@ -82,7 +82,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Arguments:
-    """Which model types."""
+    """Options of the command."""
 
     model_types: list[str] | None = field(default=None, metadata={"help": "Model types; all by default."})
 
@@ -216,7 +216,7 @@ def check(base: nn.Module, config: PeftConfig) -> None:
     idle = [n for n, p in own.items() if host(n) in ran and (p.grad is None or not p.grad.any())]
     assert not idle, f"{len(idle)} of {len(own)} parameters have no gradient, {idle[0]} for one"
     with torch.no_grad(), model.disable_adapter():
-        assert torch.allclose(logits(model), expected, rtol=0, atol=1e-6), "disabled, the adapter still acts"
+        assert torch.allclose(logits(model), expected, rtol=0, atol=1e-6), "the disabled adapter still has an effect"
 
 
 def host(parameter: str) -> str:

@@ -1,8 +1,8 @@
-"""How large the Bridge of plug-in transfer is, under both readings of its factor r, beside the paper's Table 2.
+"""Sizes of the bridge of plug-in transfer under both readings of its factor r, beside the paper's Table 2.
 
-The text of Jin et al. 2023 prunes rows and columns by r each; its table shows models of 1 / r of the parameters. From
-configs alone: nothing is downloaded and nothing is built. Heads are kept whole, which is why GPT-2 XL, whose width is
-that of its heads, comes out at 6 x 64 = 384 and not at 400.
+The text of Jin et al. 2023 divides rows and columns by r; its table shows models of 1 / r of the parameters. The sizes
+are computed from configs; nothing is downloaded or built. Heads are kept whole, so the width of GPT-2 XL becomes
+6 x 64 = 384 instead of 400.
 
     python examples/benchmarks/bridge_sizes.py
     python examples/benchmarks/bridge_sizes.py --r 8
@@ -20,7 +20,7 @@ from hf_peft_ext.pruning import pruned_sizes
 
 @dataclass
 class Arguments:
-    """Which factor."""
+    """Options of the command."""
 
     r: float = field(default=16.0, metadata={"help": "The reduction factor; the paper's table has 16."})
 

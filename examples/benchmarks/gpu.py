@@ -1,16 +1,16 @@
-"""Everything that only a GPU can show, in one run of at most 12 minutes on one H100 or H200, with random weights.
+"""All measurements that need a GPU, with random weights: at most 12 minutes on one H100 or H200.
 
     tests      the tests marked `gpu`
-    prefix     prefix attention against one written out in float32
+    prefix     prefix attention against a naive one in float32
     kernels    which attention kernels work with each method: sdpa's, flash, flex
     nf4        NF4 with double quantisation: each method trains, evaluates, trains, saves and reloads
     memory     peak of a step at the shape of Llama-7B: LoRA, QLoRA, UniPELT, ladder, stages of plug-in transfer, full
     speed      forward pass and training step in bf16 at the shapes of BERT-base, Qwen2-0.5B and Llama-7B
     compiled   the same with torch.compile, fewer layers
 
-Each part runs in processes of its own, so that one failure costs one row, which then holds the error's last line. The
-table of a part goes to results/gpu/ as Markdown and CSV as soon as it is there; at the end come the seconds that each
-part took. Nothing is downloaded.
+Each row is measured in a separate process. After a failure the row holds the last line of the error, and the other
+rows continue. Each table is written to results/gpu/ as Markdown and CSV when its part is finished. The last table has
+the duration of each part. Nothing is downloaded.
 
     python examples/benchmarks/gpu.py
     python examples/benchmarks/gpu.py --parts memory nf4 --minutes 5
@@ -41,11 +41,11 @@ GRACE = 15  # seconds before the end after which no row is begun
 
 @dataclass
 class Arguments:
-    """What runs, and for how long."""
+    """Options of the command."""
 
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": ", ".join(PARTS)})
-    minutes: float = field(default=12.0, metadata={"help": "After these nothing is begun, and what runs is stopped."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny models on the CPU: whether the script runs."})
+    minutes: float = field(default=12.0, metadata={"help": "Time limit; running parts are stopped."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny models on the CPU, to test the script."})
     output: Path = field(default=HERE / "results" / "gpu", metadata={"help": "Folder for the tables."})
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""What it saves to read a prompt once for all its answer choices, in a training step of T-Few and in scoring.
+"""Savings of reading a prompt once for all its answer choices, in a training step of T-Few and in scoring.
 
-SmolLM2-135M with (IA)3, all three losses, AdamW; the ways in turn, so that what else the machine does falls on all of
-them alike. Times are medians, ratios are to the plain way: a row for each choice behind a copy of its prompt, every
-token projected to the vocabulary. "Short head" projects only what predicts the choices. "FLOPs" is the ratio of the
-floating-point operations of matrix products, attention included. "Kept" is what a step keeps for its backward pass,
-weights not counted.
+SmolLM2-135M with (IA)3, all three losses and AdamW. The variants run in turn, so that other programs slow all of them
+equally. Times are medians. Ratios are relative to the plain variant: a row for each choice after its own copy of the
+prompt, and every token projected to the vocabulary. "Short head" projects only the positions that predict choices.
+"FLOPs" is the ratio of floating-point operations in matrix products, attention included. "Kept" is the memory that a
+step keeps for its backward pass, without weights.
 
     python examples/benchmarks/packing.py               # about two minutes on two cores
     python examples/benchmarks/packing.py --prompt 400 --choices 10 --choice 4
@@ -39,7 +39,7 @@ Scorer = Callable[[nn.Module, Mapping[str, Tensor]], TokenScores]
 
 @dataclass
 class Arguments:
-    """Where, and how much."""
+    """Options of the command."""
 
     model: str | None = field(default=None, metadata={"help": "Another decoder, by its name or folder."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def plain(model: nn.Module, batch: Mapping[str, Tensor]) -> TokenScores:
-    """The usual way: labels beside the input, logits everywhere. No row needs padding here."""
+    """The plain variant: labels for whole rows, logits at all positions. No row needs padding here."""
     ids = torch.cat([batch["prompt_ids"][batch["example"]], batch["choice_ids"]], dim=1)
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return token_scores(logits[:, batch["prompt_ids"].shape[1] - 1 :], batch["choice_ids"])
@@ -66,7 +66,7 @@ WAYS: dict[str, Scorer] = {
 
 
 class Run:
-    """One way through the model, and the two things that are timed."""
+    """A variant: its forward pass, a training step and scoring."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], scorer: Scorer):
         self.model, self.batch, self.scorer = model, batch, scorer
@@ -107,14 +107,14 @@ class Run:
         return counter.get_total_flops()
 
     def gradients(self) -> Tensor:
-        """All of them, one behind the other."""
+        """All gradients as one vector."""
         self.loss().backward()
         found = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
         self.optimizer.zero_grad()
         return found
 
     def kept(self) -> int:
-        """Bytes: the peak of a step on a GPU, what is kept for the backward pass elsewhere."""
+        """Bytes: on a GPU the peak of a step, elsewhere the memory kept for the backward pass."""
         if self.batch["example"].is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self.step()

@@ -1,14 +1,15 @@
-"""What the stages of plug-in transfer take at most in memory, against PEFT on the large model and full fine-tuning.
+"""Peak memory of the stages of plug-in transfer, beside PEFT on the large model and full fine-tuning.
 
-Shapes of real models, random weights, AdamW, float32, a step of each in a process of its own. On the CPU the peak is
-the largest resident size of the process, less what it had before any model was built; on a GPU what torch has
-allocated. The module is a LoRA, W_plug is trained, and the thin copy has 1 / 16 of the large model's parameters.
+Shapes of real models, random weights, AdamW, float32; one step of each row in a separate process. On the CPU the peak
+is the largest resident size of the process, minus its size before any model was built. On a GPU it is the memory that
+torch has allocated. The module is a LoRA, W_plug is trained, and the pruned copy has 1 / 16 of the large model's
+parameters.
 
     "held"      the large model is in memory
-    "not held"  it is plugged into as shapes on the meta device, and its thin copy is read from a folder
+    "not held"  only its shapes are, on the meta device; its pruned copy is read from a folder
 
-The factors are those of Table 6 and 7 of the plug-in paper (Jin et al. 2023), which has for its bridge 7.1 below full
-fine-tuning and 5.3 to 5.7 below PEFT (GPT2-XL, length 512, batch 8), and 5.1 and 3.5 to 3.6 (T5-3B, batch 1).
+Tables 6 and 7 of the plug-in paper (Jin et al. 2023) have the same factors. Its bridge needs 7.1 times less than full
+fine-tuning and 5.3 to 5.7 times less than PEFT (GPT2-XL, length 512, batch 8); 5.1 and 3.5 to 3.6 (T5-3B, batch 1).
 
     python examples/benchmarks/plug_in_memory.py                   # GPT-2-medium, half an hour, up to 9 GB
     python examples/benchmarks/plug_in_memory.py --device cuda --model gpt2-xl --batch 8
@@ -68,7 +69,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "t5-base": ("t5", T5_BASE, T5_SMALL),
     "t5-large": ("t5", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}, T5_SMALL),
     "t5-3b": ("t5", {"d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_layers": 24, "num_heads": 32}, T5_BASE),
-    "llama-7b": ("llama", {}, LLAMA_1B),  # the sizes that transformers' config has unless told others
+    "llama-7b": ("llama", {}, LLAMA_1B),  # the default sizes of transformers' config
 }
 TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"], "llama": ["q_proj", "v_proj"]}  # of LoRA
 FULL = "full fine-tuning"
@@ -79,7 +80,7 @@ R = 16.0
 
 @dataclass
 class Arguments:
-    """What is measured, and where."""
+    """Options of the command."""
 
     model: str = field(default="gpt2-medium", metadata={"help": f"Shapes: {', '.join(SHAPES)}."})
     batch: int = field(default=1, metadata={"help": "Rows of a batch."})
@@ -92,11 +93,11 @@ class Arguments:
 
 
 class Case:
-    """The models and the batch that all rows share.
+    """Models and batch that all rows share.
 
     Args:
         args: the command's.
-        folder: with the thin copy and what the large model makes of the batch.
+        folder: holds the pruned copy and the large model's hidden states for the batch.
     """
 
     def __init__(self, args: Arguments, folder: Path):
@@ -131,7 +132,7 @@ class Case:
         return model(**self.batch, use_cache=False).loss
 
     def step(self, model: nn.Module) -> int:
-        """A step of training, with the optimizer as it is after the first; how much is trained."""
+        """A training step with an initialised optimizer. Returns the number of trained parameters."""
         weights = trained(model)
         optimizer = torch.optim.AdamW(weights, foreach=False)
         for weight in weights:
@@ -183,7 +184,7 @@ def cut(case: Case) -> int:
 
 
 def bridged(held: bool = True, projections: Callable[[], Projections] = Projections, **kwargs: Any) -> Row:
-    """The paper's bridge: the thin copy is trained with the module."""
+    """The paper's bridge: the pruned copy is trained with the module."""
 
     def row(case: Case) -> int:
         large = case.large() if held else case.shapes()
@@ -240,7 +241,7 @@ METHODS: dict[str, Row] = {
 
 @dataclass
 class Measured:
-    """One row.
+    """A row of the table.
 
     Args:
         trained: number of parameters trained.
@@ -259,7 +260,7 @@ def quietly() -> None:
 
 
 def prepare(args: Arguments, folder: Path) -> None:
-    """What earlier stages leave: the thin copy, what the large model makes of the batch, the large model packed."""
+    """Write the results of earlier stages: pruned copy, rows cached for the ladder, 4-bit weights."""
     quietly()
     case = Case(args, folder)
     large = case.large()
@@ -283,13 +284,14 @@ def measure(method: str, args: Arguments, folder: Path) -> Measured:
     case, before = Case(args, folder), psutil.Process().memory_info().rss if args.device == "cpu" else 0
     count = METHODS[method](case)
     peak = peak_memory(torch.device(args.device))
-    assert peak is not None, "this system does not tell how much memory a process has had"
+    assert peak is not None, "this system does not report the peak memory of a process"
     return Measured(count, peak - before)
 
 
 def fresh(console: Console, name: str, device: str, run: Callable[..., Any], *given: Any) -> Any:
-    """Run something in a process of its own, forked from one that has imported and done nothing else. A process that
-    uses CUDA is started anew: importing bitsandbytes opens the device, which no fork inherits.
+    """Call a function in a fresh process, forked from one that has only imported modules.
+
+    With CUDA the process is spawned: importing bitsandbytes opens the device, which a fork does not inherit.
     """
     context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     if device == "cpu":

@@ -1,8 +1,8 @@
-"""A run that is killed in the middle of its saves, and resumed, over one that nobody disturbs: the same losses?
+"""Compares a run that is killed, also during saves, and resumed with an undisturbed run.
 
-UniPELT on a small BERT with random weights learns to tell whether a word occurs. One run is left alone; another one is
-killed (SIGKILL) at random moments and started again with `resume_from_checkpoint` until it is through. Prints the
-largest difference of a loss and of a weight, and draws both curves into results/resume.png if there is matplotlib.
+UniPELT on a small BERT with random weights learns whether a word occurs. One run is undisturbed. Another is killed
+(SIGKILL) at random moments and restarted with `resume_from_checkpoint` until it is finished. The script prints the
+largest differences of a loss and of a weight. It draws both curves to results/resume.png if matplotlib is installed.
 
     python examples/benchmarks/resume.py                # a minute on two cores
     python examples/benchmarks/resume.py --steps 200 --save_steps 10 --seed 1
@@ -37,12 +37,12 @@ RESULTS = Path("results")
 
 @dataclass
 class Arguments:
-    """How long, and how often it is killed."""
+    """Options of the command."""
 
     steps: int = field(default=60, metadata={"help": "Optimiser steps of a run."})
-    save_steps: int = field(default=4, metadata={"help": "A checkpoint every so many steps."})
+    save_steps: int = field(default=4, metadata={"help": "Steps between two checkpoints."})
     seed: int = field(default=0, metadata={"help": "Of the moments at which the run is killed."})
-    longest: float = field(default=0.5, metadata={"help": "It is killed at most so many seconds after a checkpoint."})
+    longest: float = field(default=0.5, metadata={"help": "Most seconds from a checkpoint to a kill."})
 
 
 def train(folder: Path, args: Arguments) -> None:
@@ -79,7 +79,7 @@ def sentences(n: int = 256, length: int = 8) -> list[dict[str, torch.Tensor]]:
 
 
 def killed_until_done(folder: Path, args: Arguments) -> list[int]:
-    """Start the run again and again, each time for a random while. Returns the checkpoint that each kill left."""
+    """Restart the run until it is finished, killing it at random moments. Returns the last checkpoint at each kill."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_peft_ext.trainers"])
     moments, reached = random.Random(args.seed), [0]

@@ -5,9 +5,9 @@
     length   a forward pass of 8,192 tokens: time, and peak memory above the model
     help     processor time of `hf-peft-ext --help`
 
-Tiny Llamas with random weights on the CPU, no download. Times are medians of processor time, the variants in turn, so
-that what else the machine does falls on all of them alike. Memory is the peak of the resident size of a fresh process,
-less its size before the forward pass.
+Tiny Llamas with random weights on the CPU, no download. Times are medians of processor time. The variants run in turn,
+so that other programs slow all of them equally. Memory is the peak resident size of a fresh process, minus its size
+before the forward pass.
 
     python examples/benchmarks/scale.py                     # five to ten minutes on one core
     python examples/benchmarks/scale.py --parts length --length 4096
@@ -55,15 +55,15 @@ LIMIT_IDLE, LIMIT_LOAD, LIMIT_TIME, LIMIT_MEMORY, LIMIT_HELP = 1.1, 1.5, 1.3, 2.
 
 @dataclass
 class Arguments:
-    """What is measured."""
+    """Options of the command."""
 
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": "idle, load, length, help."})
-    rounds: int = field(default=5, metadata={"help": "How often each time is taken."})
+    rounds: int = field(default=5, metadata={"help": "Repetitions of each measurement."})
     idle: int = field(default=100, metadata={"help": "Inactive adapters."})
     layers: int = field(default=200, metadata={"help": "Layers of the model that adapters are loaded into."})
     length: int = field(default=8192, metadata={"help": "Tokens of the long forward pass."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
-    quick: bool = field(default=False, metadata={"help": "Little of everything, to see that it runs."})
+    quick: bool = field(default=False, metadata={"help": "Small sizes, to test the script."})
     output: Path = field(
         default=Path(__file__).parent / "results", metadata={"help": "Folder for scale_*.md and scale_*.csv."}
     )
@@ -93,7 +93,7 @@ def tokens(batch: int, length: int) -> dict[str, Any]:
 
 
 def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median processor time of each; one round to warm up comes first."""
+    """Median processor time of each run, after one round of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
@@ -166,7 +166,7 @@ def length(args: Arguments) -> list[Row]:
 
 
 def fresh(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a process of its own, forked from one that has imported and done nothing else."""
+    """Call a function in a fresh process, forked from one that has only imported modules."""
     linux = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if linux else "spawn")
     context.set_forkserver_preload(["hf_peft_ext", "transformers.models.auto.modeling_auto"])
@@ -175,14 +175,14 @@ def fresh(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def above_model(method: str, args: Arguments) -> int:
-    """Bytes that a forward pass takes beyond the model."""
+    """Bytes that a forward pass needs in addition to the model."""
     quietly(args)
     model = adapted(decoder(256, 2, args.length), method)
-    forward(model, tokens(1, 32))  # what the first forward pass of all leaves behind
+    forward(model, tokens(1, 32))  # memory that only the very first forward pass allocates
     before = psutil.Process().memory_info().rss
     forward(model, tokens(1, args.length))
     peak = peak_memory(torch.device("cpu"))
-    assert peak is not None, "this system does not tell how much memory a process has had"
+    assert peak is not None, "this system does not report the peak memory of a process"
     return max(peak - before, 1)
 
 

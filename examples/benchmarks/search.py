@@ -1,13 +1,13 @@
-"""How many models a search tries in an hour, against the plain loop; and whether it pays to train several at once.
+"""Models that a search trains in an hour, beside a plain loop; and the speed of training several at once.
 
-The plain loop loads MiniLM and tokenises the rows for each model, and trains with transformers' Trainer: batches at
-random, padded to their longest row, or all rows padded to the limit. The search keeps the model, swaps adapters, and
-shares batches of like lengths. All ways train the same sampled models of S4's space on the same rows, in turn, so that
-what else the machine does falls on all alike.
+The plain loop loads MiniLM and tokenises the rows for each model, and trains with transformers' Trainer: random
+batches padded to their longest row, or all rows padded to the limit. The search keeps the model, swaps adapters, and
+shares batches of rows of similar length. All variants train the same sampled models of S4's space on the same rows.
+They run in turn, so that other programs slow all of them equally.
 
-"Routed" trains several models in one forward pass over the shared trunk, each on its own copy of the rows
-(`adapter_names`), against the same models one after the other; dropout is off in both, since peft routes rows in
-evaluation mode only.
+"Routed" trains several models in one forward pass over the shared base model, each on its own copy of the rows
+(`adapter_names`). It is compared with the same models one after the other. Dropout is off in both, because peft routes
+rows only in evaluation mode.
 
     python examples/benchmarks/search.py                    # support messages; two minutes on one core
     HF_PEFT_EXT_DATA=folder python examples/benchmarks/search.py --task sst2 --device cuda
@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Arguments:
-    """Where, and how much."""
+    """Options of the command."""
 
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     threads: int = field(default=1, metadata={"help": "Threads, on the CPU."})
@@ -63,7 +63,7 @@ class Arguments:
 
 
 class Bench:
-    """The rows, the sampled models, and what every way shares."""
+    """Rows, sampled models and settings that all variants share."""
 
     def __init__(self, args: Arguments):
         self.args, self.source, rows = args, args.model or minilm(), read(args)
@@ -87,7 +87,7 @@ class Bench:
         ]
 
     def plain(self, config: PeftConfig, **options: Any) -> float:
-        """Everything anew."""
+        """Load model and tokenised rows anew for each model."""
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -103,7 +103,7 @@ class Bench:
             return trainer.evaluate()["eval_accuracy"]
 
     def searched(self, config: PeftConfig) -> float:
-        """As the search does it."""
+        """Train like the search."""
         batches = self.task.batches("train", self.run.per_device_train_batch_size)
         with adapted(self.model, config, 0) as model:
             train_adapter(model, batches, self.run, 0)
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def clocked(do: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Seconds of the processor and on the wall."""
+    """Processor time and wall-clock time in seconds."""
     processor, wall = time.process_time(), time.perf_counter()
     do()
     if device == "cuda":

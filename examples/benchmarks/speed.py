@@ -1,9 +1,9 @@
-"""What a training step and a forward pass cost: UniPELT and its parts, peft's LoRA and full fine-tuning.
+"""Cost of a training step and a forward pass: UniPELT and its parts, peft's LoRA and full fine-tuning.
 
-MiniLM-L6, batches of 16 x 128 tokens, AdamW, the steps of all methods in turn, so that what else the machine does
-falls on all of them alike. Times are medians; ratios are to full fine-tuning (step) and to the bare model (forward).
-"FLOPs" is the same ratio for the floating-point operations of matrix products, which is what a perfect implementation
-would take on a machine that does nothing else. "Kept" is what a step keeps for its backward pass, weights not counted.
+MiniLM-L6, batches of 16 x 128 tokens, AdamW. The steps of all methods run in turn, so that other programs slow all of
+them equally. Times are medians. Ratios are relative to full fine-tuning (step) and to the bare model (forward).
+"FLOPs" is the same ratio for the floating-point operations in matrix products, the lower bound of an ideal
+implementation. "Kept" is the memory that a step keeps for its backward pass, without weights.
 
     python examples/benchmarks/speed.py                 # two minutes on two cores
     python examples/benchmarks/speed.py --compile --threads 2 --methods UniPELT "LoRA (peft)"
@@ -53,7 +53,7 @@ METHODS: dict[str, Callable[[], PeftConfig] | None] = {
 
 @dataclass
 class Arguments:
-    """Where and how."""
+    """Options of the command."""
 
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16 (autocast)."})
@@ -66,7 +66,7 @@ class Arguments:
 
 
 class Run:
-    """One method: its model, and the two things that are timed."""
+    """A method: its model, a training step and a forward pass."""
 
     def __init__(self, config: Callable[[], PeftConfig] | None, args: Arguments, compiled: bool):
         model: Any = backbone()
@@ -103,7 +103,7 @@ class Run:
         return statistics.median(self.times[name])
 
     def flops(self) -> tuple[int, int]:
-        """Of a step and of a forward pass."""
+        """FLOPs of a step and of a forward pass."""
         counts = []
         for train in (True, False):
             self.model.train(train)
@@ -116,7 +116,7 @@ class Run:
         return counts[0], counts[1]
 
     def memory(self) -> int:
-        """Bytes: the peak of a step on a GPU, what is kept for the backward pass elsewhere."""
+        """Bytes: on a GPU the peak of a step, elsewhere the memory kept for the backward pass."""
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.step()

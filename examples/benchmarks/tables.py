@@ -1,4 +1,4 @@
-"""The tables of `scale.py` and `gpu.py`: printed, and written as Markdown and as CSV."""
+"""Prints the tables of `scale.py` and `gpu.py`, and writes them as Markdown and CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ Row = dict[str, Any]  # column -> a number, a text, or None
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """The columns of all rows, in the order in which they first occur."""
+    """The columns of all rows, in order of first occurrence."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def cell(value: Any) -> str:
-    """Three digits of a number; nothing for None."""
+    """A number with three digits; an empty text for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -45,7 +45,7 @@ def markdown(title: str, rows: Sequence[Row], note: str = "") -> str:
 
 
 def write_csv(file: Path, rows: Sequence[Row]) -> None:
-    """All digits, a line a row."""
+    """Write a line for each row, with all digits."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns(rows), lineterminator="\n")
         writer.writeheader()
@@ -53,7 +53,7 @@ def write_csv(file: Path, rows: Sequence[Row]) -> None:
 
 
 def write(folder: Path, name: str, title: str, rows: Sequence[Row], note: str = "") -> None:
-    """Write `name`.md and `name`.csv into a folder, which is made if it is missing."""
+    """Write `name`.md and `name`.csv into a folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(markdown(title, rows, note), encoding="utf-8")
     write_csv(folder / f"{name}.csv", rows)

@@ -41,7 +41,7 @@ from transformers import HfArgumentParser
 import plug_in
 from hf_peft_ext.transfer import Projections, merge_projections, module_similarity, plug
 from hf_peft_ext.transfer.run.task import task_for
-from hf_peft_ext.transfer.similarity import PAPERS
+from hf_peft_ext.transfer.similarity import PAPER_COSINE
 from runs import RESULTS, Row, append, read, read_rows
 
 
@@ -194,7 +194,7 @@ def draw(rows: list[Row], file: Path) -> None:
                 heights = [fmean(float(row[kind + measure]) for row in found if int(row["layer"]) == layer)
                            for layer in layers]  # fmt: skip
                 axes.plot(layers, heights, color=f"C{i}", linewidth=1.2, **style)
-        axes.axhline(PAPERS, color="0.6", linewidth=0.8, linestyle="--", label="the paper's 75 %")
+        axes.axhline(PAPER_COSINE, color="0.6", linewidth=0.8, linestyle="--", label="the paper's 75 %")
         axes.set_title(f"{pair}: {MEASURES[measure]}", fontsize=10)
         axes.set_xlabel("layer of the large model")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -62,7 +62,7 @@ from hf_peft_ext.transfer.map.plug import depths
 from hf_peft_ext.transfer.map.projections import layer_map
 from hf_peft_ext.transfer.refine.distillation import decide
 from hf_peft_ext.transfer.refine.module_scale import at_scale, choose_scale
-from hf_peft_ext.transfer.refine.training_loop import fit, refine
+from hf_peft_ext.transfer.refine.stage_training import fit, refine
 from hf_peft_ext.transfer.run.result import Measured
 from hf_peft_ext.transfer.run.task import Task, task_for
 from hf_peft_ext.tuners.ladder.network import cut_depth

@@ -69,7 +69,7 @@ class AdapterTuner(BaseTuner):
             ValueError: one of them is no part of the adapter, but would overwrite another weight of the model, or is
                 not finite; or a file that is loaded lacks one, or holds one of another shape.
         """
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned(state_dict))
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned_copies(state_dict))
         own = tuple(f".{part}.{adapter_name}." for part in (cls.container, *TRAINED_WHOLE))
         others = sorted(key for key in found if not any(mark in f"{key}." for mark in own))
         check("adapter_model", others[:3], not others, "holds tensors that are no part of the adapter")
@@ -88,7 +88,7 @@ def check_adapter_name(name: str) -> None:
     check("adapter_name", name, not hasattr(nn.ModuleDict(), name), rule)
 
 
-def aligned(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def aligned_copies(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the tensors of a file: mapped from it they lie at odd addresses, where matrix products differ in the
     last bit.
     """

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_peft_ext.attach.forward_state import FORWARD, cached_tokens
 from hf_peft_ext.attach.layer import TunerLayer
-from hf_peft_ext.attach.masks import UNMASKED, causal_mask, derive, pad_front, selected, widened
+from hf_peft_ext.attach.masks import UNMASKED, causal_mask, derive, mask_with_prefix, pad_front, selected
 from hf_peft_ext.attach.prefix_states import PrefixStates, by_row, joined
 from hf_peft_ext.model.structure import given_cache, source_of
 from hf_peft_ext.validation.checks import check
@@ -144,10 +144,10 @@ def prefix_attention(
     n_tokens = prefix_states.p_k.shape[2]
     bias = kwargs.get("position_bias")
     if bias is not None and bias.shape[-1] == key.shape[2]:  # else it counts the prefix
-        kwargs["position_bias"] = derive(bias, ("widened", n_tokens), partial(pad_front, n_tokens=n_tokens))
+        kwargs["position_bias"] = derive(bias, ("prefix", n_tokens), partial(pad_front, n_tokens=n_tokens))
     if not eager and query.shape[2] > 1:
         return attend_without_scores(attend, module, query, key, value, attention_mask, prefix_states, **kwargs)
-    mask = widened(attention_mask, prefix_states.scores(), key.shape[2], n_tokens, query.dtype)
+    mask = mask_with_prefix(attention_mask, prefix_states.scores(), key.shape[2], n_tokens, query.dtype)
     key, value = in_front(prefix_states.p_k, prefix_states.p_v, key, value)
     output, weights = attend(module, query, key, value, mask, **kwargs)
     return output, None if weights is None else weights[..., n_tokens:]
@@ -187,7 +187,7 @@ def attend_without_scores(
     if attention_mask is None and causal:
         query = F.pad(query, (0, 0, n_tokens, 0))
     else:
-        attention_mask = widened(attention_mask, None, keys, n_tokens, query.dtype)
+        attention_mask = mask_with_prefix(attention_mask, None, keys, n_tokens, query.dtype)
     output, _ = attend(module, query, key, value, attention_mask, **kwargs)
     return output[:, -length:, :, :d_v], None
 

@@ -12,14 +12,14 @@ from transformers import Cache, EncoderDecoderCache
 
 from hf_peft_ext.attach.attention import PrefixLayer
 from hf_peft_ext.attach.forward_state import cached_tokens, hidden_states
-from hf_peft_ext.attach.masks import causal_mask, mask_position, widened
+from hf_peft_ext.attach.masks import causal_mask, mask_position, mask_with_prefix
 from hf_peft_ext.attach.prefix_states import PrefixStates
 from hf_peft_ext.model.structure import CACHES
 
 
 class CachePrefix(PrefixLayer):
     """Attention over [P_K, K] and [P_V, V]: the cache returns the prefix in front of its keys and values, and the mask
-    is widened before the module runs.
+    gets as many columns before the module runs.
     """
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
@@ -41,7 +41,7 @@ class CachePrefix(PrefixLayer):
         n_keys = n_past + x.shape[1]
         if mask is None and self.site.causal:
             mask = causal_mask(x.shape[1], n_keys, x.device, n_past).expand(x.shape[0], -1, -1, -1)
-        arguments[keyword] = widened(mask, states.scores(), n_keys, n_tokens, x.dtype)
+        arguments[keyword] = mask_with_prefix(mask, states.scores(), n_keys, n_tokens, x.dtype)
         arguments[cache] = PrefixedCache(past, states.p_k, states.p_v)
         for name in ("alibi", "position_bias"):
             if arguments.get(name) is not None:

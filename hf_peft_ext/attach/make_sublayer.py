@@ -17,7 +17,7 @@ def build(placement: Placement, site: Site, projections: Projections) -> nn.Modu
     options = dict(placement.options)
     if placement.sublayer == "bias":
         return Bias(site.d_out)
-    gate = gate_of(placement, site)
+    gate = make_gate(placement, site)
     if placement.sublayer == "low_rank":
         return LowRank(site.d_in, site.d_out, gate=gate, rows=site.rows, width=site.width, **options)
     if placement.sublayer == "bottleneck":
@@ -25,7 +25,7 @@ def build(placement: Placement, site: Site, projections: Projections) -> nn.Modu
     return prefix(site, gate, projections, **options)
 
 
-def gate_of(placement: Placement, site: Site) -> Gate | None:
+def make_gate(placement: Placement, site: Site) -> Gate | None:
     if placement.gate is None:
         return None
     return Gate(site.d_in, pooling(placement, site))

@@ -136,7 +136,7 @@ def selected(
     return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
 
 
-def widened(
+def mask_with_prefix(
     mask: Any,  # shape: (batch or 1, heads or 1, length, keys), or None
     scores: Tensor | None,  # shape: (batch or 1, 1, length or 1, n_tokens)
     keys: int,
@@ -149,9 +149,9 @@ def widened(
         ValueError: the mask is of another kind, such as flex attention's.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        raise ValueError(f"A mask of type {type(mask).__name__} cannot be widened by a prefix; use sdpa or eager.")
+        raise ValueError(f"A mask of type {type(mask).__name__} cannot take a prefix; use sdpa or eager.")
     if scores is None:
-        return None if mask is None else derive(mask, ("widened", n_tokens), partial(pad_front, n_tokens=n_tokens))
+        return None if mask is None else derive(mask, ("prefix", n_tokens), partial(pad_front, n_tokens=n_tokens))
     if mask is None:
         mask = scores.new_zeros(1, 1, 1, keys)
     elif mask.dtype == torch.bool:

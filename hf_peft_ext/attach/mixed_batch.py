@@ -21,7 +21,7 @@ INPUTS = (
 )
 
 
-def check_names(names: Sequence[str], adapters: Iterable[str]) -> None:
+def check_adapter_names(names: Sequence[str], adapters: Iterable[str]) -> None:
     """Refuse `adapter_names` that hold no name, or one that is no adapter of the model."""
     check("adapter_names", names, not isinstance(names, str), "must be a list of names, one for each row")
     unknown = set(names) - {"__base__", *adapters}

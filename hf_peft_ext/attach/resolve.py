@@ -21,7 +21,7 @@ from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.module_patterns import matching
 
 Plan = dict[str, list[tuple[Placement, Site]]]
-ROLES = ("query", "key", "value")  # a layer without attention may have one leaf for all of them
+QKV = ("query", "key", "value")  # a layer without attention may have one leaf for all of them
 
 logger: Any = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ def put(here: list[tuple[Placement, Site]], placement: Placement, site: Site) ->
     for other, taken in here:
         if other is placement and taken.layer != site.layer:  # a module that two layers share
             return
-        if "mixer_input" == site.name == taken.name and {placement.site, other.site} <= set(ROLES):
+        if "mixer_input" == site.name == taken.name and {placement.site, other.site} <= set(QKV):
             return
         if child_name(taken.name, other.sublayer) == name:
             raise ValueError(f"`placements` put `{placement.sublayer}` at `{site.name}` of {site.host} twice.")
@@ -92,7 +92,7 @@ def put(here: list[tuple[Placement, Site]], placement: Placement, site: Site) ->
 def served(placement: Placement, sites: list[Site]) -> list[Site]:
     """The sites that a placement means. Of a layer that has no leaf for a role, its mixer's input projection."""
     named = [site for site in sites if site.serves(placement.site)]
-    if placement.sublayer == "low_rank" and placement.site in ROLES:
+    if placement.sublayer == "low_rank" and placement.site in QKV:
         layers = {site.layer for site in named}
         named += [site for site in sites if site.name == "mixer_input" and site.layer not in layers]
     elif placement.sublayer == "prefix" and placement.gate:  # kernels get packed examples one by one, but one gate

@@ -24,7 +24,7 @@ from hf_peft_ext.attach.layer import (
 )
 from hf_peft_ext.attach.make_sublayer import Projections, build
 from hf_peft_ext.attach.merge import can_merge
-from hf_peft_ext.attach.mixed_batch import check_names, check_unmerged, mixed_batch
+from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
 from hf_peft_ext.attach.resolve import excluded, plan
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.sublayers import ProjectedPrefix
@@ -144,7 +144,7 @@ class ComposedModel(AdapterTuner):
             return
         if self.training:
             raise ValueError("`adapter_names` can be passed for inference only; call model.eval() first.")
-        check_names(names, self.peft_config)
+        check_adapter_names(names, self.peft_config)
         check_unmerged(tuner_layers(self.model))
         with mixed_batch(self.model, names, args, kwargs):
             yield

@@ -1,3 +1,3 @@
-"""Loads adapters of strangers: everything is checked before anything is allocated or changed."""
+"""Loads untrusted adapters: every file is checked before memory is allocated or the model changed."""
 
 from hf_peft_ext.loading.load import load_adapter as load_adapter

@@ -1,4 +1,4 @@
-"""Reads an adapter_config.json of a stranger into a config that peft can be trusted with."""
+"""Reads an untrusted adapter_config.json into a config that is safe to pass to peft."""
 
 import re
 import time
@@ -17,12 +17,12 @@ from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.config_schema import MAX_NAMES, MODULE_NAME, known_fields, read_json, refuse
 from hf_peft_ext.validation.module_patterns import PATTERN_SECONDS, endings_of, matching
 
-# peft's own types that the tests load. The others read further files, allocate what no file holds, or were not tried.
+# peft's types that the tests load. Others read further files, allocate more than the file holds, or were not tested.
 STOCK = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS",
          "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # fmt: skip
-# Fields that may hold only these values, and why.
+# Field -> the only values it may have, and the reason.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "bias": (("none",), "must be 'none': other biases than an adapter's own overwrite those of the base model"),
+    "bias": (("none",), "must be 'none': trained biases of the base model would overwrite its own"),
     "init_lora_weights": (
         (True, False, "gaussian", "orthogonal", "eva", "mica"),
         "changes the weights of the base model when it is loaded; save the adapter as a plain LoRA (peft: "
@@ -30,7 +30,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "kasa_config": ((None,), "must be None: KaSA changes the weights of the base model"),
     "layer_replication": ((None,), "must be None: it changes the layers of the base model"),
-    "megatron_config": ((None,), "must be None: it has peft import a module that the file names"),
+    "megatron_config": ((None,), "must be None: peft would import a module that the file names"),
     "megatron_core": ((None, "megatron.core"), "must be 'megatron.core': peft imports the module"),
     "arrow_config": ((None,), "must be None: it needs further adapters"),
     "monteclora_config": ((None,), "must be None: it is not checked"),
@@ -38,35 +38,41 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "velora_config": ((None,), "must be None: it is not checked"),
     "tokenizer_kwargs": ((None, {}), "must be None: it would be passed on to a tokenizer's loader"),
 }
-MOST = {"num_cayley_neumann_terms": 64}  # each takes a matrix product in every forward
-PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of endings
+MOST = {"num_cayley_neumann_terms": 64}  # each term costs a matrix product per forward pass
+PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of suffixes
 KEYED_PATTERNS = ("rank_pattern", "alpha_pattern")  # regular expression -> number
 
 
 def read_config(path: Path, model: nn.Module) -> PeftConfig:
-    """The config in a file, for a model.
+    """Read and check a config.
 
-    Regular expressions come back as the names of the modules that they match on this model, so that peft, which has
-    no time limit, never runs them.
+    Regular expressions are replaced by the names of the modules that they match on this model, because peft would
+    run them without a time limit.
+
+    Args:
+        path: an adapter_config.json.
+        model: the base model.
 
     Raises:
-        ValueError: the file is not strict JSON, the PEFT type is none of those that can be checked, a key is unknown,
-            a value has a wrong type, is too large, or is one that changes the base model; or a pattern takes too long.
+        ValueError: the file is not strict JSON, its PEFT type cannot be checked, a key is unknown, a value has a wrong
+            type, is too large or changes the base model, or a pattern takes too long.
     """
-    given = read_json(path)
-    config_cls = config_class(given.get("peft_type"))
-    given = known_fields(config_cls, given)
+    fields = read_json(path)
+    config_cls = config_class(fields.get("peft_type"))
+    fields = known_fields(config_cls, fields)
     for name, most in MOST.items():
-        if (given.get(name) or 0) > most:
-            refuse(name, given[name], f"must be at most {most}")
+        if (fields.get(name) or 0) > most:
+            refuse(name, fields[name], f"must be at most {most}")
     for name, (allowed, rule) in ONLY.items():
-        if name in given and not any(type(given[name]) is type(value) and given[name] == value for value in allowed):
-            refuse(name, given[name], rule)
+        if name in fields and not any(
+            type(fields[name]) is type(value) and fields[name] == value for value in allowed
+        ):
+            refuse(name, fields[name], rule)
     try:
-        config = config_cls(**given)
+        config = config_cls(**fields)
     except ValueError:
         raise
-    except Exception as error:  # whatever the values of a stranger trip, in peft's code or ours
+    except Exception as error:  # untrusted values can cause any error, in peft's code or ours
         raise ValueError(f"{path} makes no {config_cls.__name__}: {error!r}.") from error
     if isinstance(config, PromptLearningConfig):
         check_prompt(config, model)
@@ -75,43 +81,60 @@ def read_config(path: Path, model: nn.Module) -> PeftConfig:
 
 
 def config_class(peft_type: object) -> type[PeftConfig]:
+    """The config class of a PEFT type that can be checked.
+
+    Raises:
+        ValueError: it cannot be checked.
+    """
     ours = {t.value: cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, RegisteredConfig)}
-    known = ours | {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]] for name in STOCK}
-    if not isinstance(peft_type, str) or peft_type not in known:
-        refuse("peft_type", peft_type, f"must be one of those that are checked: {', '.join(known)}")
-    return known[peft_type]
+    classes = ours | {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]] for name in STOCK}
+    if not isinstance(peft_type, str) or peft_type not in classes:
+        refuse("peft_type", peft_type, f"must be one of those that are checked: {', '.join(classes)}")
+    return classes[peft_type]
 
 
 def check_prompt(config: PromptLearningConfig, model: nn.Module) -> None:
-    """Refuse prompts and prefixes that were made for a model of other sizes: they would fail in the forward pass."""
+    """Refuse prompts and prefixes of a model with other sizes: they would fail in the forward pass.
+
+    Raises:
+        ValueError: a size differs from the model's.
+    """
     own = replace(config, token_dim=None, num_layers=None, num_attention_heads=None)  # pyright: ignore[reportArgumentType]
     own = _prepare_prompt_learning_config(own, getattr(model, "config", {}))
     for name in ("token_dim", "num_layers", "num_attention_heads"):
-        given, rule = getattr(config, name), f"must be {getattr(own, name)}, as in this model"
-        check(name, given, given in (None, getattr(own, name)), rule)
+        size, expected = getattr(config, name), getattr(own, name)
+        check(name, size, size in (None, expected), f"must be {expected}, as in this model")
     submodules = config.num_transformer_submodules
     check("num_transformer_submodules", submodules, submodules in (None, 1, 2), "must be 1 or 2")
 
 
 def name_modules(config: Any, paths: list[str]) -> None:
-    """Put the names of modules where the config has regular expressions."""
+    """Replace the config's regular expressions by the names of the modules that they match.
+
+    Args:
+        paths: the paths of all modules.
+
+    Raises:
+        ValueError: `target_modules` matches nothing, or a pattern is malformed or takes too long.
+    """
     until = time.process_time() + PATTERN_SECONDS
-    named_by: dict[str, list[str]] = {}  # ending -> paths
+    named_by: dict[str, list[str]] = {}  # suffix -> paths
     for path in paths:
-        for ending in endings_of(path):
-            named_by.setdefault(ending, []).append(path)
+        for suffix in endings_of(path):
+            named_by.setdefault(suffix, []).append(path)
     for field in PATTERNS:
         pattern = getattr(config, field, None)
-        is_text = isinstance(pattern, str) and pattern != INCLUDE_LINEAR_LAYERS_SHORTHAND
-        if is_text and not MODULE_NAME.fullmatch(pattern):
+        if isinstance(pattern, str):
+            if pattern == INCLUDE_LINEAR_LAYERS_SHORTHAND or MODULE_NAME.fullmatch(pattern):
+                continue
             named = matching(pattern, paths, until)
             if not named and field == "target_modules":
                 refuse(field, pattern, "matches no module of this model")
-            # as a list they would be endings, which may end other names too
+            # peft reads the entries of a list as suffixes, which may match further modules
             exact = matching(named, paths) == named
             setattr(config, field, named if exact else "|".join(map(re.escape, named)))
-        elif pattern and not isinstance(pattern, str) and not named_by.keys() >= {*pattern}:
-            named = sorted(named_by.keys() & {*pattern})  # peft tries each entry on each module
+        elif pattern and not named_by.keys() >= {*pattern}:
+            named = sorted(named_by.keys() & {*pattern})  # peft compares each entry with each module
             if not named and field == "target_modules":
                 refuse(field, pattern, "names no module of this model")
             setattr(config, field, type(pattern)(named))
@@ -127,10 +150,11 @@ def name_modules(config: Any, paths: list[str]) -> None:
 
 
 def by_number(number_of: dict[str, Any]) -> dict[str, Any]:
-    """Paths -> numbers, as one pattern for each number: peft compiles each for each module, which takes minutes where
-    there are thousands.
+    """One pattern for each number, in place of one for each path.
+
+    peft compiles each pattern for each module, which takes minutes for thousands of them.
     """
-    found: dict[Any, list[str]] = {}
+    patterns: dict[Any, list[str]] = {}
     for path, number in number_of.items():
-        found.setdefault(number, []).append(f"^{re.escape(path)}")
-    return {"|".join(names): number for number, names in found.items()}
+        patterns.setdefault(number, []).append(f"^{re.escape(path)}")
+    return {"|".join(names): number for number, names in patterns.items()}

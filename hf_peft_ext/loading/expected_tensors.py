@@ -1,8 +1,10 @@
-"""What a config implies on a model: the adapter is built on a copy of the model without data."""
+"""The tensors that the weights file of an adapter must hold: the adapter is built on the meta device."""
 
 import copy
 import warnings
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from peft import (
@@ -20,75 +22,113 @@ from torch.utils._device import DeviceContext, _device_constructors
 from hf_peft_ext.validation.checks import check
 
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-SPARE = 2**22  # numbers beyond those in the file that building an adapter may allocate: 16 MiB in float32
+SPARE = 2**22  # elements that an adapter may allocate beyond those in its file: 16 MiB in float32
 
 
-def implied_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors that the adapter's file must hold, on the meta device, by their keys there.
+class MetaAdapter(NamedTuple):
+    """An adapter on the meta device.
 
-    The model and the config stay as they are, and nothing is allocated, whatever the config says.
+    Args:
+        model: the model with the adapter.
+        modules: all modules of that model.
+        tensors: parameters and buffers that the model did not have before.
+        expected: the tensors that the weights file must hold, by their keys in it.
+    """
+
+    model: PeftModel
+    modules: Sequence[nn.Module]
+    tensors: list[Tensor]
+    expected: dict[str, Tensor]
+
+
+def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors that the weights file must hold, on the meta device, by their keys in it.
+
+    The adapter is built on a copy of the model without data. Model and config do not change.
+
+    Raises:
+        ValueError: the config does not fit the model, the name is a part of the model, or the adapter would allocate
+            more than its file holds.
+    """
+    copied = copy_without_data(model)
+    paths = [path for path, _ in copied.named_modules()]
+    before = tensors_of(copied.modules())
+    adapter = attach_on_meta(copied, copy.deepcopy(config), adapter_name, before, low_cpu_mem_usage=True)
+    with config_errors(model), torch.device("meta"):
+        if any(adapter_name in name for name in (*paths, *adapter.expected)):
+            check_name(adapter, adapter_name)
+        check_token_indices(adapter, adapter_name)
+    return adapter.expected
+
+
+def attach_on_meta(
+    model: nn.Module, config: PeftConfig, adapter_name: str, before: list[Tensor], low_cpu_mem_usage: bool
+) -> MetaAdapter:
+    """Attach an adapter whose tensors are on the meta device.
+
+    Args:
+        model: changes, also if the config does not fit.
+        before: parameters and buffers of the model.
+        low_cpu_mem_usage: as in peft, whose way to the meta device copies each tensor once more.
 
     Raises:
         ValueError: the config does not fit the model, or the adapter would allocate more than its file holds.
     """
-    _, found = attach_without_data(without_data(model), copy.deepcopy(config), adapter_name)
-    return found
-
-
-def attach_without_data(
-    model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool = True
-) -> tuple[PeftModel, dict[str, Tensor]]:
-    """Give a model an adapter whose tensors are on the meta device.
-
-    Args:
-        low_cpu_mem_usage: as in peft, whose way to the meta device copies each tensor once more.
-
-    Returns:
-        The model with the adapter, and the tensors that the adapter's file must hold, by their keys there.
-
-    Raises:
-        ValueError: as `implied_tensors`. The model is half changed then.
-    """
-    given = {id(tensor): tensor for tensor in tensors(model)}
-    known = "\n".join(path for path, _ in model.named_modules())
-    try:
-        with WithoutValues(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the user sees them when the adapter is loaded
+    known = {id(tensor) for tensor in before}
+    with config_errors(model):
+        with WithoutValues():
             adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
+        paths, modules = zip(*adapted.named_modules(), strict=True)
+        state = {name: tensor for name, tensor in tensors_by_name(paths, modules).items() if id(tensor) not in known}
+        expected = get_peft_model_state_dict(adapted, state, adapter_name, save_embedding_layers=False)
+    new = [tensor for tensor in tensors_of(modules) if id(tensor) not in known]
+    size, in_file = (sum(tensor.numel() for tensor in group) for group in (new, expected.values()))
+    if size > 2 * in_file + SPARE:
+        raise ValueError(f"The adapter would allocate {size} numbers, but its file must hold only {in_file}.")
+    return MetaAdapter(adapted, modules, new, expected)
+
+
+@contextmanager
+def config_errors(model: nn.Module) -> Iterator[None]:
+    """Turn every exception into a ValueError: peft raises all kinds for configs that it cannot apply.
+
+    Warnings are ignored, because peft repeats them when it loads the adapter.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            new = sum(tensor.numel() for tensor in tensors(adapted) if id(tensor) not in given)
-            found = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
-        with torch.device("meta"):
-            if adapter_name in known or any(adapter_name in key for key in found):
-                check_name(adapted, found, adapter_name)
-            check_rows(adapted, adapter_name)
-    except Exception as error:  # peft raises all kinds; each of them says that the config cannot be carried out
+            yield
+    except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"The adapter does not fit {type(model).__name__}: {reason}") from error
-    held = sum(tensor.numel() for tensor in found.values())
-    if new > 2 * held + SPARE:
-        raise ValueError(f"The adapter would allocate {new} numbers, but its file must hold {held} only.")
-    return adapted, found
 
 
-def check_name(model: PeftModel, state: dict[str, Tensor], adapter_name: str) -> None:
-    """Refuse a name by which peft would take the adapter's tensors for others: it looks for the name in their keys."""
-    if not model.peft_config[adapter_name].is_prompt_learning:
-        lost = set_peft_model_state_dict(model, state, adapter_name).unexpected_keys
-        check("adapter_name", adapter_name, not lost, "is the name of a part of the model; take another")
+def check_name(adapter: MetaAdapter, adapter_name: str) -> None:
+    """Refuse a name with which peft mistakes the adapter's tensors: peft searches their keys for the name.
+
+    Raises:
+        ValueError: peft does not find all tensors.
+    """
+    if not adapter.model.peft_config[adapter_name].is_prompt_learning:
+        result = set_peft_model_state_dict(adapter.model, adapter.expected, adapter_name)
+        rule = "is the name of a part of the model; take another"
+        check("adapter_name", adapter_name, not result.unexpected_keys, rule)
 
 
-def check_rows(model: nn.Module, adapter_name: str) -> None:
-    """Refuse trained tokens that the vocabulary does not have."""
-    for module in model.modules():
+def check_token_indices(adapter: MetaAdapter, adapter_name: str) -> None:
+    """Refuse trainable tokens outside the vocabulary.
+
+    Raises:
+        ValueError: an index is negative or too large.
+    """
+    for module in adapter.modules:
         if isinstance(module, TrainableTokensLayer):
             rows, size = module.token_indices.get(adapter_name, []), len(module.weight)
             check("token_indices", rows, all(0 <= row < size for row in rows), f"must be rows of 0 to {size - 1}")
 
 
 def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> PeftModel:
-    """The model with an adapter, as peft makes it when it loads one."""
+    """The model with an adapter, built as peft does when it loads one."""
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         return model
@@ -97,28 +137,28 @@ def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cp
 
 
 class WithoutValues(DeviceContext):
-    """As `torch.device("meta")`; and nothing is filled with values, which takes most of building an adapter there."""
+    """Like `torch.device("meta")`, but initialisation is skipped: it takes most of the time of building an adapter."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("meta"))
-        self.making = _device_constructors()
+        self.constructors = _device_constructors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.making:
+        if func in self.constructors:
             if kwargs.get("device") is None:
                 kwargs["device"] = self.device
         elif func in FILLING or getattr(func, "__module__", None) == "torch.nn.init":
-            filled = args[0] if args else kwargs.get("tensor")
-            if isinstance(filled, Tensor) and filled.is_meta:
-                return filled
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
         return func(*args, **kwargs)
 
 
-class OnMeta(TorchFunctionMode):
-    """While it is active, a deep copy of a tensor has its shape and type, but no data, unless it is a single number.
+class CopyToMeta(TorchFunctionMode):
+    """While active, a deep copy of a tensor keeps shape and type without data.
 
-    Single numbers stay, since they are read (bitsandbytes' offsets).
+    Tensors with a single element keep their value, because bitsandbytes reads its offsets.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -129,18 +169,34 @@ class OnMeta(TorchFunctionMode):
         return memo.setdefault(id(tensor), copied)
 
 
-def without_data(model: nn.Module) -> nn.Module:
+def copy_without_data(model: nn.Module) -> nn.Module:
     """A copy of a model with its tensors on the meta device."""
     parameters = list(model.parameters())
-    memo: dict[int, Any] = {}  # filled beforehand, since parameters copy themselves in ways of their own
+    memo: dict[int, Any] = {}  # filled first, because classes of parameters define their own deep copy
     for parameter in parameters:
         meta = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = torch.Tensor._make_subclass(type(parameter), meta, parameter.requires_grad)
-    with OnMeta():
-        for parameter in parameters:  # what it carries: the statistics of a quantised weight, its module
+    with CopyToMeta():
+        for parameter in parameters:  # attributes of a quantized weight: its statistics, its module
             vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
         return copy.deepcopy(model, memo)
 
 
-def tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def tensors_by_name(paths: Iterable[str], modules: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """The tensors in the state dict of a model with these modules, by name, without a further walk over it."""
+    state: dict[str, Tensor] = {}
+    for path, module in zip(paths, modules, strict=True):
+        prefix = f"{path}." if path else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                state[prefix + name] = tensor
+    return state
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of these modules, without those of their children; each tensor once.
+
+    `Module.parameters` and `Module.buffers` would walk over the model twice more.
+    """
+    owned = (values for module in modules for values in (module._parameters.values(), module._buffers.values()))
+    return list({id(tensor): tensor for values in owned for tensor in values if tensor is not None}.values())

@@ -1,4 +1,4 @@
-"""Finds the two files of an adapter, in a folder or on the Hub; a pickle is none of them."""
+"""Finds the config and the weights of an adapter, in a folder or on the Hub. Pickled weights are not accepted."""
 
 from pathlib import Path
 
@@ -11,12 +11,19 @@ from hf_peft_ext.validation.checks import check, is_hub_id
 def adapter_folder(
     id_or_path: str | Path, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> tuple[Path, str | None]:
-    """The local folder with an adapter's files, and the commit on the Hub that they are of.
+    """The local folder with an adapter's files, and their commit on the Hub (None for a local folder).
 
-    From the Hub the config and the safetensors file are fetched and nothing else, both of one commit.
+    Only the config and the safetensors file are downloaded, both of the same commit.
+
+    Args:
+        id_or_path: id on the Hub, or folder.
+        revision: branch, tag or commit on the Hub.
+        subfolder: folder inside the repository or folder.
+        token: as in `huggingface_hub`.
 
     Raises:
-        ValueError: `revision` is given for a local folder, `subfolder` leads out of the folder, or a file is missing.
+        ValueError: a local folder has a `revision`, `subfolder` leads out of the folder, or a file is missing.
+        huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or is not accessible.
     """
     inside = Path(subfolder or "")
     check("subfolder", subfolder, not inside.is_absolute() and ".." not in inside.parts, "must lie inside the adapter")
@@ -26,8 +33,8 @@ def adapter_folder(
     else:
         rule = "is neither a folder nor an id on the Hub"
         check("id_or_path", str(id_or_path), is_hub_id(str(id_or_path)), rule)
-        wanted = [(inside / name).as_posix() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-        folder = Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=wanted, token=token))
+        files = [(inside / name).as_posix() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+        folder = Path(snapshot_download(str(id_or_path), revision=revision, allow_patterns=files, token=token))
         commit = folder.name  # the cache has a folder for each commit
     folder = (folder / inside).absolute()
     if not (folder / CONFIG_NAME).is_file():

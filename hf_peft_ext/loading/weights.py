@@ -1,4 +1,4 @@
-"""Checks an adapter_model.safetensors against the tensors that its config implies, before any of it is loaded."""
+"""Checks an adapter_model.safetensors against the tensors that its config implies, before it is loaded."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,65 +8,87 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_peft_ext.attach.checked_loading import shown
+from hf_peft_ext.attach.checked_loading import first_keys
 from hf_peft_ext.validation.config_schema import parse_json, read_start
 
 MAX_HEADER = 2**22  # bytes; some 30,000 tensors
-MAX_WEIGHT = 65504  # what half precision can hold; NaN and infinities are beyond it too
+MAX_WEIGHT = 65504  # the largest number in half precision
 FLOATS = ("F64", "F32", "F16", "BF16")
 OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def check_weights(path: Path, implied: Mapping[str, Tensor]) -> None:
-    """Check keys, shapes, types and values of a file that `check_header` has passed. One tensor at a time is read.
+def check_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Check keys, shapes, types and values of a file that has passed `check_header`. Tensors are read one at a time.
 
     Args:
         path: the file.
-        implied: the tensors it must hold, by key; only their shapes and types are looked at.
+        expected: the tensors that it must hold, by key; only their shapes and types are read.
 
     Raises:
-        ValueError: the file is no sound safetensors file, holds other keys, shapes or types, or a weight that is not
-            finite or beyond half precision.
+        ValueError: the file is not valid safetensors, holds other keys, shapes or types, or a weight is not finite or
+            too large for half precision.
     """
     try:
         with safe_open(path, framework="pt") as file:  # checks lengths, offsets and types
-            check_keys(file.keys(), implied)
-            for key, tensor in implied.items():
+            check_tensor_names(file.keys(), expected)
+            for key, tensor in expected.items():
                 check_shape(key, file.get_slice(key), tensor)
-            for key in implied:
+            for key in expected:
                 check_values(key, file.get_tensor(key))
     except SafetensorError as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}.") from error
 
 
 def check_header(path: Path) -> None:
-    """Refuse headers that are too long, or have a key twice; of these safetensors would take the last."""
+    """Refuse a header that is too long, or that repeats a key: safetensors would read the last one.
+
+    Raises:
+        ValueError: the header is too long or too short, is not strict JSON, or has duplicate keys.
+    """
     length, size = int.from_bytes(read_start(path, 8), "little"), path.stat().st_size
     if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise ValueError(f"{path} has a header of {length} bytes, but the file has {size}; at most {MAX_HEADER}.")
     parse_json(read_start(path, 8 + length)[8:], f"The header of {path}")
 
 
-def check_keys(found: Iterable[str], implied: Iterable[str]) -> None:
-    missing, extra = sorted({*implied} - {*found}), sorted({*found} - {*implied})
-    for keys, what in ((extra, "holds tensors that its config does not imply"), (missing, "lacks tensors")):
+def check_tensor_names(in_file: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse extra and missing keys.
+
+    Raises:
+        ValueError: the keys differ.
+    """
+    missing, extra = sorted({*expected} - {*in_file}), sorted({*in_file} - {*expected})
+    for keys, fault in ((extra, "holds tensors that its config does not imply"), (missing, "lacks tensors")):
         if keys:
             base = keys == extra and any(".base_layer." in key or "embed" in key or "lm_head" in key for key in keys)
-            hint = " Weights of the base model stay out with `save_embedding_layers=False`." if base else ""
-            raise ValueError(f"The adapter's file {what}: {shown(keys)}.{hint}")
+            hint = " Save without weights of the base model: `save_embedding_layers=False`." if base else ""
+            raise ValueError(f"The adapter's file {fault}: {first_keys(keys)}.{hint}")
 
 
-def check_shape(key: str, found: Any, implied: Tensor) -> None:
-    shape, dtype = tuple(found.get_shape()), found.get_dtype()
-    if shape != tuple(implied.shape):
-        raise ValueError(f"{key} has shape {shape}, but its config implies {tuple(implied.shape)}.")
-    types = FLOATS if implied.is_floating_point() else (OTHERS.get(implied.dtype),)
+def check_shape(key: str, in_file: Any, expected: Tensor) -> None:
+    """Refuse another shape or type. Floats of any precision are accepted where floats are expected.
+
+    Args:
+        in_file: the tensor's slice, as safetensors opens it.
+
+    Raises:
+        ValueError: shape or type differ.
+    """
+    shape, dtype = tuple(in_file.get_shape()), in_file.get_dtype()
+    if shape != tuple(expected.shape):
+        raise ValueError(f"{key} has shape {shape}, but its config implies {tuple(expected.shape)}.")
+    types = FLOATS if expected.is_floating_point() else (OTHERS.get(expected.dtype),)
     if dtype not in types:
-        raise ValueError(f"{key} is of type {dtype}, but its config implies {implied.dtype}.")
+        raise ValueError(f"{key} is of type {dtype}, but its config implies {expected.dtype}.")
 
 
 def check_values(key: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max() <= MAX_WEIGHT:
+    """Refuse weights that are NaN, infinite, or too large for half precision.
+
+    Raises:
+        ValueError: the tensor has such a weight.
+    """
+    if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max().item() <= MAX_WEIGHT:
         raise ValueError(
-            f"{key} holds a weight that is not finite, or beyond {MAX_WEIGHT}, which half precision ends at."
+            f"{key} holds a weight that is not finite, or is larger than {MAX_WEIGHT}, the most in half precision."
         )

@@ -18,7 +18,7 @@ from hf_peft_ext.model.calls import code_of, parameters
 from hf_peft_ext.model.calls import own_modules as own_modules
 
 # The role of a leaf of an attention module, by its name.
-ROLES = {
+LEAF_ROLES = {
     "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
               "project_q", "q_head"},
     "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head"},
@@ -168,7 +168,7 @@ def attends(attention: nn.Module) -> bool:
 def attention_leaves(module: nn.Module) -> dict[str, str]:
     """Role -> name of the linear leaves directly in an attention module."""
     leaves = [name for name, child in module.named_children() if leaf_size(child)]
-    return {role: name for role, names in ROLES.items() for name in leaves if name.lower() in names}
+    return {role: name for role, names in LEAF_ROLES.items() for name in leaves if name.lower() in names}
 
 
 def role_sizes(attention: nn.Module) -> dict[str, tuple[int, int]]:
@@ -248,9 +248,9 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
         sizes: role -> (d_in, d_out) of the module's leaves, and of its output leaf, which may be beside it.
     """
     if "latent" in sizes:
-        d_nope, d_rope, d_v = (width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
+        d_nope, d_rope, d_v = (attribute_width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
         return (sizes["latent"][1] // (d_nope + d_v), d_nope + d_rope, d_v) if d_nope and d_v else (0, 0, 0)
-    d_k = width(attention, *HEAD_WIDTHS)
+    d_k = attribute_width(attention, *HEAD_WIDTHS)
     if "key" in sizes and "value" in sizes and d_k:
         heads = sizes["key"][1] // d_k
         return (heads, d_k, sizes["value"][1] // heads) if heads else (0, 0, 0)
@@ -266,7 +266,7 @@ def is_causal(attention: nn.Module) -> bool:
     return bool(getattr(attention, "is_causal", not bidirectional))
 
 
-def width(attention: nn.Module, *names: str) -> int:
+def attribute_width(attention: nn.Module, *names: str) -> int:
     """The first of these attributes of the module or its config; 0 if there is none."""
     owners = (attention, getattr(attention, "config", None))
     return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)

@@ -1,4 +1,4 @@
-"""Prompt templates: rows of data as prompts with choices, for training, evaluation and in-context learning."""
+"""Prompt templates turn rows of data into prompts with choices, for training, evaluation and in-context learning."""
 
 from hf_peft_ext.prompts.chat import chat as chat
 from hf_peft_ext.prompts.dataset import PromptedDataset as PromptedDataset

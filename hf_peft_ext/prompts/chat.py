@@ -1,4 +1,4 @@
-"""Prompts as the turns of a chat, for instruct models."""
+"""Formats prompts as turns of a chat, for instruct models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,29 +12,29 @@ def chat(
     demonstrations: Sequence[Mapping[str, Any]] = (),
     system: str | None = None,
 ) -> str:
-    """A prompt as what the user says in a chat, up to where the model's answer begins.
+    """Format a prompt as a turn of the user, up to the beginning of the model's answer.
 
-    The text is the tokenizer's chat template with the marks that it has for turns, and white space at the ends of
-    `prompt` left out. Score its answers as those of any prompt; `choices.encode_choices` does not begin it twice.
+    The text follows the tokenizer's chat template. White space at both ends of `prompt` is removed. Score the answers
+    like those of any prompt; `ranking.encode.encode_choices` adds no second BOS token.
 
     Args:
         tokenizer: of a model that was trained for chats.
         prompt: a text.
-        demonstrations: turns before it: mappings with `prompt`, `choices` and `answer`, as `PromptTemplate.render`
-            makes them. Each is a turn of the user, and one of the model with the right choice.
-        system: what stands before all turns; None for what the chat template has there, if anything.
+        demonstrations: earlier turns: mappings with `prompt`, `choices` and `answer`, as from `PromptTemplate.render`.
+            Each becomes a turn of the user, and a turn of the model with the right choice.
+        system: the system message; None for the default of the chat template.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            f"`tokenizer` ({type(tokenizer).__name__}) has no chat template; pass its prompts as they are."
+            f"`tokenizer` ({type(tokenizer).__name__}) has no chat template; use the prompts without `chat`."
         )
     turns = [] if system is None else [{"role": "system", "content": system}]
-    for shown in demonstrations:
-        turns.append({"role": "user", "content": shown["prompt"].strip()})
-        turns.append({"role": "assistant", "content": shown["choices"][shown["answer"]].strip()})
+    for one in demonstrations:
+        turns.append({"role": "user", "content": one["prompt"].strip()})
+        turns.append({"role": "assistant", "content": one["choices"][one["answer"]].strip()})
     turns.append({"role": "user", "content": prompt.strip()})
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)

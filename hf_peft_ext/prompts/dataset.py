@@ -1,4 +1,4 @@
-"""Rows of data as prompts, through a template drawn at random for each."""
+"""A dataset of prompts: each row is rendered by a randomly drawn template."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,19 @@ from hf_peft_ext.validation.checks import check
 
 
 class PromptedDataset(Dataset[dict[str, Any]]):
-    """Rows as `prompt`, `choices` and `answer`, each through one of several templates, as T-Few trains.
+    """Rows as `prompt`, `choices` and `answer`, each rendered by one of several templates, as in T-Few's training.
 
-    The template of row i in an epoch is drawn from `seed`, the epoch and i alone. So the draws are the same with any
-    number of DataLoader workers and processes, and a run that is resumed goes on with those it would have had.
-    `TFewTrainer` calls `set_epoch`, and so does accelerate's data loader, and with it Trainer, in a single process; in
-    a loop of your own call it before each epoch, or every epoch has the draws of the first.
+    The template of row i depends on `seed`, the epoch and i only. Draws are therefore equal for any number of workers
+    and processes, and after a resume. `TFewTrainer` calls `set_epoch`, and so do accelerate's data loader and Trainer
+    in a single process. Call it before each epoch of your own loop; otherwise every epoch repeats the first draws.
 
     Args:
-        rows: mappings, by their fields: a list, or a `datasets.Dataset`.
-        templates: to draw from, all alike probable. One for a row that is always asked in the same way.
+        rows: a list of mappings from field to value, or a `datasets.Dataset`.
+        templates: drawn with equal probability.
         seed: of the draws.
-        chat: the tokenizer whose chat template the prompts go through; None for prompts as they are.
-        answer_only: the right choice is the only one. T-Few trains tasks with dozens of labels (Banking77 of RAFT) so:
-            what is left of its losses is the language modelling loss.
+        chat: the tokenizer whose chat template formats the prompts; None for plain prompts.
+        answer_only: keep only the right choice. T-Few does so for tasks with dozens of labels (Banking77 of RAFT) and
+            trains them with the language modelling loss only.
 
     Raises:
         ValueError: there is no template, or two have the same name.
@@ -44,14 +43,14 @@ class PromptedDataset(Dataset[dict[str, Any]]):
         check_templates(templates)
         self.rows, self.templates, self.seed = rows, list(templates), seed
         self.chat, self.answer_only = chat, answer_only
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that outlive an epoch see it too
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared with persistent workers
 
     def set_epoch(self, epoch: int) -> None:
-        """From here on, the draws are those of this epoch."""
+        """Use the draws of this epoch from now on."""
         self.epoch.fill_(epoch)
 
     def template(self, index: int) -> PromptTemplate:
-        """What the row at `index` goes through in this epoch."""
+        """The template of the row at `index` in this epoch."""
         draw = random.Random(f"{self.seed} {self.epoch.item()} {index}")
         return draw.choice(self.templates)
 
@@ -71,11 +70,11 @@ class PromptedDataset(Dataset[dict[str, Any]]):
 
 
 def check_templates(templates: Sequence[PromptTemplate]) -> None:
-    """Refuse an empty list of templates, or two of the same name.
+    """Refuse an empty list, and templates with equal names.
 
     Raises:
-        ValueError: `templates` is empty or repeats a name.
+        ValueError: there is no template, or two have the same name.
     """
     names = [template.name for template in templates]
     check("templates", names, len(names) > 0, "must hold at least one template")
-    check("templates", names, len(set(names)) == len(names), "must each have a name of its own")
+    check("templates", names, len(set(names)) == len(names), "must have different names")

@@ -1,4 +1,4 @@
-"""How well a model answers a task, asked in the words of each template by itself."""
+"""Evaluates a model on a task with each prompt template separately."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from hf_peft_ext.validation.checks import check
 
 @dataclass(frozen=True)
 class TemplateScores:
-    """What `evaluate_templates` found.
+    """The result of `evaluate_templates`.
 
     Args:
         metric: "accuracy", "f1" or "matthews_correlation".
-        scores: template -> the metric of its answers.
-        predictions: template -> the index of the choice it was answered with, for each row.
-        answers: template -> the index of the right choice, for each row.
+        scores: name of a template -> its metric.
+        predictions: name of a template -> the index of the predicted choice for each row.
+        answers: name of a template -> the index of the right choice for each row.
     """
 
     metric: str
@@ -33,18 +33,18 @@ class TemplateScores:
 
     @property
     def median(self) -> float:
-        """Median score of the templates."""
+        """The median over the templates."""
         return float(np.median(list(self.scores.values())))
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third, with linear interpolation between templates."""
+        """The first and third quartile over the templates, linearly interpolated."""
         first, third = np.quantile(list(self.scores.values()), [0.25, 0.75])
         return float(first), float(third)
 
     @property
     def interquartile_range(self) -> float:
-        """Third quartile of the scores minus the first."""
+        """The third quartile minus the first."""
         first, third = self.quartiles
         return third - first
 
@@ -65,19 +65,19 @@ def evaluate_templates(
     chat: bool = False,
     shared: bool = False,
 ) -> TemplateScores:
-    """Rank classification of all rows with each template, reported as T-Few does: median and quartiles over templates.
+    """Evaluate rank classification of all rows with each template, as T-Few does.
 
     Args:
-        classifier: model and tokenizer, and how scores are normalised.
-        rows: mappings, by their fields.
+        classifier: model, tokenizer and normalisation of the scores.
+        rows: mappings from field to value.
         templates: of one task.
-        demonstrations: rows to draw demonstrations from, for in-context learning; they go through the same template.
-        k: how many demonstrations a prompt has; cut down, with a warning, to what the model can read.
+        demonstrations: rows for in-context learning, rendered by the same template.
+        k: demonstrations in each prompt; fewer, with a warning, if the model cannot read them all.
         seed, separator, shared: see `with_demonstrations`.
-        chat: whether prompts go through the chat template of the classifier's tokenizer.
+        chat: whether prompts are formatted by the chat template of the classifier's tokenizer.
 
     Raises:
-        ValueError: there are no rows or no templates, or the templates are of different metrics; or as of
+        ValueError: there are no rows or no templates, or the templates have different metrics; see also
             `PromptTemplate.render` and `with_demonstrations`.
     """
     check_templates(templates)
@@ -88,16 +88,16 @@ def evaluate_templates(
     for template in templates:
         examples = [template.render(row) for row in rows]
         if k > 0:
-            shown = [template.render(row) for row in demonstrations]
+            rendered = [template.render(row) for row in demonstrations]
             limit = context_length(classifier.model)
             tokenizer = classifier.tokenizer
-            examples = with_demonstrations(examples, shown, k, seed, tokenizer, limit, separator, chat, shared)
+            examples = with_demonstrations(examples, rendered, k, seed, tokenizer, limit, separator, chat, shared)
         elif chat:
             examples = [{**one, "prompt": as_chat(classifier.tokenizer, one["prompt"])} for one in examples]
         predictions[template.name] = best_choices(classifier, examples)
         answers[template.name] = [one["answer"] for one in examples]
-        found, right = np.array(predictions[template.name]), np.array(answers[template.name])
-        scores[template.name] = CLASSIFICATION[metrics[0]](found, right)
+        predicted, labels = np.array(predictions[template.name]), np.array(answers[template.name])
+        scores[template.name] = CLASSIFICATION[metrics[0]](predicted, labels)
     return TemplateScores(metrics[0], scores, predictions, answers)
 
 

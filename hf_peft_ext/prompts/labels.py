@@ -1,4 +1,4 @@
-"""Tasks that are told their labels, as those of RAFT: an instruction, the list of labels, and what to label."""
+"""Prompt templates that list all labels, as in RAFT: an instruction, the labels, and the text to label."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,23 +24,23 @@ def label_list_template(
         Text: I forgot my number.
         Label:
 
-    RAFT, Alex et al. 2021 (https://arxiv.org/abs/2109.14076); T-Few trains on it with such prompts. For tasks with
-    dozens of labels it leaves the losses out that compare choices (Banking77): with `TFewTrainingArguments` set
-    `choice_weight` and `unlikelihood_weight` to 0; with other trainers, `PromptedDataset(answer_only=True)`.
+    RAFT: Alex et al. 2021 (https://arxiv.org/abs/2109.14076). T-Few is trained on it with such prompts. For tasks with
+    dozens of labels (Banking77) T-Few omits the losses that compare choices: set `choice_weight` and
+    `unlikelihood_weight` of `TFewTrainingArguments` to 0, or use `PromptedDataset(answer_only=True)`.
 
     Args:
         name: of the template.
-        instruction: a text, as it stands.
-        labels: texts, as they stand; the choices.
-        fields: of a row, in this order; each is shown behind its name, or behind what a mapping says.
+        instruction: a literal text, not Jinja.
+        labels: literal texts; they are the choices.
+        fields: of a row, in this order. Each has its name as a caption; a mapping sets other captions.
         answer, metric: see `PromptTemplate`.
 
     Raises:
-        ValueError: there are fewer than two labels, or one is there twice; or there is no field, or one that
-            is no name in Jinja (letters, digits and underscores).
+        ValueError: there are fewer than two labels or duplicate ones, or there is no field, or the name of a field is
+            not a name in Jinja (letters, digits and underscores).
     """
     check("labels", labels, not isinstance(labels, str) and len(labels) > 1, "must be a list of at least two texts")
-    check("labels", labels, len(set(labels)) == len(labels), "must hold a label once")
+    check("labels", labels, len(set(labels)) == len(labels), "must not repeat a label")
     check("fields", fields, not isinstance(fields, str) and len(fields) > 0, "must be a list of at least one field")
     for field in fields:
         check(
@@ -49,12 +49,12 @@ def label_list_template(
     captions = (
         fields if isinstance(fields, Mapping) else {field: field.replace("_", " ").capitalize() for field in fields}
     )
-    listed = "".join(f"- {literal(label)}\n" for label in labels)
-    shown = "".join(f"{literal(caption)}: {{{{ {field} | trim }}}}\n" for field, caption in captions.items())
-    prompt = f"{literal(instruction)}\nPossible labels:\n{listed}\n{shown}Label:"
+    label_lines = "".join(f"- {literal(label)}\n" for label in labels)
+    field_lines = "".join(f"{literal(caption)}: {{{{ {field} | trim }}}}\n" for field, caption in captions.items())
+    prompt = f"{literal(instruction)}\nPossible labels:\n{label_lines}\n{field_lines}Label:"
     return PromptTemplate(name, prompt, [literal(label) for label in labels], answer, metric)
 
 
 def literal(text: str) -> str:
-    """Jinja that renders to a text, whatever it holds."""
+    """Jinja that renders to this text, braces included."""
     return text.replace("{", "{{ '{' }}")

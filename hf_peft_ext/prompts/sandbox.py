@@ -1,8 +1,8 @@
-"""Jinja for prompts: it reads the fields of a row, and can do nothing else.
+"""A restricted Jinja for prompts: templates may only read the fields of a row.
 
-Templates come from strangers. A part of Jinja is let through: texts, `{{ fields }}`, their items and slices, a few
-filters, tests, comparisons, `if` and `for`. There are no calls, so no code runs; there is no arithmetic, nor a way to
-name a value, so nothing grows out of bounds unseen. What is let through runs in Jinja's immutable sandbox.
+Templates may be untrusted. Allowed are texts, `{{ fields }}`, their items and slices, a few filters, tests,
+comparisons, `if` and `for`. Without calls no code runs. Without arithmetic and assignments sizes stay bounded.
+Templates run in Jinja's immutable sandbox.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SOURCE = 10_000  # characters of a template
-MAX_TEXT = 1_000_000  # characters of what it renders, or of what a filter makes
-MAX_PASSES = 1_000  # through all loops of a template, together
-PASSES = "passes so far"  # kept beside the fields, under a name that no template can spell
+MAX_TEXT = 1_000_000  # characters of a rendered template, or of a filter's result
+MAX_PASSES = 1_000  # of all loops of a template together
+PASSES = "passes so far"  # stored with the fields; templates cannot name it, because it has spaces
 
 ALLOWED = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.List, nodes.Tuple),
@@ -29,54 +29,71 @@ ALLOWED = (
 
 
 def join(values: Any, separator: str = "") -> str:
-    """Texts in a row. Unlike Jinja's own, it refuses to print what is not a text or a number."""
+    """Jinja's filter `join`, for texts and numbers only.
+
+    Raises:
+        TypeError: a value is neither text nor number.
+        ValueError: the result is too long.
+    """
     texts = [printed(value) for value in values]
-    bounded(sum(map(len, texts)) + len(separator) * len(texts))
+    check_length(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
 
 
 def replace(text: str, old: str, new: str) -> str:
-    """`str.replace` with a limit on the length of the result."""
-    bounded(len(text) + text.count(old) * len(new))
+    """The filter `replace`.
+
+    Raises:
+        ValueError: the result is too long.
+    """
+    check_length(len(text) + text.count(old) * len(new))
     return text.replace(old, new)
 
 
 def rstrip(text: str, characters: str | None = None) -> str:
-    """`str.rstrip`, which Jinja has no filter for."""
+    """The filter `rstrip`: remove white space, or these characters, from the end."""
     return text.rstrip(characters)
 
 
 @pass_context
 def counted(context: Context, values: Any) -> Iterator[Any]:
-    """What a loop goes through, each pass counted. Put around it by `parse`; templates cannot call it themselves."""
+    """The values of a loop, whose passes are counted. `parse` adds it to each loop; templates cannot call it.
+
+    Raises:
+        ValueError: all loops of the template together have too many passes.
+    """
     for value in values:
         if next(context[PASSES]) > MAX_PASSES:
-            raise ValueError(f"its loops are gone through more than {MAX_PASSES:,} times")
+            raise ValueError(f"its loops have more than {MAX_PASSES:,} passes")
         yield value
 
 
-def bounded(length: int) -> None:
-    """Refuse a text that would have more than `MAX_TEXT` characters.
+def check_length(length: int) -> None:
+    """Refuse texts of more than `MAX_TEXT` characters.
 
     Raises:
-        ValueError: `length` is larger than that.
+        ValueError: the text is longer.
     """
     if length > MAX_TEXT:
-        raise ValueError(f"it makes a text of more than {MAX_TEXT:,} characters")
+        raise ValueError(f"its text has more than {MAX_TEXT:,} characters")
 
 
 def printed(value: Any) -> Any:
-    """What `{{ value }}` may be: a text or a number. None, lists and methods are slips that nobody would notice."""
+    """The text of `{{ value }}`. Only texts and numbers are printed; None, lists and methods are usually mistakes.
+
+    Raises:
+        TypeError: the value is neither text nor number.
+    """
     if isinstance(value, str | int | float | Undefined):
         return str(value)
     raise TypeError(f"it prints a {type(value).__name__}; only texts and numbers can be printed")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Fields of a mapping come before its methods: `{{ row.items }}` is the field."""
+    """A sandbox in which fields of a mapping precede its methods: `{{ row.items }}` is the field."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """The item of a mapping with this name, or else the attribute."""
+        """The field or attribute of an object."""
         if isinstance(obj, Mapping) and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -85,18 +102,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
 ENVIRONMENT = Sandbox(undefined=StrictUndefined, finalize=printed, autoescape=False, keep_trailing_newline=True)
 ENVIRONMENT.globals = {}
 OWN: dict[str, Callable[..., Any]] = {"join": join, "replace": replace, "rstrip": rstrip}
-TAKEN = ("trim", "lower", "upper", "capitalize", "title", "first", "last", "length", "default", "truncate")
-ENVIRONMENT.filters = {**{name: FILTERS[name] for name in TAKEN}, **OWN}
+JINJA_FILTERS = ("trim", "lower", "upper", "capitalize", "title", "first", "last", "length", "default", "truncate")
+ENVIRONMENT.filters = {**{name: FILTERS[name] for name in JINJA_FILTERS}, **OWN}
 ENVIRONMENT.filters["passes counted"] = counted
 
 
 @lru_cache(maxsize=1024)
 def parse(source: str) -> tuple[Any, frozenset[str]]:
-    """A Jinja text as a compiled template, and the names of the fields that it reads.
+    """Compile a template, and find the names of the fields that it reads.
 
     Raises:
-        ValueError: it is too long, is no Jinja, or holds what prompts may not hold. The message is the end of a
-            sentence that begins with whose text it is.
+        ValueError: it is too long, is not valid Jinja, or uses a part of Jinja that is not allowed. The message is a
+            sentence without its subject.
     """
     if len(source) > MAX_SOURCE:
         raise ValueError(f"must have at most {MAX_SOURCE:,} characters, not {len(source):,}")
@@ -110,42 +127,47 @@ def parse(source: str) -> tuple[Any, frozenset[str]]:
         return ENVIRONMENT.from_string(tree), fields
     except TemplateError as error:
         raise ValueError(f"is not valid Jinja: {error} (line {getattr(error, 'lineno', 1)})") from error
-    except (RecursionError, SyntaxError, MemoryError) as error:  # of Python, for what Jinja has made of it
+    except (RecursionError, SyntaxError, MemoryError) as error:  # from Python, when it compiles Jinja's code
         raise ValueError("is nested too deeply") from error
 
 
 def check_node(node: nodes.Node) -> None:
-    """Raise a ValueError unless prompts may hold this part of Jinja."""
+    """Refuse parts of Jinja that are not allowed.
 
-    def refuse(what: str) -> NoReturn:
-        raise ValueError(f"must not hold {what} (line {node.lineno})")
+    Raises:
+        ValueError: the node is not allowed.
+    """
+
+    def refuse(part: str) -> NoReturn:
+        raise ValueError(f"must not hold {part} (line {node.lineno})")
 
     if not isinstance(node, ALLOWED):
         refuse(f"Jinja's {type(node).__name__}: no calls, arithmetic, assignments, macros or imports")
-    if isinstance(node, nodes.Filter) and node.name not in (*TAKEN, *OWN):
-        refuse(f"the filter {node.name!r}; it may hold {', '.join((*TAKEN, *OWN))}")
+    if isinstance(node, nodes.Filter) and node.name not in (*JINJA_FILTERS, *OWN):
+        refuse(f"the filter {node.name!r}; it may hold {', '.join((*JINJA_FILTERS, *OWN))}")
     if isinstance(node, nodes.For) and node.recursive:
         refuse("a recursive loop")
     if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-        refuse(f"{node.attr!r}, the inside of an object")
+        refuse(f"{node.attr!r}, a private attribute")
 
 
 def render(source: str, row: Mapping[str, Any]) -> str:
-    """The text that a Jinja text makes of a row.
+    """Render a template with the fields of a row.
 
     Raises:
-        ValueError: as of `parse`; or it fails on this row, or reaches a limit. The message is the end of a sentence.
+        ValueError: see `parse`; or rendering fails on this row, or exceeds a limit. The message is a sentence without
+            its subject.
     """
     template, _ = parse(source)
     texts, length = [], 0
     try:
         for text in template.generate({**row, PASSES: itertools.count(1)}):
             length += len(text)
-            bounded(length)
+            check_length(length)
             texts.append(text)
     except UndefinedError as error:
         fields = ", ".join(map(str, row)) or "none"
         raise ValueError(f"cannot be rendered: {error.message}; the row has the fields {fields}") from error
-    except Exception as error:  # whatever a stranger's template makes of a stranger's row
+    except Exception as error:  # untrusted templates and rows can cause any error
         raise ValueError(f"cannot be rendered: {str(error) or type(error).__name__}") from error
     return "".join(texts)

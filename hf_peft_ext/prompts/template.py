@@ -1,4 +1,4 @@
-"""A prompt template turns a row of data into a prompt, the choices to answer it with, and the right one."""
+"""A prompt template turns a row of data into a prompt, its answer choices, and the index of the right choice."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ SEPARATOR = "|||"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How to ask a language model for the class of a row, and what it may answer.
+    """A template of a prompt and its answer choices.
 
         template = PromptTemplate("plain", "{{ text }} This is", choices=["bad", "good"])
         template.render({"text": "I liked it.", "label": 1})
         # {"prompt": "I liked it. This is", "choices": ["bad", "good"], "answer": 1}
 
-    Prompt and choices are in the part of Jinja that `sandbox` lets through, whose names are the fields of the row.
-    Nothing of it runs code, so templates of strangers can be tried.
+    Prompt and choices are written in the restricted Jinja of `sandbox`, whose variables are the fields of the row. It
+    runs no code, so untrusted templates can be used.
 
     Args:
         name: of the template.
-        prompt: Jinja. White space at its ends is kept.
-        choices: a list of Jinja texts, a choice each, as they stand; or one, which renders to all of them with "|||"
-            between, white space around them left out.
-        answer: the field that holds which choice is right: its index, or its text.
-        metric: by which the task is evaluated: "accuracy", "f1" or "matthews_correlation".
+        prompt: Jinja. White space at both ends is kept.
+        choices: a list with one Jinja text for each choice; or a single text that renders to all choices, separated by
+            "|||" and white space.
+        answer: the field with the right choice, as its index or its text.
+        metric: of the task: "accuracy", "f1" or "matthews_correlation".
 
     Raises:
-        TypeError: a text is none.
-        ValueError: a text is not Jinja, holds what prompts may not hold, or is too long; there are no choices; or the
-            metric is unknown. The message names the template and the field.
+        TypeError: a value is not text.
+        ValueError: a text is not valid Jinja, is too long, or uses a part of Jinja that is not allowed; there are no
+            choices; or the metric is unknown. The message names the template and the field.
     """
 
     name: str
@@ -55,10 +55,8 @@ class PromptTemplate:
             self.refuse("choices", "must hold at least one choice")
         for text in self.choice_texts:
             self.check_text("choices", text)
-        known = ", ".join(CLASSIFICATION)
-        check(
-            "metric", self.metric, self.metric in CLASSIFICATION, f"of template {self.name!r} must be one of {known}"
-        )
+        rule = f"of template {self.name!r} must be one of {', '.join(CLASSIFICATION)}"
+        check("metric", self.metric, self.metric in CLASSIFICATION, rule)
         for field, text in (("prompt", self.prompt), *(("choices", text) for text in self.choice_texts)):
             try:
                 parse(text)
@@ -67,7 +65,7 @@ class PromptTemplate:
 
     @property
     def choice_texts(self) -> tuple[str, ...]:
-        """The Jinja sources of the choices; one where a single text renders to all of them."""
+        """The Jinja texts of the choices."""
         return (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
 
     @property
@@ -76,44 +74,44 @@ class PromptTemplate:
         return {field for text in (self.prompt, *self.choice_texts) for field in parse(text)[1]}
 
     def render(self, row: Mapping[str, Any], answered: bool = True) -> dict[str, Any]:
-        """The row as `prompt` (a text), `choices` (texts) and `answer` (an index of choices).
+        """Render a row to `prompt` (text), `choices` (texts) and `answer` (index of the right choice).
 
         Args:
-            row: its fields, by name.
-            answered: False leaves the answer out, for rows whose answer is not known.
+            row: field -> value.
+            answered: False omits the answer, for unlabelled rows.
 
         Raises:
-            ValueError: a field is missing or is nothing that can be printed; a choice is empty; the answer is none of
-                the choices; or a limit of `sandbox` is reached.
+            ValueError: a field is missing or is neither text nor number; a choice is empty; the answer is not among
+                the choices; or a limit of `sandbox` is exceeded.
         """
         rendered = {"prompt": self.text("prompt", self.prompt, row), "choices": self.rendered_choices(row)}
         return rendered | ({"answer": self.index(row, rendered["choices"])} if answered else {})
 
     def rendered_choices(self, row: Mapping[str, Any]) -> list[str]:
-        """The texts of the choices for a row.
+        """The choices of a row.
 
         Raises:
-            ValueError: a choice is empty, or a text of the row holds the separator.
+            ValueError: see `render`.
         """
         choices = [self.text("choices", text, row) for text in self.choice_texts]
         if isinstance(self.choices, str):
             fields = parse(self.choices)[1]
             if any(SEPARATOR in text for field in fields for text in texts_in(row.get(field))):
-                self.refuse("choices", f"cannot be told apart: a text of the row holds {SEPARATOR!r}; pass a list")
+                self.refuse("choices", f"cannot be separated: a text of the row holds {SEPARATOR!r}; pass a list")
             choices = [choice.strip() for choice in choices[0].split(SEPARATOR)]
         if not all(choices):
             self.refuse("choices", f"must not be empty, as one of {choices!r} is")
         return choices
 
     def index(self, row: Mapping[str, Any], choices: list[str]) -> int:
-        """The index of the right choice of a row.
+        """The index of the right choice.
 
         Raises:
-            ValueError: the row has no answer, or one that is none of the choices.
+            ValueError: the row lacks the answer, or the answer is not among the choices.
         """
         if self.answer not in row:
-            had = ", ".join(map(str, row)) or "none"
-            self.refuse("answer", f"is the field {self.answer!r}, which the row does not have; it has {had}")
+            fields = ", ".join(map(str, row)) or "none"
+            self.refuse("answer", f"is the field {self.answer!r}, which the row does not have; it has {fields}")
         answer = row[self.answer]
         if isinstance(answer, str) and answer in choices:
             return choices.index(answer)
@@ -123,10 +121,10 @@ class PromptTemplate:
         self.refuse("answer", rule)
 
     def text(self, field: str, source: str, row: Mapping[str, Any]) -> str:
-        """A Jinja source rendered for a row; errors name the template and the field.
+        """Render a Jinja text of this template; errors name the template and the field.
 
         Raises:
-            ValueError: the source cannot be rendered for this row.
+            ValueError: see `sandbox.render`.
         """
         try:
             return render(source, row)
@@ -134,21 +132,21 @@ class PromptTemplate:
             self.refuse(field, str(error), error)
 
     def check_text(self, field: str, value: object) -> None:
-        """Refuse a value that is no text.
+        """Refuse values that are not text.
 
         Raises:
-            TypeError: `value` is no `str`.
+            TypeError: the value is not text.
         """
         if not isinstance(value, str):
             raise TypeError(f"`{field}` of template {self.name!r} must be a text, not {type(value).__name__}.")
 
     def refuse(self, field: str, rule: str, cause: Exception | None = None) -> NoReturn:
-        """Raise a ValueError that names the field and the template."""
+        """Raise a ValueError that names the template and the field."""
         raise ValueError(f"`{field}` of template {self.name!r} {rule}.") from cause
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts of a field, however deep they lie."""
+    """The texts in a field, nested ones included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -34,7 +34,7 @@ from hf_peft_ext.model.structure import (
     own_modules,
     stacks,
 )
-from hf_peft_ext.pruning.sizes import HeadShape, head_shapes, refuse, sizes_of
+from hf_peft_ext.pruning.sizes import HeadShape, head_shapes, refuse_pruning, sizes_of
 
 RESIDUAL = "residual"
 # Linear leaves outside the blocks that lead from the stream to as many channels again: poolers, transforms of heads.
@@ -44,7 +44,7 @@ Kept = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class ChannelRun:
     """Consecutive channels of a weight along an axis, `d` channels to a unit.
 
     Args:
@@ -81,7 +81,7 @@ class Dim:
             as query, key and value head by head (GPT-NeoX); shape: (channels,).
     """
 
-    runs: tuple[Run, ...] = ()
+    runs: tuple[ChannelRun, ...] = ()
     order: Tensor | None = None
 
     def __bool__(self) -> bool:
@@ -172,7 +172,7 @@ class ChannelFinder:
         self.layers, self.sites = layer_paths(model), find_sites(model)
         self.shapes = dict(head_shapes(model, self.sites))
         self.ffn = {site.layer: site.d_in for site in self.sites if site.name == "ffn_output"}
-        self.residual = Dim((Run(RESIDUAL, self.sizes.width),))
+        self.residual = Dim((ChannelRun(RESIDUAL, self.sizes.width),))
 
     def find(self) -> Channels:
         """The axes.
@@ -210,7 +210,8 @@ class ChannelFinder:
             parts = {s.name.removeprefix(cross): s for s in sites}
             if parts.keys() != {"query", "key", "value"}:
                 self.refuse(host, "makes keys and values from a latent vector")
-            order = torch.cat([s.rows for name in ("query", "key", "value") if (s := parts[name]).rows is not None])
+            stored = [parts[name].rows for name in ("query", "key", "value")]
+            order = torch.cat([role for role in stored if role is not None])
             in_order = torch.equal(order, torch.arange(len(order), device="cpu"))
             rows = Dim(rows.runs, None if in_order else order)
         query = site.name == f"{cross}query"
@@ -229,16 +230,16 @@ class ChannelFinder:
             runs = (heads, kv, kv) if site.rows is not None else by_role.get(name, (kv,))
             return (Dim(runs), self.residual) if name == "attention_output" else (self.residual, Dim(runs))
         inner = self.ffn.get(site.layer, 0)
-        ffn = Run(f"{site.layer}.ffn", inner)
+        ffn = ChannelRun(f"{site.layer}.ffn", inner)
         if name in ("ffn_input", "ffn_gate") and inner:  # a gate may be fused with the input (ModernBERT, Phi-3)
             return self.residual, Dim((ffn,) * max(1, site.d_out // inner))
         return (Dim((ffn,)), self.residual) if name == "ffn_output" else None
 
-    def heads(self, prefix: str, shape: HeadShape) -> tuple[Run, Run]:
+    def heads(self, prefix: str, shape: HeadShape) -> tuple[ChannelRun, ChannelRun]:
         """The runs of query heads, and of key and value heads."""
         inside = f"{prefix}head_dim"
-        kv = Run(f"{prefix}kv_heads", shape.kv_heads, shape.head_dim, inside)
-        return Run(f"{prefix}heads", shape.heads, shape.head_dim, inside), kv
+        kv = ChannelRun(f"{prefix}kv_heads", shape.kv_heads, shape.head_dim, inside)
+        return ChannelRun(f"{prefix}heads", shape.heads, shape.head_dim, inside), kv
 
     def beside(self, path: str, module: nn.Module) -> Weights:
         """The dimensions of a module that is no projection of a block: embeddings, norms, the head."""
@@ -250,7 +251,7 @@ class ChannelFinder:
             return self.norm(path, len(next(module.parameters(recurse=False))), layer)
         if isinstance(module, nn.Embedding):
             if path.endswith("relative_attention_bias") and layer is not None:
-                return Weights(UNCUT, Dim((Run(f"{layer}.heads", self.sizes.heads),)), by_rows=False)
+                return Weights(UNCUT, Dim((ChannelRun(f"{layer}.heads", self.sizes.heads),)), by_rows=False)
             if module.embedding_dim == width:
                 return Weights(UNCUT, self.residual, by_rows=False)
         elif size and layer is None:
@@ -289,7 +290,7 @@ class ChannelFinder:
     def refuse(self, path: str, has: str) -> NoReturn:
         """Raise the error for a module, with the sizes of the known axes."""
         sizes = self.sizes
-        refuse(
+        refuse_pruning(
             self.model,
             f"{path} {has} (width {sizes.width}, {sizes.heads} heads of {sizes.head_dim}, inner widths "
             f"{sorted(set(self.ffn.values()))})",

@@ -99,17 +99,22 @@ def importance(
         with frozen(model):
             for batch in batches or ():
                 batch = {key: value.to(device) for key, value in batch.items()}
-                examples = len(next(iter(batch.values())))
-                if kind == "fisher":
-                    add_fisher(model, batch, examples, totals, log_likelihood or log_likelihood_of_labels)
-                else:
-                    add_activations(model, batch, examples, totals)
-                totals.examples += examples
+                add_batch(model, batch, totals, log_likelihood or log_likelihood_of_labels)
         check("batches", batches, totals.examples > 0, "must hold at least one example")
         for scores in (*totals.rows.values(), *totals.columns.values()):
             scores.div_(totals.examples)
     totals.peak_memory = peak_memory(device)
     return totals
+
+
+def add_batch(model: PreTrainedModel, batch: Batch, totals: Importance, log_likelihood: LogLikelihood) -> None:
+    """Add the scores of the examples of one batch, by gradients or by activations."""
+    examples = len(next(iter(batch.values())))
+    if totals.kind == "fisher":
+        add_fisher(model, batch, examples, totals, log_likelihood)
+    else:
+        add_activations(model, batch, examples, totals)
+    totals.examples += examples
 
 
 def log_likelihood_of_labels(model: PreTrainedModel, batch: Batch) -> Tensor:

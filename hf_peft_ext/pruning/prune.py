@@ -35,7 +35,7 @@ from hf_peft_ext.pruning.channels import RESIDUAL, Channels, Dim, Kept, Weights,
 from hf_peft_ext.pruning.importance import Importance
 from hf_peft_ext.pruning.importance import importance as importance_of
 from hf_peft_ext.pruning.pruned_config import Reduce, pruned_config
-from hf_peft_ext.pruning.sizes import refuse
+from hf_peft_ext.pruning.sizes import refuse_pruning
 from hf_peft_ext.validation.checks import check
 
 KEPT = "kept.safetensors"
@@ -132,9 +132,9 @@ def pruned_copy(
     drop_extra_modules(pruned, model)
     into = find_channels(pruned)
     if into.sizes.keys() != channels.sizes.keys() or any(into.sizes[axis] > n for axis, n in channels.sizes.items()):
-        refuse(model, "its class builds other blocks from the pruned config")
+        refuse_pruning(model, "its class builds other blocks from the pruned config")
     kept = choose(channels, scores, into.sizes)
-    fill(pruned, model, channels, into, kept)
+    fill_pruned(pruned, model, channels, into, kept)
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
     return PrunedModel(pruned.train(model.training), kept, channels)
@@ -203,7 +203,9 @@ def drop_extra_modules(pruned: nn.Module, large: nn.Module) -> None:
                 setattr(module, name, None)
 
 
-def fill(pruned: PreTrainedModel, large: PreTrainedModel, channels: Channels, into: Channels, kept: Kept) -> None:
+def fill_pruned(
+    pruned: PreTrainedModel, large: PreTrainedModel, channels: Channels, into: Channels, kept: Kept
+) -> None:
     """Put slices of the large model's weights into the pruned one, one module at a time.
 
     Args:
@@ -231,7 +233,7 @@ def fill(pruned: PreTrainedModel, large: PreTrainedModel, channels: Channels, in
                 part = part.T.contiguous()  # a quantized leaf of GPT-2 is stored the other way round
             if part.shape != parameter.shape:
                 shapes = f"{tuple(part.shape)} after pruning, expected {tuple(parameter.shape)}"
-                refuse(large, f"{path}.{name} has shape {shapes}")
+                refuse_pruning(large, f"{path}.{name} has shape {shapes}")
             parameter.data = part.to(dtype or part.dtype)
         scale = getattr(sources[path], "embed_scale", None)
         if isinstance(scale, float):  # BART's, from the large model's width
@@ -260,7 +262,7 @@ def sliced(weight: Tensor, weights: Weights, kept: Kept, query_scale: float) -> 
         query_scale: the factor on rows that make queries.
     """
     dims = weights.dims(weight.ndim)
-    part = weight.clone()
+    part = weight if any(dims) else weight.clone()
     for i, dim in enumerate(dims):
         if dim:
             part = part.index_select(i, dim.index(kept).to(weight.device))
@@ -281,7 +283,7 @@ def check_order(large: nn.Module, path: str, into: Weights, rows: Dim, kept: Kep
     if into.rows.order is not None:
         placed = torch.empty_like(into.rows.order).scatter(0, into.rows.order, rows.places(kept))
         if not torch.equal(placed, rows.index(kept)):
-            refuse(large, f"{path} interleaves queries, keys and values across heads")
+            refuse_pruning(large, f"{path} interleaves queries, keys and values across heads")
 
 
 def copy_buffers(module: nn.Module, source: nn.Module) -> None:

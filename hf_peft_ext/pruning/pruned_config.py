@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,16 @@ from transformers import (
 
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import is_attention, is_norm, layer_of, layer_paths
-from hf_peft_ext.pruning.sizes import Sizes, refuse, sizes_of
+from hf_peft_ext.pruning.sizes import Sizes, refuse_pruning, sizes_of
 from hf_peft_ext.validation.checks import check, check_positive
 
 Reduce = Literal["width", "parameters"]
 
 # Config fields beside `hidden_size` and `num_attention_heads`, which every config has by these names.
 SAME_AS_WIDTH = ("embedding_size", "word_embed_proj_dim")
-HEADS = ("decoder_attention_heads", "encoder_attention_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-FFN = (
+HEAD_FIELDS = ("decoder_attention_heads", "encoder_attention_heads")
+KV_HEAD_FIELDS = ("num_key_value_heads", "num_kv_heads")
+FFN_FIELDS = (
     *("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "n_inner"),
     *("ffn_hidden_size", "d_inner"),
 )
@@ -75,11 +75,11 @@ def pruned_config(source: PreTrainedModel | PreTrainedConfig, r: float, reduce: 
     check_positive("r", r)
     check("r", r, r >= 1, "must be at least 1: a pruned model is not wider than the large one")
     check("reduce", reduce, reduce in get_args(Reduce), f"must be one of {', '.join(get_args(Reduce))}")
-    model = source if isinstance(source, PreTrainedModel) else without_data(AutoModel, source)
+    model = source if isinstance(source, PreTrainedModel) else meta_model(AutoModel, source)
     config, large = model.config, sizes_of(model)
     named = all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_attention_heads"))
     if not named:
-        refuse(model, "its config has no `hidden_size` and `num_attention_heads` of its own")
+        refuse_pruning(model, "its config has no `hidden_size` and `num_attention_heads` of its own")
     s = r if reduce == "width" else math.sqrt(r)
     own_head_dim = reads_head_dim(model)
     small = divided(large, s, own_head_dim, keeps_heads(model))
@@ -126,8 +126,8 @@ def set_sizes(config: PreTrainedConfig, large: Sizes, small: Sizes, own_head_dim
         config.head_dim = small.head_dim
     for names, old, new in (
         (SAME_AS_WIDTH, large.width, small.width),
-        (HEADS, large.heads, small.heads),
-        (KV_HEADS, large.kv_heads, small.kv_heads),
+        (HEAD_FIELDS, large.heads, small.heads),
+        (KV_HEAD_FIELDS, large.kv_heads, small.kv_heads),
     ):
         for name in names:
             if vars(config).get(name) == old:
@@ -142,7 +142,7 @@ def divide_ffn(config: PreTrainedConfig, s: float, width: int) -> None:
         s: the factor.
         width: the inner width of the first block, for a field that is None (GPT-2).
     """
-    for name in FFN:
+    for name in FFN_FIELDS:
         if name in vars(config):
             setattr(config, name, max(1, round((getattr(config, name) or width) / s)))
 
@@ -185,19 +185,19 @@ def pruned_sizes(
         ValueError: `r` is below 1, `reduce` unknown, or the architecture cannot be cut.
     """
     pruned = pruned_config(config, r, reduce)
-    model = without_data(model_class or language_model(pruned), pruned)
+    model = meta_model(model_class or language_model(pruned), pruned)
     total = sum(p.numel() for p in model.parameters())
     embeddings = {id(p): p.numel() for p in embedding_weights(model)}
     return PrunedSizes(pruned, total, sum(embeddings.values()))
 
 
-def without_data(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
     """A model on the meta device, from its class or from an Auto class."""
     with torch.device("meta"):
         return model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
 
 
-def language_model(config: PreTrainedConfig) -> type:
+def language_model(config: PreTrainedConfig) -> Any:
     """The Auto class of the language model of an architecture, or of its body where it has none."""
     autos = (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)  # BERT can be a decoder too
     return next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)

@@ -53,9 +53,9 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     widths = {site.d_in for site in sites if site.name == "after_residual"}
     shapes = {shape for _, shape in head_shapes(model, sites)}
     if not (widths and shapes):
-        refuse(model, "no supported transformer blocks were found")
+        refuse_pruning(model, "no supported transformer blocks were found")
     if len(widths) > 1 or len(shapes) > 1:
-        refuse(
+        refuse_pruning(
             model, f"its blocks have widths {sorted(widths)} and {len(shapes)} shapes of heads, expected one of each"
         )
     shape = shapes.pop()
@@ -85,11 +85,11 @@ def head_shapes(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[str, 
             sizes.setdefault("output", outputs[site.layer, cross])
         kv_heads, d_k, d_v = key_shape(attention, sizes)
         if not kv_heads or d_k != d_v or site.d_out % d_k:
-            refuse(model, f"the heads of {site.host} have an unknown width")
+            refuse_pruning(model, f"the heads of {site.host} have an unknown width")
         yield f"{site.layer}.{cross}", HeadShape(site.d_out // d_k, kv_heads, d_k)
 
 
-def refuse(model: nn.Module, reason: str) -> NoReturn:
+def refuse_pruning(model: nn.Module, reason: str) -> NoReturn:
     """Raise the error for a model that cannot be cut.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Ranking of answer choices: encoding, packing, T-Few's losses, the classifier and its metrics."""
+"""Ranks answer choices: encoding, packing, T-Few's losses, the classifier and its metrics."""

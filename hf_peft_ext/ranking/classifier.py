@@ -1,15 +1,15 @@
-"""Score answer choices by how probable a language model finds them, and take the best.
+"""Classifies by ranking: a language model scores all answer choices, and the most probable one is the answer.
 
-Rank classification, as T0, T-Few (Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.1) and
-lm-evaluation-harness evaluate with it: the score of a choice y of T tokens to a prompt x is log p(y | x), as a whole
-("none") or divided by a length of y:
+Rank classification is the evaluation of T0, T-Few (Liu et al. 2022, https://arxiv.org/abs/2205.05638, section 3.1) and
+lm-evaluation-harness. The score of a choice y of T tokens after a prompt x is log p(y | x), undivided ("none") or
+divided by a length of y:
 
-    "token"      T: what T-Few trains with its length-normalised loss and evaluates with
+    "token"      T, as in T-Few's length-normalised loss and its evaluation
     "byte"       its UTF-8 bytes: `acc_bytes` of lm-evaluation-harness
     "character"  its characters: `acc_norm` of lm-evaluation-harness
 
-Each prompt is read once for all its choices where the model can (see `packing`). Scores do not depend on what shares a
-forward, nor on the side that the tokenizer pads on.
+Each prompt is read once for all its choices if the model can do so (see `packing`). Scores depend neither on the other
+examples in a forward pass nor on the padding side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from hf_peft_ext.validation.checks import check, check_count
 
 Normalization = Literal["token", "byte", "character", "none"]
 Choices = Sequence[str] | Sequence[Sequence[str]]
-Part = tuple[int, int, int]  # an example, and from which to which of its choices
+Part = tuple[int, int, int]  # index of an example, first of its choices, end of its choices (exclusive)
 
 
 @torch.no_grad()
@@ -41,30 +41,31 @@ def score_choices(
     max_tokens: int = 2048,
     packed: bool | None = None,
 ) -> list[Tensor]:
-    """The score of every choice of every prompt; the highest is the model's answer.
+    """Score every choice of every prompt; the choice with the highest score is the model's answer.
 
-    The model is run in evaluation mode, and every module is then put back into the mode that it was in.
+    The model runs in evaluation mode. The modes of all modules are restored afterwards.
 
     Args:
-        model: a causal or sequence-to-sequence language model, with adapters or without.
+        model: a causal or sequence-to-sequence language model, with or without adapters.
         tokenizer: the model's.
         prompts: texts.
-        choices: texts that all prompts share, or such a list for each prompt, of any lengths.
-        normalization: what divides the log-probability of a choice: "token", "byte", "character" or "none".
-        separator: goes between prompt and choice where neither has white space there; decoders only.
-        max_tokens: how many tokens a forward may hold, padding included, which bounds its memory. Prompts share a
-            forward, and the choices of a prompt are split over several, to keep to it; a single choice is never split.
-        packed: whether a prompt is read once for its choices; None for wherever the model can.
+        choices: texts for all prompts, or a list of texts for each prompt, of any lengths.
+        normalization: length that divides the log-probability: "token", "byte", "character" or "none".
+        separator: inserted between prompt and choice if neither has white space there; decoders only.
+        max_tokens: most tokens in a forward pass, padding included. Prompts share a forward pass, and the choices of a
+            prompt are split over several; a single choice is never split.
+        packed: whether a prompt is read once for all its choices; None if the model can do so.
 
     Returns:
         A float32 tensor of shape (choices,) on the CPU for each prompt.
 
     Raises:
-        TypeError: `prompts`, or the choices of a prompt, are a single text.
-        ValueError: a value breaks a rule, or `packed` is True and the model cannot.
+        TypeError: `prompts` or `choices` is a single text.
+        ValueError: `normalization` or `max_tokens` is not allowed, choices are missing or empty, or `packed` is True
+            and the model cannot pack.
     """
-    known = get_args(Normalization)
-    check("normalization", normalization, normalization in known, f"must be one of {', '.join(known)}")
+    allowed = get_args(Normalization)
+    check("normalization", normalization, normalization in allowed, f"must be one of {', '.join(allowed)}")
     check_count("max_tokens", max_tokens)
     texts = choices_by_prompt(prompts, choices)
     base = bare(model)
@@ -87,12 +88,12 @@ def score_choices(
 
 
 class RankClassifier:
-    """A language model as a classifier: its answer to a prompt is the choice it finds most probable.
+    """A language model as a classifier: it answers a prompt with the most probable choice.
 
     Args:
-        model: a causal or sequence-to-sequence language model, with adapters or without.
+        model: a causal or sequence-to-sequence language model, with or without adapters.
         tokenizer: the model's.
-        choices: the choices of prompts that come without.
+        choices: the default choices.
         normalization, separator, max_tokens, packed: see `score_choices`.
     """
 
@@ -111,8 +112,12 @@ class RankClassifier:
         self.separator, self.max_tokens, self.packed = separator, max_tokens, packed
 
     def scores(self, prompts: Sequence[str], choices: Choices | None = None) -> list[Tensor]:
-        """The scores of `score_choices`, a tensor of shape (choices,) for each prompt."""
-        choices = self.known(choices)
+        """The scores of `score_choices`, a tensor of shape (choices,) for each prompt.
+
+        Raises:
+            TypeError, ValueError: see `score_choices`; or there are neither choices nor default ones.
+        """
+        choices = self.choices_or_default(choices)
         return score_choices(
             self.model,
             self.tokenizer,
@@ -125,26 +130,45 @@ class RankClassifier:
         )
 
     def predict(self, prompts: Sequence[str], choices: Choices | None = None) -> list[str]:
-        """The best choice to each prompt; the first of equals."""
+        """The best choice for each prompt; the first of equals.
+
+        Raises:
+            TypeError, ValueError: see `scores`.
+        """
         scores = [score.tolist() for score in self.scores(prompts, choices)]
-        lists = choices_by_prompt(prompts, self.known(choices))
+        lists = choices_by_prompt(prompts, self.choices_or_default(choices))
         return [texts[score.index(max(score))] for texts, score in zip(lists, scores, strict=True)]
 
     def predict_proba(self, prompts: Sequence[str], choices: Choices | None = None) -> list[Tensor]:
-        """The softmax of the scores, of shape (choices,) for each prompt. With "none" it is how probable the model
-        finds each choice if it must be one of them; with "token" it is what T-Few's choice loss trains.
+        """The softmax of the scores, a tensor of shape (choices,) for each prompt.
+
+        With "none" it is the probability of each choice, given that the answer is one of them. With "token" it is the
+        distribution that T-Few's choice loss trains.
+
+        Raises:
+            TypeError, ValueError: see `scores`.
         """
         return [score.softmax(0) for score in self.scores(prompts, choices)]
 
-    def known(self, choices: Choices | None) -> Choices:
+    def choices_or_default(self, choices: Choices | None) -> Choices:
+        """These choices, or else those of the classifier.
+
+        Raises:
+            ValueError: there are none.
+        """
         choices = self.choices if choices is None else choices
         if choices is None:
-            raise ValueError("`choices` (=None) must be given here, or when the classifier is made.")
+            raise ValueError("`choices` (=None) must be passed here or to the classifier.")
         return choices
 
 
 def choices_by_prompt(prompts: Sequence[str], choices: Choices) -> list[list[str]]:
-    """A list of choices for each prompt."""
+    """A list of choices for each prompt.
+
+    Raises:
+        TypeError: an argument is a single text.
+        ValueError: the number of lists is wrong, or a list or a text is empty.
+    """
     for name, value in (("prompts", prompts), ("choices", choices)):
         if isinstance(value, str):
             raise TypeError(f"`{name}` must be a list of texts, not the single text {value!r}.")
@@ -160,7 +184,11 @@ def choices_by_prompt(prompts: Sequence[str], choices: Choices) -> list[list[str
 
 
 def batches(examples: Sequence[Example], max_tokens: int, packed: bool) -> Iterator[list[Part]]:
-    """The choices of all examples, in forwards of at most `max_tokens`, the longest first."""
+    """Distribute the choices over forward passes of at most `max_tokens`, the longest first.
+
+    Args:
+        packed: whether the choices of an example share a row.
+    """
 
     def tokens(parts: Sequence[Part]) -> int:
         prompt = max(len(examples[i].prompt) for i, _, _ in parts)
@@ -188,7 +216,7 @@ def batches(examples: Sequence[Example], max_tokens: int, packed: bool) -> Itera
 
 
 def lengths(example: Example, texts: Sequence[str], normalization: Normalization) -> list[int]:
-    """What divides the score of each choice."""
+    """The length of each choice that divides its score."""
     match normalization:
         case "token":
             return [len(choice) for choice in example.choices]

@@ -1,13 +1,13 @@
-"""Prompts and their answer choices as tokens, and as one batch of tensors.
+"""Tokenises prompts and their answer choices, and collates them into a batch of tensors.
 
-A batch holds each prompt once, however many choices it has:
+A batch holds each prompt once for all its choices:
 
     prompt_ids   (examples, length): padded on either side
     prompt_mask  (examples, length): 0 at padding
-    choice_ids   (rows, length): a row for each choice of each example, -100 behind its last token
-    example      (rows,): the example that a choice belongs to
+    choice_ids   (rows, length): a row for each choice of each example, padded with -100
+    example      (rows,): the example of each choice
 
-`packing.choice_token_scores` turns it into what the losses read.
+`packing.choice_token_scores` computes the input of the losses from it.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from hf_peft_ext.validation.checks import check
 
 
 class Example(NamedTuple):
-    """The tokens of a prompt, and of each of its choices."""
+    """Token ids of a prompt and of its choices."""
 
     prompt: list[int]
     choices: list[list[int]]
 
     def part(self, start: int, stop: int) -> "Example":
-        """The same prompt with some of the choices."""
+        """The same prompt with the choices from `start` to `stop`, exclusive."""
         return Example(self.prompt, self.choices[start:stop])
 
 
@@ -39,26 +39,25 @@ def encode_choices(
     encoder_decoder: bool = False,
     separator: str = " ",
 ) -> Example:
-    """Prompt and choices as tokens, with the boundary where lm-evaluation-harness has it.
+    """Tokenise a prompt and its choices, with the same boundary as lm-evaluation-harness.
 
-    A decoder reads them as one text. White space at the end of the prompt goes to the choices, since words are tokens
-    with the space before them; prompt and choice are tokenised together, and what is behind the prompt's own tokens is
-    the choice. An empty prompt is the token that begins a text (or else the one that ends it). For an encoder-decoder
-    both are texts of their own, with their special tokens: that which ends a choice counts as one of its tokens, as in
-    T-Few.
+    A decoder reads both as one text. White space at the end of the prompt belongs to the choices, because tokens of
+    words include the preceding space. Prompt and choice are tokenised together; the tokens after those of the prompt
+    are the choice. An empty prompt is the BOS token, or else the EOS token. For an encoder-decoder both are separate
+    texts with their special tokens. The EOS token of a choice counts as one of its tokens, as in T-Few.
 
-    Line breaks with which a chat template opens the model's turn stay with the prompt. In lm-evaluation-harness they
-    go to the choices too: all of them are a token longer there, and as much less probable.
+    Line breaks after the head of the model's turn in a chat belong to the prompt. In lm-evaluation-harness they belong
+    to the choices, which adds a token to each choice and lowers its probability.
 
     Args:
         tokenizer: the model's.
         prompt: a text.
         choices: texts.
-        encoder_decoder: whether the model is one.
-        separator: goes between prompt and choice where neither has white space there; decoders only.
+        encoder_decoder: whether the model is an encoder-decoder.
+        separator: inserted between prompt and choice if neither has white space there; decoders only.
 
     Raises:
-        ValueError: there is no choice, or one without tokens.
+        ValueError: there is no choice, a choice has no tokens, or an empty prompt has no BOS or EOS token.
     """
     check("choices", choices, len(choices) > 0 and not isinstance(choices, str), "must be a list of at least one text")
     if encoder_decoder:
@@ -73,7 +72,7 @@ def encode_choices(
         encoded = [open_ids(tokenizer, context + target)[len(ids) :] for target in targets]
         example = Example(ids or first_ids(tokenizer), encoded)
     for choice, tokens in zip(choices, example.choices, strict=True):
-        check("choices", choice, len(tokens) > 0, "has no tokens behind its prompt")
+        check("choices", choice, len(tokens) > 0, "has no tokens after its prompt")
     return example
 
 
@@ -86,7 +85,7 @@ def opens_turn(tokenizer: Any, prompt: str) -> bool:
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text that may go on: with the token that begins it, once, and without one that ends it."""
+    """Token ids of a text that may be continued: with exactly one BOS token and without the EOS token."""
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
     ends = not begun and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
@@ -94,14 +93,23 @@ def open_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def first_ids(tokenizer: Any) -> list[int]:
-    """What stands for an empty prompt."""
+    """Token ids of an empty prompt.
+
+    Raises:
+        ValueError: the tokenizer has neither a BOS nor an EOS token.
+    """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    check("tokenizer", type(tokenizer).__name__, first is not None, "has no token to begin an empty prompt with")
+    check(
+        "tokenizer",
+        type(tokenizer).__name__,
+        first is not None,
+        "has neither a BOS nor an EOS token for an empty prompt",
+    )
     return [first]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """A batch of examples, each with any number of choices."""
+    """A batch of examples with any numbers of choices; its tensors are described at the top of this module."""
     prompts = [torch.tensor(example.prompt) for example in examples]
     choices = [torch.tensor(choice) for example in examples for choice in example.choices]
     counts = torch.tensor([len(example.choices) for example in examples])

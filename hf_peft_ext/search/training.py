@@ -1,8 +1,4 @@
-"""One run of a search: add an adapter to a base model that stays loaded, train and score it, remove it.
-
-The loop is our own: transformers' Trainer builds an Accelerator, data loaders and callbacks for each of hundreds of
-short runs, and makes their batches again. `docs/guides/search.md` has the times.
-"""
+"""One run of a search: add an adapter to a base model that stays loaded, train and score it, remove it."""
 
 import copy
 import hashlib
@@ -10,17 +6,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import EvalPrediction, SchedulerType, default_data_collator, get_scheduler
+from transformers import EvalPrediction, SchedulerType, default_data_collator
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.search.fingerprint import config_settings, metric_fingerprint, weights_fingerprint
+from hf_peft_ext.training_loop import train_steps
 from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
 
 ModelInputs = Mapping[str, Tensor]
@@ -176,23 +174,21 @@ def train_adapter(
         ValueError: a loss is not finite; checked at the end of each epoch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    steps = args.num_train_epochs * len(batches)
-    schedule = get_scheduler(args.lr_scheduler_type, optimizer, int(args.warmup_ratio * steps), steps)
     order = torch.Generator().manual_seed(seed)
-    for epoch in range(1, args.num_train_epochs + 1):
+    epochs, steps = range(1, args.num_train_epochs + 1), args.num_train_epochs * len(batches)
+    shuffled = (batches[i] for _ in epochs for i in torch.randperm(len(batches), generator=order).tolist())
+
+    def loss(batch: ModelInputs) -> Tensor:
+        with autocast(parameters[0], args):
+            return model(**batch).loss
+
+    losses = train_steps(
+        parameters, loss, shuffled, steps, args.learning_rate, int(args.warmup_ratio * steps), args.lr_scheduler_type,
+        args.weight_decay, args.max_grad_norm, fused=True,
+    )  # fmt: skip
+    for epoch in epochs:
         model.train()
-        is_finite = torch.ones((), dtype=torch.bool, device=parameters[0].device)  # read once an epoch: it syncs
-        for i in torch.randperm(len(batches), generator=order).tolist():
-            with autocast(parameters[0], args):
-                loss = model(**batches[i]).loss
-            is_finite &= loss.detach().isfinite()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if not is_finite:
+        if not torch.stack([*islice(losses, len(batches))]).isfinite().all():  # read once an epoch: it syncs
             raise ValueError(f"A loss of epoch {epoch} is not finite.")
         if after_epoch is not None:
             after_epoch(epoch)

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.model.structure import stacks
 
-Batch = Mapping[str, Tensor]
+TokenBatch = Mapping[str, Tensor]
 
 
-def base_states(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+def base_states(model: PeftModel, batches: list[TokenBatch], by_text: bool) -> list[Tensor]:
     """The output of each block of the base model, a row for each token or text."""
     with evaluating(model), preserve_requires_grad(model), model.disable_adapter():
         rows = [[rows_of(call.output, call.mask, by_text) for call in calls(model, batch)] for batch in batches]
     return [torch.cat(layer) for layer in zip(*rows, strict=True)]
 
 
-def deltas(model: PeftModel, batches: list[Batch], by_text: bool) -> list[Tensor]:
+def deltas(model: PeftModel, batches: list[TokenBatch], by_text: bool) -> list[Tensor]:
     """The output of each block with the active adapter minus that on the same input without it."""
     rows = []
     for batch in batches:
@@ -48,7 +48,7 @@ class Call(NamedTuple):
         return first(self.block.forward(*self.args, **self.kwargs))
 
 
-def calls(model: PeftModel, batch: Batch) -> list[Call]:
+def calls(model: PeftModel, batch: TokenBatch) -> list[Call]:
     """The call of each block in one forward pass, layer by layer."""
     base: Any = model.get_base_model()
     blocks = [block for _, stack in stacks(base) for block in stack]
@@ -85,6 +85,7 @@ def rows_of(output: Tensor, mask: Tensor, by_text: bool) -> Tensor:
 
 
 def first(output: Any) -> Tensor:
+    """The hidden states of a block's output, which may be a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from hf_peft_ext.model.structure import stacks
 from hf_peft_ext.transfer.map.projections import Order, layer_map
-from hf_peft_ext.transfer.residual_deltas import Batch, base_states, deltas, shuffled
+from hf_peft_ext.transfer.residual_deltas import TokenBatch, base_states, deltas, shuffled
 from hf_peft_ext.validation.checks import check, check_count
 
-PAPERS = 0.75
+PAPER_COSINE = 0.75
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ModuleSimilarity:
             axes.plot(at, [fmean(c) for c in chances], color="#7f7f7f", linewidth=1.2, label="untrained modules")
             axes.plot(at, values, color="#1f5fbf", linewidth=1.8, marker="o", markersize=4, label="trained modules")
             axes.axhline(0, color="#1a1a2e", linewidth=0.6)
-            axes.axhline(PAPERS, color="#d1495b", linewidth=1, linestyle="--", label="the paper's 75 %")
+            axes.axhline(PAPER_COSINE, color="#d1495b", linewidth=1, linestyle="--", label="the paper's 75 %")
             axes.set_title(name, loc="left", color="#1a1a2e")
             axes.set_xlabel("layer of the large model")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -130,8 +130,8 @@ class ModuleSimilarity:
 def module_similarity(
     a: PeftModel,
     b: PeftModel,
-    batches: Iterable[Batch],
-    batches_b: Iterable[Batch] | None = None,
+    batches: Iterable[TokenBatch],
+    batches_b: Iterable[TokenBatch] | None = None,
     draws: int = 5,
     order: Order = "interleaved",
     seed: int = 0,
@@ -181,7 +181,7 @@ def module_similarity(
 
 
 def untrained_deltas(
-    sides: Sequence[tuple[PeftModel, list[Batch]]], by_text: bool, generator: torch.Generator
+    sides: Sequence[tuple[PeftModel, list[TokenBatch]]], by_text: bool, generator: torch.Generator
 ) -> list[list[Tensor]]:
     """`deltas` of each side, with shuffled adapters, one after the other, since both may be the same model."""
     drawn = []

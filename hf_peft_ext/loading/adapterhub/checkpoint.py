@@ -1,4 +1,4 @@
-"""Reads what AdapterHub's library, `adapters`, saves: a config, and tensors named after the modules that held them."""
+"""Reads an adapter saved by AdapterHub's library, `adapters`: its config, and its tensors by module names."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from torch import Tensor
 from hf_peft_ext.validation.checks import check
 
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "t5", "bart")
-# architecture -> settings that mean something only where they have this value, which is also the default
-RULES: dict[str | None, dict[str, Any]] = {
+# architecture -> settings that are supported only with their default value
+DEFAULT_ONLY: dict[str | None, dict[str, Any]] = {
     None: {
         **{"original_ln_after": True, "ln_before": False, "ln_after": False},
         **{"phm_layer": False, "inv_adapter": None, "stochastic_depth": 0.0},
@@ -24,7 +24,7 @@ RULES: dict[str | None, dict[str, Any]] = {
     "prefix_tuning": {"shared_gating": True},
 }
 
-Settings = Mapping[str, Any]  # of one method, as the library writes them
+Settings = Mapping[str, Any]  # of one method, as saved by the library
 
 
 class Checkpoint:
@@ -32,11 +32,10 @@ class Checkpoint:
 
     Args:
         path: the folder.
-        model: the model that it is for.
+        model: the base model.
 
     Raises:
-        ValueError: the folder holds no such checkpoint, or one for another model, or with a setting that has no
-            counterpart here.
+        ValueError: the folder holds no such checkpoint, it is for another model, or a setting is not supported.
     """
 
     def __init__(self, path: Path, model: Any):
@@ -45,70 +44,86 @@ class Checkpoint:
         saved = json.loads(file.read_text())
         peft = "peft_type" in saved
         check("path", str(path), not peft, "holds an adapter of peft; load it with PeftModel.from_pretrained")
-        known = isinstance(saved.get("config"), dict) and "name" in saved
-        check("path", str(path), known, "holds no adapter that AdapterHub's library has saved")
+        complete = isinstance(saved.get("config"), dict) and "name" in saved
+        check("path", str(path), complete, "holds no adapter saved by AdapterHub's library")
         family = getattr(getattr(model, "config", None), "model_type", None)
         check("model", family, family in FAMILIES, f"must be one of {', '.join(FAMILIES)}")
         for key in ("model_type", "hidden_size"):
             value, own = saved.get(key), getattr(model.config, key)
-            check(key, value, value in (None, own), f"must be that of the model, {own!r}")
+            check(key, value, value in (None, own), f"must equal the model's, {own!r}")
         self.methods = methods(saved)
         self.root = f"{model.base_model_prefix}."
         named = re.compile(rf"\.(adapters|loras|prefix_tunings|prefix_gates)\.{re.escape(saved['name'])}\.")
-        self.tensors = {  # the library repeats a prefix in every layer
+        self.tensors = {  # without `pool`, in which the library repeats a prefix in every layer
             self.unrooted(named.sub(r".\1.", key)): tensor
             for key, tensor in read_tensors(path).items()
             if ".prefix_tuning.pool." not in key
         }
 
     def unrooted(self, name: str) -> str:
-        """The name of a module in the backbone; models with a head put the backbone's name in front."""
+        """The name inside the backbone: models with a head prefix it with the backbone's name."""
         return name.removeprefix(self.root)
 
     def take(self, name: str) -> Tensor:
-        """A tensor. Each can be taken once.
+        """Remove a tensor from the checkpoint and return it.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: the checkpoint has no such tensor, or it was taken before.
         """
         name = self.unrooted(name)
         if name not in self.tensors:
-            raise ValueError(f"The checkpoint has no tensor {name}, which its config and the model ask for.")
+            raise ValueError(f"The checkpoint has no tensor {name}, which its config and the model require.")
         return self.tensors.pop(name)
 
     def check_all_taken(self) -> None:
+        """Refuse a checkpoint with unused tensors.
+
+        Raises:
+            ValueError: a tensor was not taken.
+        """
         if self.tensors:
             names = ", ".join(sorted(self.tensors)[:4])
             raise ValueError(f"The checkpoint has {len(self.tensors)} tensors with no place in this model: {names}.")
 
 
 def methods(saved: dict[str, Any]) -> list[Settings]:
-    """The methods of a checkpoint: the members of a union, or the one there is.
+    """The methods of a checkpoint: the members of a union, or its only one.
 
     Raises:
-        ValueError: one has a setting that has no counterpart here.
+        ValueError: a setting is not supported.
     """
     config = dict(saved["config"])
     library, _, version = (saved.get("version") or "").partition(".")
     if library == "adapters" and Version(version) < Version("1.1.0") and config.get("architecture") == "lora":
-        config["alpha"] = config["r"]  # so these versions computed it, whatever alpha was
-    found: list[Settings] = config["configs"] if config.get("architecture") == "union" else [config]
-    for method in found:
+        config["alpha"] = config["r"]  # these versions ignored alpha and used r
+    members: list[Settings] = config["configs"] if config.get("architecture") == "union" else [config]
+    for method in members:
         kind = method.get("architecture")
-        check("architecture", kind, kind in RULES, "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'")
-        for key, value in RULES[kind].items():
+        check(
+            "architecture",
+            kind,
+            kind in DEFAULT_ONLY,
+            "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'",
+        )
+        for key, value in DEFAULT_ONLY[kind].items():
             check(key, method.get(key, value), method.get(key, value) == value, f"must be {value!r}")
         if is_ia3(method):
-            check("composition_mode", "scale", len(found) == 1, "must be 'add' in a union")
+            check("composition_mode", "scale", len(members) == 1, "must be 'add' in a union")
             check("use_gating", True, not method.get("use_gating"), "must be False for (IA)^3")
-    return found
+    return members
 
 
 def is_ia3(method: Settings) -> bool:
+    """Whether a LoRA of the library is (IA)^3: it multiplies outputs instead of adding to them."""
     return method.get("composition_mode") == "scale"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint. A pickle is read with `weights_only`, so that it runs no code.
+
+    Raises:
+        ValueError: the folder has no file with weights.
+    """
     if (file := path / "adapter.safetensors").is_file():
         return load_file(file)
     file = path / "pytorch_adapter.bin"

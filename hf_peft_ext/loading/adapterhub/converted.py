@@ -1,4 +1,4 @@
-"""From the methods of a checkpoint to sites of the model, each with the tensors of its sub-layer."""
+"""Converts the methods of a checkpoint to sub-layers at sites of the model, with their tensors."""
 
 import math
 from collections.abc import Iterator
@@ -22,11 +22,18 @@ ATTENTION_MATRICES = {"q": "query", "k": "key", "v": "value"}
 
 
 @dataclass
-class Filled:
-    """A site, the sub-layer there, and its tensors by their names in that sub-layer.
+class ConvertedSublayer:
+    """A sub-layer at a site.
+
+    Args:
+        sublayer: "bottleneck", "low_rank" or "prefix".
+        site: where it is attached.
+        gate: the pooling of its gate; None without one.
+        options: of the placement.
+        tensors: by their names in the sub-layer.
 
     Raises:
-        ValueError: the tensors are not those that the sub-layer has at this site.
+        ValueError: a tensor has another shape than the sub-layer at this site.
     """
 
     sublayer: str
@@ -36,6 +43,7 @@ class Filled:
     tensors: dict[str, Tensor]
 
     def placement(self) -> Placement:
+        """The placement that this sub-layer belongs to."""
         return Placement(self.sublayer, self.site.name.removeprefix("cross_"), gate=self.gate, options=self.options)
 
     def __post_init__(self) -> None:
@@ -46,46 +54,54 @@ class Filled:
             check(f"shape of {self.sublayer} {name}", shape, shape == expected.shape, rule)
 
 
-def fill(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> list[Filled]:
-    """The sites of a method. Takes their tensors from the checkpoint.
+def fill(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> list[ConvertedSublayer]:
+    """The sub-layers of a method. Takes their tensors from the checkpoint.
 
     Raises:
-        ValueError: a setting has no counterpart here, or a tensor is missing or of another shape.
+        ValueError: a setting is not supported, or a tensor is missing or has another shape.
     """
     readers = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
     kind = method.get("architecture")
-    filled = list(readers[kind](method, checkpoint, model, kept(method, sites)))
-    check("architecture", kind, bool(filled), "has no place in this model with these settings")
-    return filled
+    sublayers = list(readers[kind](method, checkpoint, model, kept(method, sites)))
+    check("architecture", kind, bool(sublayers), "selects nothing in this model")
+    return sublayers
 
 
 def kept(method: Settings, sites: list[Site]) -> list[Site]:
-    """The sites in layers that the method does not leave out.
+    """The sites in the layers of a method.
 
     Raises:
-        ValueError: there are none.
+        ValueError: `leave_out` names every layer.
     """
     left_out = method.get("leave_out") or []
     sites = [site for site in sites if site.layer is not None and site.layer not in left_out]
-    check("leave_out", left_out, bool(sites), "leaves no layer")
+    check("leave_out", left_out, bool(sites), "must leave at least one layer")
     return sites
 
 
-def gate_of(method: Settings) -> GatePooling | None:
+def gate_pooling_of(method: Settings) -> GatePooling | None:
+    """The pooling of the library's gates: a mean that includes padding."""
     return "mean_padded" if method.get("use_gating") else None
 
 
 def activation_of(method: Settings) -> str:
+    """The activation function, by its name in transformers.
+
+    Raises:
+        ValueError: transformers does not have it.
+    """
     name = method["non_linearity"].lower().replace("leakyrelu", "leaky_relu")
     check("non_linearity", name, name in ACT2FN, "must be an activation of transformers")
     return name
 
 
-def linear(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+def linear(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor]:  # shapes: (d_out, d_in), (d_out,)
+    """Take weight and bias of a linear layer."""
     return checkpoint.take(f"{name}.weight"), checkpoint.take(f"{name}.bias")
 
 
-def named(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
+def linear_state(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
+    """Take a linear layer, by the names of its tensors in `part` of a sub-layer."""
     weight, bias = linear(checkpoint, name)
     return {f"{part}.weight": weight, f"{part}.bias": bias}
 
@@ -93,24 +109,35 @@ def named(checkpoint: Checkpoint, name: str, part: str) -> dict[str, Tensor]:
 # Bottlenecks
 
 
-def bottlenecks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[Filled]:
+def bottlenecks(
+    method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]
+) -> Iterator[ConvertedSublayer]:
+    """The bottlenecks of a method."""
     names = bottleneck_sites(method, any(site.name == "parallel_residual" for site in sites))
     dropout, scaling = method.get("dropout", 0.0), method.get("scaling", 1.0)
     check("scaling", scaling, scaling != "channel", 'must be a number or "learned"')
     options = {"activation": activation_of(method), "dropout": dropout, "scaling": scaling}
     for site in (site for site in sites if site.name in names):
         name = bottleneck_name(model, site)
-        tensors = named(checkpoint, f"{name}.adapter_down.0", "down") | named(checkpoint, f"{name}.adapter_up", "up")
+        tensors = linear_state(checkpoint, f"{name}.adapter_down.0", "down") | linear_state(
+            checkpoint, f"{name}.adapter_up", "up"
+        )
         if scaling == "learned":
             tensors["scaling"] = checkpoint.take(f"{name}.scaling").reshape(())
         if method.get("use_gating"):
-            tensors |= named(checkpoint, f"{name}.gate", "gate")
+            tensors |= linear_state(checkpoint, f"{name}.gate", "gate")
         r = len(tensors["down.bias"])
-        yield Filled("bottleneck", site, gate_of(method), {"r": r, **options}, tensors)
+        yield ConvertedSublayer("bottleneck", site, gate_pooling_of(method), {"r": r, **options}, tensors)
 
 
 def bottleneck_sites(method: Settings, pre_norm: bool) -> list[str]:
-    """Where the bottlenecks sit. A parallel one reads the residual stream, which in pre-norm models is not normed."""
+    """The names of the bottlenecks' sites.
+
+    A parallel one reads the residual stream; in pre-norm models this is before the norm.
+
+    Raises:
+        ValueError: a combination of settings is not supported.
+    """
     if method.get("is_parallel"):
         names = {"output_adapter": "parallel_residual" if pre_norm else "parallel_ffn"}
     elif method.get("original_ln_before"):
@@ -127,7 +154,7 @@ def bottleneck_sites(method: Settings, pre_norm: bool) -> list[str]:
 
 
 def bottleneck_name(model: Any, site: Site) -> str:
-    """What the library calls the bottleneck of a site."""
+    """The library's name for the bottleneck of a site."""
     assert site.layer is not None
     path, family = layer_paths(model)[site.layer], model.config.model_type
     role = {"after_attention": "attention", "cross_after_attention": "cross_attention"}.get(site.name, "output")
@@ -144,7 +171,7 @@ def bottleneck_name(model: Any, site: Site) -> str:
 
 
 def low_rank_sites(method: Settings, model: Any, sites: list[Site]) -> list[tuple[str, list[Site]]]:
-    """The leaves that LoRA or (IA)^3 changes, each with its sites: several where it is fused."""
+    """The leaves that LoRA or (IA)^3 changes, each with its sites; a fused leaf has several."""
     names = {ATTENTION_MATRICES.get(key) for key in method["attn_matrices"]} if method["selfattn_lora"] else set()
     ffn = ["ffn_input", "ffn_output"]
     if model.config.model_type == "llama":
@@ -154,45 +181,47 @@ def low_rank_sites(method: Settings, model: Any, sites: list[Site]) -> list[tupl
     return [(host, list(group)) for host, group in groupby(chosen, lambda site: site.host)]
 
 
-def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[Filled]:
+def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[ConvertedSublayer]:
+    """The low-rank branches of a method. The tensors of a fused leaf are split into those of its branches."""
     gated = bool(method.get("use_gating"))
     options = {"r": method["r"], "alpha": method["r"] if gated else method["alpha"], "dropout": method["dropout"]}
     for host, group in low_rank_sites(method, model, sites):
         tensors = {"A": checkpoint.take(f"{host}.loras.lora_A"), "B": checkpoint.take(f"{host}.loras.lora_B")}
         if gated:
-            tensors |= named(checkpoint, f"{host}.loras.gate", "gate")
+            tensors |= linear_state(checkpoint, f"{host}.loras.gate", "gate")
         parts = {name: tensor.tensor_split(len(group)) for name, tensor in tensors.items()}
         for index, site in enumerate(group):
             own = {name: chunks[index] for name, chunks in parts.items()}
-            yield Filled("low_rank", site, gate_of(method), options, own)
+            yield ConvertedSublayer("low_rank", site, gate_pooling_of(method), options, own)
 
 
 # Prefixes
 
 
-def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[Filled]:
+def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]) -> Iterator[ConvertedSublayer]:
+    """The prefixes of a method."""
     t5 = model.config.model_type == "t5"
     if t5:
         left_out = method.get("leave_out")
         check("leave_out", left_out, not left_out, "must be empty for prefixes in T5, whose layers share a bias")
-    places: dict[str, list[Site]] = {}
+    stacks: dict[str, list[Site]] = {}
     for site in sites:
         if site.name in ("attention", "cross_attention"):
-            places.setdefault(prefix_name(model, site), []).append(site)
-    for place, found in places.items():
-        if not method.get(place, True):  # `encoder_prefix` and `cross_prefix` are settings too
+            stacks.setdefault(prefix_name(model, site), []).append(site)
+    for stack, stack_sites in stacks.items():
+        if not method.get(stack, True):  # settings of these names switch prefixes off
             continue
         options = {"num_virtual_tokens": method["prefix_length"], **({"shift_positions": True} if t5 else {})}
-        keys, values = prefix_vectors(method, checkpoint, place, found)
-        for site, p_k, p_v in zip(found, keys, values, strict=True):
+        keys, values = prefix_vectors(method, checkpoint, stack, stack_sites)
+        for site, p_k, p_v in zip(stack_sites, keys, values, strict=True):
             tensors = {"P_K": p_k, "P_V": p_v}
             if method.get("use_gating"):
-                tensors |= named(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
-            yield Filled("prefix", site, gate_of(method), options, tensors)
+                tensors |= linear_state(checkpoint, f"{site.host}.prefix_tuning.prefix_gates", "gate")
+            yield ConvertedSublayer("prefix", site, gate_pooling_of(method), options, tensors)
 
 
 def prefix_name(model: Any, site: Site) -> str:
-    """What the library calls the prefixes of a stack."""
+    """The library's name for the prefixes in a stack of blocks."""
     if site.name == "cross_attention":
         return "cross_prefix"
     if model.config.model_type in ("t5", "bart") and not site.causal:
@@ -201,10 +230,14 @@ def prefix_name(model: Any, site: Site) -> str:
 
 
 def prefix_vectors(
-    method: Settings, checkpoint: Checkpoint, place: str, sites: list[Site]
+    method: Settings, checkpoint: Checkpoint, stack: str, sites: list[Site]
 ) -> tuple[Tensor, Tensor]:  # shapes: (layers, heads, n_tokens, d_k), twice
-    """The prefixes of a stack, the network that made them folded."""
-    name = f"prefix_tuning.prefix_tunings.{place}"
+    """The prefixes of a stack, computed by their reparameterisation network if there is one.
+
+    Raises:
+        ValueError: a tensor is missing or has another size.
+    """
+    name = f"prefix_tuning.prefix_tunings.{stack}"
     if method.get("flat"):
         p = checkpoint.take(f"{name}.control_trans")
     else:
@@ -212,6 +245,6 @@ def prefix_vectors(
         p = F.linear(ACT2FN[activation_of(method)](hidden), *linear(checkpoint, f"{name}.control_trans.2"))
     shape = (method["prefix_length"], len(sites), 2, sites[0].heads, sites[0].d_k)
     rule = f"must be {' x '.join(map(str, shape))}: tokens, layers, keys and values, heads, width of a head"
-    check(f"size of {place}", p.numel(), p.numel() == math.prod(shape), rule)
+    check(f"size of {stack}", p.numel(), p.numel() == math.prod(shape), rule)
     keys, values = p.view(shape).permute(2, 1, 3, 0, 4)
     return keys, values

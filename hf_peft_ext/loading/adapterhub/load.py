@@ -1,4 +1,4 @@
-"""From filled sites to a config of peft and its state, and into the model."""
+"""Imports an AdapterHub adapter: converts it to a config and a state of peft, and attaches it to the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +12,14 @@ from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import child_name, holder_of
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, is_ia3
-from hf_peft_ext.loading.adapterhub.converted import Filled, fill
-from hf_peft_ext.loading.adapterhub.stock import endings, stock_ia3, stock_lora
+from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, fill
+from hf_peft_ext.loading.adapterhub.stock import module_suffixes, stock_ia3, stock_lora
 from hf_peft_ext.model.sites import Site, find_sites
 from hf_peft_ext.tuners import BottleneckConfig, ComposedConfig, LayerPrefixConfig, MAMConfig, UniPELTConfig
 from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.validation.checks import check
 
-# sub-layer -> the options that change nothing
+# sub-layer -> the default values of its options
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"activation": "relu", "dropout": 0.0, "scaling": 1.0},
     "low_rank": {"dropout": 0.0},
@@ -30,29 +30,29 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def from_adapterhub(
     path: str | Path, model: nn.Module, adapter_name: str = "default", *, is_trainable: bool = False
 ) -> PeftModel:
-    """Import an adapter that AdapterHub's library has saved (`model.save_adapter`), with equal outputs.
+    """Import an adapter saved by AdapterHub's library (`model.save_adapter`), with equal outputs.
 
-    It takes bottlenecks (seq_bn, double_seq_bn, par_bn, scaled_par_bn), prefix_tuning and its flat form, lora, ia3,
+    It supports bottlenecks (seq_bn, double_seq_bn, par_bn, scaled_par_bn), prefix_tuning and its flat form, lora, ia3,
     and unions of them such as mam and unipelt, for BERT, RoBERTa, DistilBERT, GPT-2, Llama, T5 and BART. An ungated
-    lora and ia3 become peft's own `LORA` and `IA3`, all others a type of this package. Prefixes come without the
-    network that they were trained through, and gates count padding, as in that library. A prediction head, which the
-    library saves in files of its own, stays out.
+    lora and ia3 become `LORA` and `IA3` of peft; all others become a type of this package. Prefixes are imported
+    without their reparameterisation network. Gates include padding, as in that library. A prediction head, which the
+    library saves in separate files, is not imported.
 
     AdapterHub: Pfeiffer et al. 2020 (https://arxiv.org/abs/2007.07779); `adapters`: Poth et al. 2023
-    (https://arxiv.org/abs/2311.11077), as version 1.3.0 writes and runs it.
+    (https://arxiv.org/abs/2311.11077), version 1.3.0.
 
     Args:
         path: the folder with `adapter_config.json` and `adapter.safetensors` or `pytorch_adapter.bin`.
-        model: the base model, a plain model of transformers.
+        model: the base model, from transformers, without adapters.
         adapter_name: name of the adapter in the result.
-        is_trainable: whether the adapter is to be trained further; else it is frozen and in evaluation mode.
+        is_trainable: whether the adapter can be trained further; else it is frozen and in evaluation mode.
 
     Returns:
-        The model with the adapter, to be saved and loaded as any other of peft.
+        The model with the adapter; peft can save and load it.
 
     Raises:
-        ValueError: the folder holds no such checkpoint, or one for another model; a setting has no counterpart here;
-            or the tensors are not those that the config and the model ask for. The model is then as it was.
+        ValueError: the folder holds no such checkpoint, it is for another model, a setting is not supported, or the
+            tensors do not fit config and model. The model does not change then.
     """
     check("model", type(model).__name__, not isinstance(model, PeftModel), "must be a model without adapters")
     config, state = convert(Checkpoint(Path(path), model), model)
@@ -63,47 +63,52 @@ def from_adapterhub(
 
 
 def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """The config of an adapter, and its state as peft saves it. The model is only looked at."""
+    """The config of an adapter, and its state as peft saves it. The model does not change.
+
+    Raises:
+        ValueError: see `from_adapterhub`.
+    """
     sites, methods = find_sites(model), checkpoint.methods
     if is_ia3(methods[0]):
         config, state = stock_ia3(methods[0], checkpoint, model, sites)
     else:
-        filled = [one for method in methods for one in fill(method, checkpoint, model, sites)]
-        if len(methods) == 1 and filled[0].sublayer == "low_rank" and filled[0].gate is None:
-            config, state = stock_lora(filled, model)
+        converted = [sublayer for method in methods for sublayer in fill(method, checkpoint, model, sites)]
+        if len(methods) == 1 and converted[0].sublayer == "low_rank" and converted[0].gate is None:
+            config, state = stock_lora(converted, model)
         else:
-            config, state = config_of(filled, model, sites), state_of(filled)
+            config, state = config_of(converted, model, sites), state_of(converted)
     checkpoint.check_all_taken()
     return config, {f"base_model.model.{name}": tensor.clone() for name, tensor in state.items()}
 
 
-def state_of(filled: list[Filled]) -> dict[str, Tensor]:
+def state_of(converted: list[ConvertedSublayer]) -> dict[str, Tensor]:
+    """The tensors by their names in the model with the adapter."""
     return {
         f"{holder_of(one.site)}.{child_name(one.site.name, one.sublayer)}.sublayer_of.{name}": tensor
-        for one in filled
+        for one in converted
         for name, tensor in one.tensors.items()
     }
 
 
-def config_of(filled: list[Filled], model: nn.Module, sites: list[Site]) -> PlacedConfig:
-    """The named method with these placements, or else a `ComposedConfig`."""
-    placements, excluded = placements_of(filled, sites)
-    common: dict[str, Any] = {"exclude_modules": endings(excluded, model) if excluded else None}
+def config_of(converted: list[ConvertedSublayer], model: nn.Module, sites: list[Site]) -> PlacedConfig:
+    """The config of the named method with these placements, or else a `ComposedConfig`."""
+    placements, excluded = placements_of(converted, sites)
+    common: dict[str, Any] = {"exclude_modules": module_suffixes(excluded, model) if excluded else None}
     if all(placement.layers == placements[0].layers for placement in placements):
         common["layers_to_transform"] = placements[0].layers
         placements = [replace(placement, layers=None) for placement in placements]
-    wanted = [meaning(placement) for placement in placements]
+    effects = [effect(placement) for placement in placements]
     for config in candidates(placements, common):
-        found = [meaning(placement) for placement in config.to_placements()]
-        if len(found) == len(wanted) and all(placement in wanted for placement in found):
+        own = [effect(placement) for placement in config.to_placements()]
+        if len(own) == len(effects) and all(placement in effects for placement in own):
             return config
     return ComposedConfig(placements=placements, **common)
 
 
-def placements_of(filled: list[Filled], sites: list[Site]) -> tuple[list[Placement], list[str]]:
-    """The placements that fill these sites, and the modules where they would put a sub-layer too many."""
+def placements_of(converted: list[ConvertedSublayer], sites: list[Site]) -> tuple[list[Placement], list[str]]:
+    """The placements of these sub-layers, and the modules that must be excluded from them."""
     groups: list[tuple[Placement, list[Site]]] = []
-    for one in filled:
+    for one in converted:
         placement = one.placement()
         group = next((group for same, group in groups if same == placement), None)
         if group is None:
@@ -121,7 +126,7 @@ def placements_of(filled: list[Filled], sites: list[Site]) -> tuple[list[Placeme
 
 
 def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[PlacedConfig]:
-    """Named methods with the sub-layers of these placements, perhaps elsewhere."""
+    """Configs of named methods with these sub-layers, perhaps at other sites."""
     options = {placement.sublayer: placement.options for placement in placements}
     bottleneck, prefix, lora = (options.get(name, {}) for name in ("bottleneck", "prefix", "low_rank"))
     n_tokens = prefix.get("num_virtual_tokens", 0)
@@ -145,7 +150,7 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
         )
 
 
-def meaning(placement: Placement) -> tuple[Any, ...]:
-    """What a placement does once its weights are loaded."""
+def effect(placement: Placement) -> tuple[Any, ...]:
+    """A placement without the options that have no effect after its weights are loaded."""
     options = {key: value for key, value in placement.options.items() if value is not None and key != "init"}
     return placement.sublayer, placement.site, placement.layers, placement.gate, DEFAULTS[placement.sublayer] | options

@@ -1,4 +1,4 @@
-"""Imports that peft's own types can express: an ungated LoRA and (IA)^3."""
+"""Converts an ungated LoRA and (IA)^3 to the types of peft."""
 
 from itertools import groupby
 from typing import Any
@@ -10,61 +10,64 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, Settings
-from hf_peft_ext.loading.adapterhub.converted import Filled, kept, low_rank_sites
+from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, kept, low_rank_sites
 from hf_peft_ext.model.sites import Site
 from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.validation.checks import check
 
 
-def endings(hosts: list[str], model: Any) -> list[str]:
-    """The shortest endings of names that mean these modules and no others."""
+def module_suffixes(hosts: list[str], model: Any) -> list[str]:
+    """The shortest suffixes of module names that select these modules and no others, found by peft."""
     others = {name for name, _ in model.named_modules()} - {"", *hosts}
     return sorted(_find_minimal_target_modules(hosts, others))
 
 
-def targets(hosts: list[str], model: Any) -> dict[str, Any]:
+def target_fields(hosts: list[str], model: Any) -> dict[str, Any]:
+    """The config fields that name these modules, all of one class."""
     transposed = isinstance(innermost(model.get_submodule(hosts[0])), Conv1D)
-    return {"target_modules": endings(hosts, model), "fan_in_fan_out": transposed}
+    return {"target_modules": module_suffixes(hosts, model), "fan_in_fan_out": transposed}
 
 
-def stock_lora(filled: list[Filled], model: Any) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """peft's LoRA. The branches on a fused leaf become one of their joint rank, block by block."""
-    r, alpha, dropout = (filled[0].options[key] for key in ("r", "alpha", "dropout"))
+def stock_lora(converted: list[ConvertedSublayer], model: Any) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The config and the state of peft's LoRA. The n branches on a fused leaf become one branch of rank n r."""
+    r, alpha, dropout = (converted[0].options[key] for key in ("r", "alpha", "dropout"))
     state: dict[str, Tensor] = {}
-    branches: dict[str, int] = {}  # leaf -> how many it has
-    for host, group in groupby(filled, lambda one: one.site.host):
+    branches: dict[str, int] = {}  # leaf -> number of branches
+    for host, group in groupby(converted, lambda one: one.site.host):
         parts = list(group)
         state[f"{host}.lora_A.weight"] = torch.cat([one.tensors["A"] for one in parts])
-        state[f"{host}.lora_B.weight"] = torch.cat([widened(one.tensors["B"], one.site) for one in parts], dim=1)
+        state[f"{host}.lora_B.weight"] = torch.cat([full_rows(one.tensors["B"], one.site) for one in parts], dim=1)
         branches[host] = len(parts)
     fused = {host.rpartition(".")[2]: n for host, n in branches.items() if n > 1}
     config = LoraConfig(
         **{"r": r, "lora_alpha": alpha, "lora_dropout": dropout},
         rank_pattern={leaf: n * r for leaf, n in fused.items()},
         alpha_pattern={leaf: n * alpha for leaf, n in fused.items()},
-        **targets(list(branches), model),
+        **target_fields(list(branches), model),
     )
     return config, state
 
 
-def widened(
+def full_rows(
     b: Tensor,  # shape: (d_out, r)
     site: Site,
 ) -> Tensor:  # shape: (width of the leaf, r)
-    """B with zeros in the rows that a branch leaves alone."""
+    """B with zeros in the rows that the branch does not change."""
     return b if site.rows is None else b.new_zeros(site.width, b.shape[1]).index_copy(0, site.rows, b)
 
 
 def stock_ia3(
     method: Settings, checkpoint: Checkpoint, model: Any, sites: list[Site]
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """peft's (IA)^3. The library scales outputs, also those of the FFN's first leaf; alpha is a factor on them.
+    """The config and the state of peft's (IA)^3.
+
+    The library scales outputs only, also those of the FFN's first leaf, and multiplies them by alpha.
 
     Raises:
-        ValueError: no leaf is named, or a tensor is missing or of another size.
+        ValueError: the settings select no leaf, or a tensor is missing or has another size.
     """
     leaves = low_rank_sites(method, model, kept(method, sites))
-    check("attn_matrices", method["attn_matrices"], bool(leaves), "has no place in this model with these settings")
+    check("attn_matrices", method["attn_matrices"], bool(leaves), "selects nothing in this model")
     state = {}
     for host, group in leaves:
         name = f"{host}.loras.lora_B"
@@ -75,4 +78,4 @@ def stock_ia3(
             rows = torch.cat([site.rows for site in group if site.rows is not None])
             scales = scales.new_ones(own.width).index_copy(0, rows, scales)
         state[f"{host}.ia3_l"] = method["alpha"] * scales.unsqueeze(1)
-    return IA3Config(feedforward_modules=[], **targets([host for host, _ in leaves], model)), state
+    return IA3Config(feedforward_modules=[], **target_fields([host for host, _ in leaves], model)), state

@@ -18,10 +18,10 @@ from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.transfer.map.projections import RESIDUAL
 from hf_peft_ext.validation.checks import check
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+STACK_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 DECODER = "decoder_"  # begins the names of the inputs of an encoder-decoder's second stack
 # Fields of a config that don't change what the model computes.
-BESIDE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+IRRELEVANT_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 
 class Activations:
@@ -73,7 +73,7 @@ class Activations:
         for name in (*CACHES, "encoder_outputs"):
             rule = "must be None: a bridge with a ladder takes whole rows, and does not generate"
             check(name, type(batch.get(name)).__name__, batch.get(name) is None, rule)
-        names = (*INPUTS, *(DECODER + name for name in INPUTS))
+        names = (*STACK_INPUTS, *(DECODER + name for name in STACK_INPUTS))
         inputs = {name: batch[name] for name in names if batch.get(name) is not None}
         shifted, labels = getattr(self.base, "prepare_decoder_input_ids_from_labels", None), batch.get("labels")
         if shifted and labels is not None and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
@@ -86,7 +86,7 @@ class Activations:
 
     def run(self, inputs: Mapping[str, Any]) -> list[Tensor]:  # of each stack: (layers, batch, length, d)
         """The large model's own forward, without its adapters and without gradients."""
-        check_weights("plugged", self.base, "the ladder's cache lacks rows of the batch, or there is none")
+        check_has_weights("plugged", self.base, "the ladder's cache lacks rows of the batch, or there is none")
         read: list[list[Tensor]] = [[] for _ in self.stacks]
 
         def recorder(inputs_of_stack: list[Tensor]) -> Any:
@@ -119,7 +119,7 @@ class Activations:
             if "position_ids" not in part:  # positions then count the padding on the left
                 hashed.update(real.nonzero().cpu().numpy().tobytes())
             for name, value in part.items():
-                for x in tensors(value):
+                for x in input_tensors(value):
                     x = x[0][..., real, :][..., real] if x.ndim == 4 else x[0][real]
                     hashed.update(name.encode() + bytes_of(x))
             yield self.folder / f"{hashed.hexdigest()}.safetensors"
@@ -149,14 +149,14 @@ def load_states(files: Sequence[Path], real: Tensor) -> Tensor:  # shape: (layer
 def by_stack(inputs: Mapping[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
     """The inputs of the encoder, or of the only stack, and those of the decoder, by the same names."""
     first, second = (
-        {name: inputs[start + name] for name in INPUTS if start + name in inputs} for start in ("", DECODER)
+        {name: inputs[start + name] for name in STACK_INPUTS if start + name in inputs} for start in ("", DECODER)
     )
     if second and labels is not None:  # tokens after the last label change nothing
         second.setdefault("attention_mask", (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0)
     return [first, second or first]  # T5 with a classifier gives its decoder the encoder's tokens
 
 
-def tensors(value: Any) -> list[Tensor]:
+def input_tensors(value: Any) -> list[Tensor]:
     """The tensors of an input, which may have one for each kind of layer."""
     return list(value.values()) if isinstance(value, Mapping) else [value]
 
@@ -173,7 +173,7 @@ def real_tokens(batch: Mapping[str, Any]) -> Tensor:  # shape: (batch, length), 
     ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
     if "attention_mask" not in batch:
         return torch.ones_like(ids, dtype=torch.bool)
-    mask = tensors(batch["attention_mask"])[0]
+    mask = input_tensors(batch["attention_mask"])[0]
     if mask.ndim == 2:
         return mask.bool()
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -188,7 +188,7 @@ def fingerprint(config: Any, thin: PrunedModel) -> bytes:
 
     It reads the config and the pruned copy, whose slices of the weights exist also where the large model's don't.
     """
-    fields = {name: value for name, value in config.to_dict().items() if name not in BESIDE}
+    fields = {name: value for name, value in config.to_dict().items() if name not in IRRELEVANT_FIELDS}
     hashed = hashlib.blake2b(repr(sorted(fields.items())).encode())
     hashed.update(bytes_of(thin.kept[RESIDUAL]))
     for parameter in thin.model.parameters():
@@ -201,7 +201,7 @@ def bytes_of(x: Tensor) -> bytes:
     return x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def check_weights(name: str, model: nn.Module, why: str) -> None:
+def check_has_weights(name: str, model: nn.Module, why: str) -> None:
     """Refuse a model on the meta device, which has no weights."""
     has_weights = not any(parameter.is_meta for parameter in model.parameters())
     check(name, type(model).__name__, has_weights, f"must have weights, and is on the meta device: {why}")

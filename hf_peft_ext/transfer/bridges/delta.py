@@ -31,9 +31,9 @@ from hf_peft_ext.attach.layer import hidden_states
 from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.structure import covers, innermost, is_norm, leaf_size, own_modules
 from hf_peft_ext.pruning import PrunedModel
-from hf_peft_ext.transfer.bridges.activations import check_weights
+from hf_peft_ext.transfer.bridges.activations import check_has_weights
 from hf_peft_ext.transfer.bridges.bridge import kept_channels, pruned_bridge
-from hf_peft_ext.transfer.bridges.held import HeldLeaf, States, WholeCode, WholeInput
+from hf_peft_ext.transfer.bridges.held import HeldLeaf, HeldStates, WholeCode, WholeInput
 from hf_peft_ext.transfer.bridges.whole_norm import WholeNorm
 from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors
 from hf_peft_ext.transfer.map.projections import RESIDUAL, Projections
@@ -71,7 +71,7 @@ def hold(source: AdapterTensors, thin: PrunedModel, around: Around) -> Iterator[
     """As `delta_bridge`, from tensors of the plugged model that were read already."""
     check("around", around, around in get_args(Around), f"must be one of {', '.join(get_args(Around))}")
     large: Any = source.model.get_base_model()
-    check_weights("plugged", large, "a delta bridge runs it")
+    check_has_weights("plugged", large, "a delta bridge runs it")
     copy = pruned_bridge(source, thin, Projections("slice", trainable=False, index=kept_channels(thin)))
     if hasattr(thin.model, "model_dim"):  # T5 divides by its root in front of a tied head
         thin.model.model_dim = large.model_dim  # pyright: ignore[reportArgumentType]
@@ -98,7 +98,7 @@ class HeldCopy:
         self.plugged, self.model, self.thin, self.around = source.model, copy.model, thin, around
         self.large: Any = source.model.get_base_model()
         self.copy: Any = copy.model.get_base_model()
-        self.states = States()
+        self.states = HeldStates()
         self.norms: list[WholeNorm] = []
         self.branches: list[Any] = []
         self.handles: list[RemovableHandle] = [
@@ -137,6 +137,7 @@ class HeldCopy:
             self.rewind_norms()
 
     def rewind_norms(self) -> None:
+        """Have the norms count their calls from the first again."""
         for norm in self.norms:
             norm.calls = 0
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensor
 
 
-class States:
+class HeldStates:
     """The values of one forward pass.
 
     Attributes:
@@ -23,6 +23,7 @@ class States:
         self.recording = False
 
     def clear(self) -> None:
+        """Forget the values of the last forward pass."""
         self.large.clear()
         self.reference = None
 
@@ -43,7 +44,7 @@ class HeldLeaf:
         rows: the rows of the large leaf that the copy has; None for all.
     """
 
-    def __init__(self, states: States, path: str, rows: Tensor | None):
+    def __init__(self, states: HeldStates, path: str, rows: Tensor | None):
         self.states, self.path, self.rows = states, path, rows
 
     def record(self, _: nn.Module, args: Any, output: Tensor) -> None:
@@ -64,7 +65,7 @@ class WholeInput:
         rows: the rows of A that the copy has, where the leaf also writes the residual stream; None for all.
     """
 
-    def __init__(self, states: States, source: AdapterTensor, rows: Tensor | None):
+    def __init__(self, states: HeldStates, source: AdapterTensor, rows: Tensor | None):
         self.states, self.source, self.rows = states, source, rows
         self.path = f"{source.host} {source.tensor}"
 
@@ -94,7 +95,7 @@ class WholeCode:
         kept: the channels of x_large that the copy has.
     """
 
-    def __init__(self, states: States, source: AdapterTensor, own: AdapterTensor, kept: Tensor):
+    def __init__(self, states: HeldStates, source: AdapterTensor, own: AdapterTensor, kept: Tensor):
         self.states, self.source, self.own, self.kept = states, source, own, kept
         self.path = f"{source.host} {source.tensor}"
 

@@ -70,6 +70,7 @@ class AdapterTensor:
 
     @property
     def value(self) -> Tensor:
+        """The tensor now; a parametrized one is computed."""
         return getattr(self.owner, self.name)
 
     @property
@@ -106,6 +107,7 @@ class AdapterTensors:
         return iter(self._all)
 
     def by_key(self) -> dict[tuple[str, str, str, frozenset[str]], AdapterTensor]:
+        """`AdapterTensor.key` -> tensor."""
         return {tensor.key: tensor for tensor in self}
 
     def added(self) -> list[AdapterTensor]:
@@ -118,6 +120,7 @@ class AdapterTensors:
 
     @property
     def has_prefix(self) -> bool:
+        """Whether an adapter has a prefix, which cannot be scaled."""
         return any(axis.dim is None for tensor in self for axis in tensor.axes)
 
 
@@ -146,6 +149,7 @@ def check_plain_lora(config: Any) -> None:
 
 
 def lora_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
+    """A and B of a LoRA, leaf by leaf."""
     sites = leaf_sites(base)
     for path, module in own_modules(base):
         if isinstance(module, LoraLayer) and adapter in module.r:
@@ -173,6 +177,7 @@ def leaf_sites(model: nn.Module) -> dict[str, list[Site]]:
 
 
 def placed_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
+    """The tensors of the sub-layers of an adapter of this package."""
     for layer in tuner_layers(base):
         if adapter not in layer.sublayer_of:
             continue

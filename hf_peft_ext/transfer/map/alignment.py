@@ -54,11 +54,11 @@ def align(
     for space, of_space in pairs.items():
         x_small, x_large = (torch.cat(states) for states in zip(*of_space, strict=True))
         for side in ("read", "write"):
-            fill(projections, space, side, x_small, x_large)
+            fill_projection(projections, space, side, x_small, x_large)
 
 
 @torch.no_grad()
-def fill(
+def fill_projection(
     projections: Projections,
     space: Space,
     side: Side,

@@ -19,6 +19,7 @@ class Block(NamedTuple):
     rows_to: Tensor | None
 
     def project(self, x: Tensor) -> Tensor:
+        """The projection of its rows of the last dimension of x."""
         return self.projection(x if self.rows_from is None else x[..., self.rows_from])
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.model.structure import innermost, own_modules, stacks
-from hf_peft_ext.transfer.bridges.activations import check_weights
+from hf_peft_ext.transfer.bridges.activations import check_has_weights
 from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors, Axis, leaf_sites
 from hf_peft_ext.transfer.map.alignment import align
 from hf_peft_ext.transfer.map.parametrize import Block, Step, parametrize
@@ -68,12 +68,12 @@ def plug_tensors(
     rule = "are needed by projections that begin by least squares, and by no others"
     check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
     if batches is not None:
-        check_weights("large", large, "least squares run it")
+        check_has_weights("large", large, "least squares run it")
     layers = layer_map(depths(source.model.get_base_model()), depths(large), order)
     plugged = attach(large, {name: config_for(large, source, name, layers) for name in source.adapters})
     try:
         target = AdapterTensors(plugged)
-        connect(target, source, layers, projections)
+        parametrize_all(target, source, layers, projections)
     except ValueError:
         plugged.unload()  # pyright: ignore[reportCallIssue]
         raise
@@ -83,7 +83,9 @@ def plug_tensors(
     return target
 
 
-def connect(target: AdapterTensors, source: AdapterTensors, layers: list[int], projections: Projections) -> None:
+def parametrize_all(
+    target: AdapterTensors, source: AdapterTensors, layers: list[int], projections: Projections
+) -> None:
     """Parametrize each tensor of the large model by the corresponding one of the small model.
 
     Raises:
@@ -199,14 +201,14 @@ def steps(target: AdapterTensor, source: AdapterTensor, projections: Projections
     for axis, before in zip(target.axes, source.axes, strict=True):
         blocks: list[Block] = []
         for name, rows in axis.rows.items():
-            d_from, d_to = width(source, before, name), width(target, axis, name)
+            d_from, d_to = space_width(source, before, name), space_width(target, axis, name)
             space: Space = (name, None if name == RESIDUAL else target.layer)
             blocks.append(Block(projections.between(space, axis.side, d_from, d_to), before.rows[name], rows))
         found.append(Step(axis.dim, axis.size(target.value), blocks))
     return found
 
 
-def width(tensor: AdapterTensor, axis: Axis, space: str) -> int:
+def space_width(tensor: AdapterTensor, axis: Axis, space: str) -> int:
     """The number of a tensor's indices along an axis that belong to a space."""
     rows = axis.rows[space]
     return axis.size(tensor.value) if rows is None else len(rows)

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_peft_ext.pruning.channels import RESIDUAL as RESIDUAL
 from hf_peft_ext.validation.checks import check, check_count
 
 Side = Literal["read", "write"]
 Init = Literal["orthogonal", "slice", "least_squares"]
 Order = Literal["interleaved", "tiled"]
 Space = tuple[str, int | None]  # "residual" and None, or a space inside a layer ("query", "ffn") and the layer
-
-RESIDUAL = "residual"
 
 
 class Dense(nn.Module):
@@ -118,6 +117,7 @@ class Projections(nn.Module):
 
 
 def key_of(space: Space, side: Side) -> str:
+    """The name of a side of a space in `Projections.of`."""
     name, layer = space
     return f"{name}_{side}" if layer is None else f"{name}_{layer}_{side}"
 
@@ -154,7 +154,7 @@ def layer_map(small: list[int], large: list[int], order: Order = "interleaved") 
     rule = f"must be as many stacks of layers as the large model has, {len(large)}"
     check("small", small, len(small) == len(large), rule)
     layers: list[int] = []
-    for first, (n_small, n_large) in zip(starts(small), zip(small, large, strict=True), strict=True):
+    for first, (n_small, n_large) in zip(first_layers(small), zip(small, large, strict=True), strict=True):
         check_count("depth", n_small)
         source: Callable[[int], int] = (
             (lambda i, n=n_small, m=n_large: i * n // m) if order == "interleaved" else (lambda i, n=n_small: i % n)
@@ -163,6 +163,6 @@ def layer_map(small: list[int], large: list[int], order: Order = "interleaved") 
     return layers
 
 
-def starts(depths: list[int]) -> list[int]:
+def first_layers(depths: list[int]) -> list[int]:
     """The index of the first layer of each stack."""
     return [sum(depths[:i]) for i in range(len(depths))]

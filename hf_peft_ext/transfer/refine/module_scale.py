@@ -36,6 +36,7 @@ def at_scale(tensors: AdapterTensors, scale: float) -> Iterator[None]:
 
 @torch.no_grad()
 def scale_by(tensors: Sequence[AdapterTensor], scale: float) -> None:
+    """Multiply tensors by a number, in place."""
     for tensor in tensors:
         tensor.value.mul_(scale)
 

@@ -39,30 +39,31 @@ def record_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 def rows_fingerprint(rows: Sequence[Row], names: Iterable[str]) -> str:
     """The digest of these fields of rows, in their order."""
     fields = list(names)
-    return digest(json.dumps([[row.get(name) for name in fields] for row in rows], default=to_json).encode())
+    return digest_of(json.dumps([[row.get(name) for name in fields] for row in rows], default=json_value).encode())
 
 
 def adapter_config_fingerprint(small: nn.Module, config: PeftConfig | None) -> str:
     """The digest of the config for a small model; of an empty one if the model has an adapter."""
     fields = {} if config is None or isinstance(small, PeftModel) else config.to_dict()
     fields = {name: value for name, value in fields.items() if name != "peft_version"}
-    return digest(json.dumps(fields, default=to_json, sort_keys=True).encode())
+    return digest_of(json.dumps(fields, default=json_value, sort_keys=True).encode())
 
 
 def model_fingerprint(model: nn.Module, adapters: AdapterTensors | None = None) -> str:
     """The digest of a model's adapters, and of rows from all over its token embedding."""
     embedding: Any = innermost(bare(model).get_input_embeddings())
     tensors = [embedding.weight[:: max(1, len(embedding.weight) // SAMPLED)]]
-    return digest(*map(bytes_of, [*tensors, *(tensor.value for tensor in adapters or ())]))
+    return digest_of(*map(bytes_of, [*tensors, *(tensor.value for tensor in adapters or ())]))
 
 
-def digest(*parts: bytes) -> str:
+def digest_of(*parts: bytes) -> str:
+    """The BLAKE2b digest of bytes, 16 hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=8)
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
 
 
-def to_json(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value for JSON: sets sorted, numbers of a tensor or an array."""
     return sorted(value) if isinstance(value, set) else value.tolist() if hasattr(value, "tolist") else str(value)

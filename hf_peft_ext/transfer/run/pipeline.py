@@ -26,7 +26,7 @@ from hf_peft_ext.transfer.map.projections import Projections
 from hf_peft_ext.transfer.refine.distillation import decide
 from hf_peft_ext.transfer.refine.mezo import add_layer_scales
 from hf_peft_ext.transfer.refine.module_scale import at_scale, choose_scale, scale_by
-from hf_peft_ext.transfer.refine.training_loop import Advance, fit, refine
+from hf_peft_ext.transfer.refine.stage_training import Advance, fit, refine
 from hf_peft_ext.transfer.run.result import Measured, PlugInResult
 from hf_peft_ext.transfer.run.settings import PlugInSettings
 from hf_peft_ext.transfer.run.task import Row, Task
@@ -54,6 +54,7 @@ class Stages:
 
     @property
     def training_rows(self) -> list[Row]:
+        """The rows that bridge and refinement train on."""
         return [*self.rows, *self.soft_labels]
 
     def small(self, model: nn.Module, config: PeftConfig | None) -> AdapterTensors:
@@ -97,6 +98,7 @@ class Stages:
         return tensors
 
     def train_in_bridge(self, plugged: AdapterTensors, thin: PrunedModel) -> None:
+        """Train the plugged adapter in the bridge of the settings."""
         s, rows = self.settings, self.training_rows
         steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
         with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
@@ -162,16 +164,19 @@ class Stages:
         return result
 
     def measure(self, tensors: AdapterTensors, dev: Sequence[Row], test: Sequence[Row]) -> PlugInResult:
+        """Choose the scale on `dev`; measure base and plugged model on `test`."""
         scale, tried = choose_scale(tensors, self.task, dev, self.settings.scales)
         base, plugged = (self.measure_at(tensors, factor, test) for factor in (0.0, scale))
         return PlugInResult.of(base, plugged, scale, tried, self.settings.seed)
 
     def measure_at(self, tensors: AdapterTensors, scale: float, rows: Sequence[Row]) -> Measured:
+        """Measure the model with its adapter at a scale."""
         with at_scale(tensors, scale):
             return Measured.of(self.task.scores(tensors.model, rows), self.task.answers(rows))
 
     @contextmanager
     def bar(self, name: str, steps: int) -> Iterator[Advance]:
+        """A progress bar; yields the function that advances it by a step."""
         task = self.bars.add_task(name, total=steps)
         yield lambda: self.bars.advance(task)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.ranking.packing import bare
-from hf_peft_ext.transfer.bridges.activations import check_weights
+from hf_peft_ext.transfer.bridges.activations import check_has_weights
 from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
 from hf_peft_ext.transfer.map.plug import check_no_adapter, depths
 from hf_peft_ext.transfer.map.projections import Order, layer_map
@@ -145,7 +145,7 @@ def check_models(
         rule = "must be one, whose scale is chosen; `plug` carries several, `add_weighted_adapter` merges LoRAs"
         check("active_adapters", active, len(active) == 1, rule)
     check_no_adapter(large)
-    check_weights("large", large, "its answers are measured")
+    check_has_weights("large", large, "its answers are measured")
     layer_map(depths(bare(small)), depths(large), order)
     for name, model in (("small", small), ("large", large)):
         embedding: Any = innermost(bare(model).get_input_embeddings())

@@ -97,6 +97,11 @@ class PlugInResult:
     def of(
         cls, base: Measured, plugged: Measured, scale: float, tried: dict[float, float], seed: int = 0
     ) -> "PlugInResult":
+        """The result with the interval of its gain.
+
+        Args:
+            seed: of the bootstrap; the rest as in the class.
+        """
         low, high = gain_interval(base.correct, plugged.correct, seed)
         return cls(base, plugged, scale, tried, low, high)
 

@@ -127,6 +127,7 @@ class Ranking(Task):
 
 
 def padded(rows: Sequence[list[int]], value: int) -> Tensor:  # shape: (rows, length)
+    """Rows padded on the right with a value."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
@@ -155,6 +156,7 @@ class Classification(Task):
             return [score.cpu() for part in parts for score in self.log_probabilities(model, part)]
 
     def inputs(self, model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The texts of rows, tokenized and padded, on the model's device."""
         texts = [row["text"] for row in rows]
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         return {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}

@@ -19,7 +19,7 @@ from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.tuners.ia3.target_modules import module_names
 from hf_peft_ext.validation.checks import check, check_names
 
-SITES = ("key", "value", "ffn_output")
+TFEW_TARGETS = ("key", "value", "ffn_output")
 
 
 @dataclass
@@ -48,13 +48,13 @@ class TFewConfig(NamedFields, IA3Config):
         ValueError: a field is unknown, or its value breaks a rule.
     """
 
-    targets: Sequence[str] = field(default=SITES, metadata={"help": "What is scaled."})
+    targets: Sequence[str] = field(default=TFEW_TARGETS, metadata={"help": "What is scaled."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Target -> modules."})
 
     def __post_init__(self) -> None:
         extend_peft()
-        targets = (*SITES, "cross_key", "cross_value")
+        targets = (*TFEW_TARGETS, "cross_key", "cross_value")
         self.targets = check_names("targets", self.targets, targets)
         for name in ("target_modules", "feedforward_modules"):
             rule = "must be None: TFewConfig finds the modules; say where they are by `sites`, or use IA3Config"
@@ -80,14 +80,14 @@ def meet(model: nn.Module, config: IA3Config) -> tuple[IA3Config, dict[str, Tens
     is copied first.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: as `resolve_targets`.
     """
     asked = asked_by(config) or config
     if not isinstance(asked, TFewConfig):
         return config, {}
     heads = config.modules_to_save and list(config.modules_to_save)  # peft adds to the list
     asked = replace(asked, modules_to_save=heads, inference_mode=config.inference_mode)
-    resolved, kept = resolve(model, asked)
+    resolved, kept = resolve_targets(model, asked)
     if isinstance(config, TFewConfig):
         become(config, resolved, asked)
         return config, kept
@@ -106,7 +106,7 @@ class Resolved(NamedTuple):
     kept: dict[str, Tensor]
 
 
-def resolve(model: nn.Module, config: TFewConfig) -> Resolved:
+def resolve_targets(model: nn.Module, config: TFewConfig) -> Resolved:
     """The adapter of a config on a model, which is not changed.
 
     Args:

@@ -14,7 +14,7 @@ def module_names(outputs: Sequence[str], inputs: Sequence[str], others: Iterable
         others: the paths of the model's other modules.
     """
     targets = _find_minimal_target_modules([*outputs, *inputs], {*others})
-    feedforward = _find_minimal_target_modules(inputs, {*others, *outputs}) if inputs else set()
+    feedforward = _find_minimal_target_modules({*inputs}, {*others, *outputs}) if inputs else set()
     # peft compares `feedforward_modules` letter by letter: "proj" is an ending of "k_proj" too
     if any(path.endswith(tuple(feedforward)) for path in outputs):
         feedforward = set(inputs)

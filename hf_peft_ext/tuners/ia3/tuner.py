@@ -10,7 +10,7 @@ import torch
 from peft.tuners.ia3.layer import IA3Layer, _ConvNd
 from torch import Tensor, nn
 
-from hf_peft_ext.attach.mixed_batch import check_names, check_unmerged, each_row, mixed_batch
+from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, each_row, mixed_batch
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.tuners.ia3.config import meet
 
@@ -22,7 +22,7 @@ class IA3Model(peft.IA3Model):
         """Attach an adapter. With a `TFewConfig`, every error is raised before the model is changed.
 
         Raises:
-            ValueError: see `tuners.ia3.config.resolve`.
+            ValueError: see `tuners.ia3.config.resolve_targets`.
         """
         self.peft_config[adapter_name], kept = meet(model, cast(Any, self.peft_config[adapter_name]))
         keep_4bit_trainable(model)
@@ -38,7 +38,7 @@ class IA3Model(peft.IA3Model):
         if names is None:
             yield
             return
-        check_names(names, self.peft_config)
+        check_adapter_names(names, self.peft_config)
         layers = {path: m for path, m in self.model.named_modules() if isinstance(m, IA3Layer)}
         check_unmerged(layers.values())
         self._check_not_recomputed()

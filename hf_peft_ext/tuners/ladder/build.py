@@ -18,9 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_peft_ext.model.structure import covers, innermost, own_modules, stacks
+from hf_peft_ext.model.sites import input_embeddings
+from hf_peft_ext.model.structure import covers, own_modules, stacks
 from hf_peft_ext.pruning import Importance, pruned_config, pruned_copy
-from hf_peft_ext.pruning.sizes import refuse
+from hf_peft_ext.pruning.sizes import refuse_pruning
 from hf_peft_ext.tuners.ladder.forward import check_forward
 from hf_peft_ext.tuners.ladder.layer import Role
 from hf_peft_ext.tuners.ladder.network import SideNetwork, backbones, cut_depth
@@ -84,17 +85,17 @@ def backbone_roles(model: PreTrainedModel, hosts: Mapping[str, PreTrainedModel])
     """
     blocks = list(stacks(model))
     if not blocks:
-        refuse(model, "no supported transformer blocks were found")
+        refuse_pruning(model, "no supported transformer blocks were found")
     if len(hosts) != len(blocks) or len(hosts) > 1 + bool(model.config.is_encoder_decoder):
-        refuse(model, f"it has {len(blocks)} stacks of blocks in {len(hosts)} backbones, expected one or an encoder "
-                      "and its decoder")  # fmt: skip
+        counts = f"{len(blocks)} stacks of blocks in {len(hosts)} backbones"
+        refuse_pruning(model, f"it has {counts}, expected one or an encoder and its decoder")
     for host in hosts.values():
-        embedding = innermost(host.get_input_embeddings())
+        embedding = input_embeddings(host)
         if not isinstance(embedding, (nn.Embedding, AuxiliaryTrainingWrapper)):  # or one that another adapter trains
-            refuse(model, f"{type(host).__name__} embeds no tokens")
+            refuse_pruning(model, f"{type(host).__name__} embeds no tokens")
     depth = getattr(model.config, "num_hidden_layers", None)
     if len(hosts) == 1 and not model.config.is_encoder_decoder and depth not in (None, len(blocks[0][1])):
-        refuse(model, f"it shares {len(blocks[0][1])} blocks among its {depth} layers")
+        refuse_pruning(model, f"it shares {len(blocks[0][1])} blocks among its {depth} layers")
     return ("alone",) if len(hosts) == 1 else ("encoder", "decoder")
 
 

@@ -18,7 +18,7 @@ from hf_peft_ext.tuners.ladder.forward import Steps, enter, leave, not_checkpoin
 from hf_peft_ext.tuners.ladder.network import SideNetwork
 from hf_peft_ext.validation.checks import check
 
-NAME = "ladder"  # among the children of the backbone's first block
+CHILD = "ladder"  # among the children of the backbone's first block
 LEFT_OUT = ("output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHES)
 
 Role = Literal["alone", "encoder", "decoder"]
@@ -54,7 +54,7 @@ class Ladder(nn.Module, BaseTunerLayer):
         self._path, blocks = next(stacks(host))
         self._names = list(inspect.signature(host.forward).parameters)
         self._handles: list[RemovableHandle] = [block.register_forward_hook(record_output) for block in blocks]
-        enter(host, f"{self._path}.0.{NAME}")
+        enter(host, f"{self._path}.0.{CHILD}")
 
     def get_base_layer(self) -> nn.Module:
         """The backbone."""
@@ -91,7 +91,7 @@ class Ladder(nn.Module, BaseTunerLayer):
         for handle in self._handles:
             handle.remove()
         leave(host)
-        delattr(host.get_submodule(f"{self._path}.0"), NAME)
+        delattr(host.get_submodule(f"{self._path}.0"), CHILD)
 
     @property
     def acting(self) -> str | None:
@@ -176,7 +176,7 @@ class Ladder(nn.Module, BaseTunerLayer):
 def beside(block: Any) -> Callable[..., Tensor]:
     """The ladder of a block, as a function. If FSDP2 has sharded the block, the call gathers its weights first."""
     if not isinstance(block, FSDPModule):
-        return getattr(block, NAME)
+        return getattr(block, CHILD)
     if "run_ladder" not in vars(block):
         vars(block)["run_ladder"] = types.MethodType(run_ladder, block)
         register_fsdp_forward_method(cast(nn.Module, block), "run_ladder")
@@ -185,4 +185,4 @@ def beside(block: Any) -> Callable[..., Tensor]:
 
 def run_ladder(block: Any, *args: Any) -> Tensor:
     """Run the ladder of a block; a method of blocks that FSDP2 has sharded."""
-    return getattr(block, NAME)(*args)
+    return getattr(block, CHILD)(*args)

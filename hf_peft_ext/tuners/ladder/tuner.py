@@ -15,7 +15,7 @@ from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import Importance
 from hf_peft_ext.pruning.pruned_config import Reduce
 from hf_peft_ext.tuners.ladder.build import side_networks
-from hf_peft_ext.tuners.ladder.layer import NAME, Ladder
+from hf_peft_ext.tuners.ladder.layer import CHILD, Ladder
 from hf_peft_ext.validation.checks import check, check_positive
 
 
@@ -120,9 +120,9 @@ class LadderModel(AdapterTuner):
         parameter_name: str | None = None,
     ) -> None:
         side = self._sides[current_key]
-        if not hasattr(target, NAME):
-            target.add_module(NAME, Ladder(side.host, side.role))
-        getattr(target, NAME).put(adapter_name, side.network, side.kept)
+        if not hasattr(target, CHILD):
+            target.add_module(CHILD, Ladder(side.host, side.role))
+        getattr(target, CHILD).put(adapter_name, side.network, side.kept)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter the active one.

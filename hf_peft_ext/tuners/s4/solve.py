@@ -38,7 +38,7 @@ def solve(
     placeable = {layer: [s for s in strategies if layer in costs.of[s]] for layer, strategies in assigned.items()}
     placeable = {layer: strategies for layer, strategies in placeable.items() if strategies}
     wanted = budget * costs.parameters
-    due = targets(costs, placeable, shares, wanted)
+    due = layer_targets(costs, placeable, shares, wanted)
     sizes: dict[int, dict[str, int]] = {}
     carried = 0.0
     for layer in sorted(placeable):
@@ -50,7 +50,7 @@ def solve(
     return sizes
 
 
-def targets(
+def layer_targets(
     costs: Costs, assigned: Mapping[int, Sequence[str]], shares: Mapping[int, float], wanted: float
 ) -> dict[int, float]:
     """Parameters due to each layer: its share, but at least the smallest sizes of its strategies.
