@@ -1,6 +1,6 @@
 """Lets peft load adapters of this package in programs that do not import it.
 
-peft finds out a method by the name in adapter_config.json, and knows ours only once `hf_peft_ext` is imported. Without
+peft looks up the method that adapter_config.json names, and finds ours only after `hf_peft_ext` is imported. Without
 that import, loading ends in `KeyError: 'UNIPELT'`. `install_autoload()` writes two small files into the environment's
 site-packages; from then on, importing peft there imports this package too.
 """
@@ -67,7 +67,7 @@ def install_autoload(directory: str | Path | None = None) -> list[Path]:
 
 
 def uninstall_autoload(directory: str | Path | None = None) -> None:
-    """Take back `install_autoload`."""
+    """Undo `install_autoload`."""
     site = Path(directory or sysconfig.get_path("purelib"))
     for suffix in (".py", ".pth"):
         (site / f"{MODULE}{suffix}").unlink(missing_ok=True)

@@ -1,17 +1,17 @@
-"""The papers behind the methods: the one source of citations for cards and documentation."""
+"""The papers of the methods, for citations in cards and documentation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper, with what a citation needs.
+    """A paper and its citation.
 
     Args:
         title: its title.
-        arxiv: its arXiv identifier, or nothing.
-        bibtex: its entry.
-        page: where it is, if not there.
+        arxiv: its arXiv identifier, or "".
+        bibtex: its BibTeX entry.
+        page: its address, if it is not on arXiv.
     """
 
     title: str
@@ -26,7 +26,7 @@ class Paper:
 
 
 def paper(key: str, title: str, authors: str, venue: str, year: int, arxiv: str = "", page: str = "") -> Paper:
-    """A paper whose BibTeX entry is made of its fields."""
+    """A paper, with a BibTeX entry made from the arguments."""
     entry = {"title": title, "author": authors, "booktitle": venue, "year": str(year)}
     entry |= {"eprint": arxiv, "archivePrefix": "arXiv"} if arxiv else {"url": page}
     lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items())

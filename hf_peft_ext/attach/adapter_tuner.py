@@ -1,4 +1,4 @@
-"""Base of the tuners of this package: names of adapters, and which tensors of a model and a file are an adapter's."""
+"""Base of this package's tuners: adapter names, and the tensors of an adapter in a model and in a file."""
 
 import re
 from typing import Any, ClassVar
@@ -13,12 +13,12 @@ from hf_peft_ext.attach.checked_loading import check_complete
 from hf_peft_ext.validation.checks import check
 
 ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
-# Containers of peft whose keys are the names of adapters: modules and rows of embeddings that are trained.
+# peft's containers of modules and embedding rows that are trained whole, by adapter name.
 TRAINED_WHOLE = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")
 
 
 class AdapterTuner(BaseTuner):
-    """A tuner whose layers hold what belongs to an adapter in one `ModuleDict`, by the adapter's name.
+    """A tuner whose layers hold the modules of all adapters in one `ModuleDict`, by adapter name.
 
     Attributes:
         container: name of that `ModuleDict`. It begins with `prefix`, which transformers looks for when it loads.
@@ -45,10 +45,10 @@ class AdapterTuner(BaseTuner):
         *args: Any,
         **kw: Any,
     ) -> dict[str, Tensor]:
-        """The tensors of an adapter out of `state_dict`, or out of the model where they are missing there.
+        """The tensors of an adapter from `state_dict`, or from the model where they are missing there.
 
-        peft drops every key in which the name of another adapter occurs, or none if that leaves nothing. But a name
-        may also be that of a part of the model, or of a sub-layer ("gate").
+        peft drops every key that contains the name of another adapter. But a part of the model or a sub-layer may
+        have the same name ("gate").
         """
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kw)
         mark = f".{cls.container}.{adapter_name}"
@@ -66,22 +66,21 @@ class AdapterTuner(BaseTuner):
         """The tensors of a file by their names in the model.
 
         Raises:
-            ValueError: one of them is no part of the adapter, but would overwrite another weight of the model, or is
-                not finite; or a file that is loaded lacks one, or holds one of another shape.
+            ValueError: a tensor is not part of the adapter, is not finite, or has the wrong shape; or one is missing.
         """
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned_copies(state_dict))
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, aligned_copies(state_dict))
         own = tuple(f".{part}.{adapter_name}." for part in (cls.container, *TRAINED_WHOLE))
-        others = sorted(key for key in found if not any(mark in f"{key}." for mark in own))
+        others = sorted(key for key in state if not any(mark in f"{key}." for mark in own))
         check("adapter_model", others[:3], not others, "holds tensors that are no part of the adapter")
-        real = {key: value for key, value in found.items() if value.is_floating_point() and not value.is_meta}
+        real = {key: value for key, value in state.items() if value.is_floating_point() and not value.is_meta}
         broken = [key for key, value in real.items() if not value.isfinite().all()]
         check("adapter_model", broken[:3], not broken, "holds weights that are not finite")
-        check_complete(cls, model, adapter_name, found)
-        return found
+        check_complete(cls, model, adapter_name, state)
+        return state
 
 
 def check_adapter_name(name: str) -> None:
-    """Refuse names that cannot be a key of a module, or lead out of a folder, where peft saves the adapter."""
+    """Refuse names that cannot be a key of a module, or would lead out of the folder that peft saves to."""
     rule = "must have 1 to 200 characters, without dots, slashes, backslashes and control characters"
     check("adapter_name", name, bool(ADAPTER_NAME.fullmatch(name)), rule)
     rule = "is an attribute of torch's ModuleDict; take another"
@@ -89,16 +88,14 @@ def check_adapter_name(name: str) -> None:
 
 
 def aligned_copies(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the tensors of a file: mapped from it they lie at odd addresses, where matrix products differ in the
-    last bit.
-    """
+    """Copies of a file's tensors. Memory-mapped tensors may be unaligned, which changes the last bit of products."""
     return {key: value.clone() for key, value in state_dict.items()}
 
 
 def unload_auxiliary(
     tuner: BaseTuner, merge: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
 ) -> None:
-    """Take off what peft has put around modules that are saved whole, and its config if no other tuner is left."""
+    """Remove peft's wrappers of modules that are saved whole, and its config if no other tuner is left."""
     for path, module in list(tuner.model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             parent, _, name = _get_submodules(tuner.model, path)

@@ -1,21 +1,21 @@
-"""Configs that are changed in place when they meet a model, since peft goes on with the object that it was given.
+"""Configs that are changed in place for a model, since peft keeps using the object that it received.
 
-Such a config remembers what it asked for. The next model that it is given to gets a config of its own, made from that.
+Such a config remembers its original. A second model gets its own config, made from that original.
 """
 
 from typing import Any
 
-ASKED = "_asked"  # attribute of a config; no field, so it is not saved
+ASKED = "_asked"  # attribute of a config; not a field, so it is not saved
 
 
 def asked_by(config: Any) -> Any | None:
-    """What a config asked for before it was changed; None if it was not, or is the copy of one that was."""
+    """The original of a config that was changed; None if it was not, or is a copy of one that was."""
     owner, asked = vars(config).get(ASKED, (None, None))
     return asked if owner == id(config) else None
 
 
 def become(config: Any, found: Any, asked: Any) -> None:
-    """Change a config, class and fields, into what it comes to on a model."""
+    """Give a config the class and fields of `found`, its form for one model, and remember the original `asked`."""
     config.__class__ = type(found)
     vars(config).clear()
     vars(config).update(vars(found))

@@ -1,4 +1,4 @@
-"""What the configs of all methods share: peft's fields, the checks, and the way to placements."""
+"""Base classes of the configs: peft's fields, checks, and the list of placements."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +19,7 @@ from hf_peft_ext.validation.suggestions import did_you_mean
 class UnknownField(ValueError, TypeError):
     """A config has no such field.
 
-    A TypeError too, with Python's words for it, by which peft knows a file of a later version: it drops the field and
+    Also a TypeError with Python's wording, by which peft recognises a file of a later version: it drops the field and
     warns.
     """
 
@@ -31,7 +31,7 @@ class UnknownField(ValueError, TypeError):
 
 @dataclass
 class NamedFields:
-    """Refuses fields that a config does not have, with a guess at the one that was meant."""
+    """Refuses unknown fields, and suggests the nearest one."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         for name in sorted(kwargs.keys() - {f.name for f in fields(cls)}):
@@ -41,7 +41,7 @@ class NamedFields:
 
 @dataclass
 class RegisteredConfig(NamedFields, PeftConfig):
-    """Base of the configs of this package's own PEFT types: what every one has, and how their files are read.
+    """Base of the configs of this package's own PEFT types.
 
     Args:
         modules_to_save: modules trained and saved whole, such as a classification head.
@@ -64,6 +64,11 @@ class RegisteredConfig(NamedFields, PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: the weights beside the config are a pickle, or the config breaks a rule.
+        """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         pickled = (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
         check("path", str(folder), not pickled, f"holds its weights as a pickle, {WEIGHTS_NAME}, which is not loaded")
@@ -71,11 +76,15 @@ class RegisteredConfig(NamedFields, PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        given = read_json(path_json_file)
-        said = {key: value for key, value in given.items() if says_something(key, value)}
-        unknown = {key: value for key, value in said.items() if key not in {f.name for f in fields(cls)}}
-        # peft drops those of a later version, and warns
-        return unknown | known_fields(cls, {key: value for key, value in said.items() if key not in unknown})
+        """The fields in a file, with their types checked.
+
+        Raises:
+            ValueError: the file is not a JSON object, or a value has the wrong type.
+        """
+        values = {key: value for key, value in read_json(path_json_file).items() if says_something(key, value)}
+        unknown = values.keys() - {f.name for f in fields(cls)}  # peft drops fields of a later version, and warns
+        checked = known_fields(cls, {key: value for key, value in values.items() if key not in unknown})
+        return {key: values[key] for key in unknown} | checked
 
     def __post_init__(self) -> None:
         extend_peft()
@@ -86,7 +95,7 @@ class RegisteredConfig(NamedFields, PeftConfig):
         check("target_parameters", self.target_parameters, not self.target_parameters, rule)
 
     def to_placements(self) -> list[Placement]:
-        """The method, as placements; none where it is not made of sub-layers."""
+        """The placements of the method; empty if it is not made of sub-layers."""
         return []
 
 
@@ -97,16 +106,16 @@ class PlacedConfig(RegisteredConfig):
     Args:
         target_modules: the leaves that carry the low-rank branch, as in `peft.LoraConfig` (a regular expression, a
             list of endings or "all-linear"); None for the sites that the method names. Methods without one refuse it.
-        exclude_modules: modules to leave alone, named in the same way.
+        exclude_modules: modules to leave unchanged, named in the same way.
         layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for all.
-        sites: for models whose structure is not understood: site name -> modules, named as in `target_modules`.
+        sites: for models whose structure is not recognised: site name -> modules, named as in `target_modules`.
 
     Raises:
         ValueError: a field is unknown, or its value breaks a rule.
     """
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Leaves of the low-rank branch."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave unchanged."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Site name -> modules."})
 
@@ -116,8 +125,8 @@ class PlacedConfig(RegisteredConfig):
             self.target_modules = sorted(self.target_modules)
         self.layers_to_transform = layer_list(self.layers_to_transform)
         for name in self.sites or {}:
-            known = [site for sites in SITES.values() for site in sites]
-            check("sites", name, name.removeprefix("cross_") in known, f"must name sites: {', '.join(known)}")
+            allowed = [site for sites in SITES.values() for site in sites]
+            check("sites", name, name.removeprefix("cross_") in allowed, f"must name sites: {', '.join(allowed)}")
         placements = self.to_placements()
         low_rank = any(p.sublayer == "low_rank" for p in placements)
         rule = f"names leaves for a low-rank branch, which {type(self).__name__} does not have here; see `sites`"
@@ -125,10 +134,10 @@ class PlacedConfig(RegisteredConfig):
 
     @abstractmethod
     def to_placements(self) -> list[Placement]:
-        """The method, as placements."""
+        """The placements of the method."""
 
     def resolved(self, model: nn.Module) -> "PlacedConfig":
-        """The config for this model. Only methods whose sizes depend on the model have another one than this."""
+        """The config for this model. It is another one only where sizes depend on the model."""
         return self
 
     def stored(self) -> "PlacedConfig":
@@ -136,6 +145,7 @@ class PlacedConfig(RegisteredConfig):
         return self
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `stored()`, as `PeftConfig.save_pretrained` does."""
         stored = self.stored()
         if stored is self:
             super().save_pretrained(save_directory, **kwargs)
@@ -179,6 +189,7 @@ class PrefixedConfig(PlacedConfig):
         super().__post_init__()
 
     def prefix(self, gate: Any = None) -> Placement:
+        """The placement of the prefix."""
         hidden = self.encoder_hidden_size if self.prefix_projection else None
         options = {"num_virtual_tokens": self.num_virtual_tokens, "encoder_hidden_size": hidden}
         return Placement("prefix", "attention", gate=gate, options=options)
@@ -189,7 +200,7 @@ class PrefixedConfig(PlacedConfig):
 
 @dataclass
 class ComposedConfig(PlacedConfig):
-    """A method of one's own: any sub-layers at any sites.
+    """A custom method: any sub-layers at any sites.
 
     Args:
         placements: the sub-layers (`Placement`, or dictionaries with its fields).

@@ -1,4 +1,4 @@
-"""Read the gates of a model, or fix them."""
+"""Read or fix the gates of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +41,7 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
         ValueError: no active adapter of the model has a gate, or the batch mixes adapters.
     """
     found = gates(model)
-    check("batch", sorted(batch), "adapter_names" not in batch, "must not mix adapters; set the adapter to look at")
+    check("batch", sorted(batch), "adapter_names" not in batch, "must not mix adapters; activate one adapter instead")
     check("model", type(model).__name__, bool(found), "has no active adapter with gates")
     values: dict[str, Tensor] = {}
 

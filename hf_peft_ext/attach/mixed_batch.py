@@ -1,4 +1,4 @@
-"""Batches that mix adapters: what `adapter_names` must be, and how the modules of a model get to know it."""
+"""Batches that mix adapters: checks of `adapter_names`, and how they reach the modules of a model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ INPUTS = (
 
 
 def check_adapter_names(names: Sequence[str], adapters: Iterable[str]) -> None:
-    """Refuse `adapter_names` that hold no name, or one that is no adapter of the model."""
+    """Refuse `adapter_names` that are no list, or that hold a name without an adapter."""
     check("adapter_names", names, not isinstance(names, str), "must be a list of names, one for each row")
     unknown = set(names) - {"__base__", *adapters}
     if unknown:
@@ -30,12 +30,13 @@ def check_adapter_names(names: Sequence[str], adapters: Iterable[str]) -> None:
 
 
 def check_unmerged(layers: Iterable[Any]) -> None:
+    """Refuse mixed batches while adapters are merged."""
     if any(layer.merged for layer in layers):
         raise ValueError("`adapter_names` cannot be used while adapters are merged; unmerge them first.")
 
 
 def check_rows(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Refuse `adapter_names` that are not one for each row of a batch.
+    """Refuse `adapter_names` unless there is one for each row of a batch.
 
     Returns:
         Whether the batch is among the arguments.
@@ -54,7 +55,7 @@ def check_rows(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, A
 def each_row(names: Sequence[str], rows: int) -> list[str]:
     """The adapter of each of the rows that a module reads.
 
-    Beam search and modules that flatten tokens make several rows of one; they lie side by side.
+    Beam search and modules that flatten tokens repeat each row; its copies are adjacent.
     """
     return [name for name in names for _ in range(rows // len(names))]
 
@@ -65,18 +66,18 @@ def mixed_batch(
 ) -> Iterator[None]:
     """Within, each row of a batch goes through its own adapter.
 
-    The number of names is checked at once where the batch is among the arguments, else (`PeftModelFor...` keeps it to
-    itself) when the base model is called. Modules of `modules_to_save` use for each row the copy of its adapter.
+    The number of names is checked at once if the batch is among the arguments, else when the base model is called
+    (`PeftModelFor...` passes only names). Modules in `modules_to_save` use each row's own copy.
 
     Args:
         model: the base model.
         names: the adapter of each row.
-        args, kwargs: what is known of the arguments of the base model.
+        args, kwargs: the arguments of the base model, as far as they are available.
 
     Raises:
         ValueError: there are more or fewer names than rows.
     """
-    mine = list(names)  # other threads may have batches of their own, and hooks of their own, on the same modules
+    mine = list(names)  # other threads may have their own batches and hooks on the same modules
 
     def check_call(module: nn.Module, args: Any, kwargs: Any) -> None:
         if FORWARD.row_adapters is mine:
@@ -87,7 +88,7 @@ def mixed_batch(
             return args, kwargs
         return args, {**kwargs, "adapter_names": each_row(mine, len(hidden_states(args, kwargs)))}
 
-    # behind this check, generation may make several rows of one (beams)
+    # after this check, generation may repeat rows (beams)
     checked = check_rows(mine, args, kwargs)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [wrapper.register_forward_pre_hook(pass_names, with_kwargs=True) for wrapper in wrappers]

@@ -1,6 +1,6 @@
-"""A placement says which sub-layer sits at which site of which layers, and whether a gate scales it.
+"""Placements: which sub-layer goes to which site of which layers, and whether a gate scales it.
 
-Every method of this package is a list of placements; `ComposedConfig` takes such a list as it is.
+Every method of this package is a list of placements; `ComposedConfig` takes such a list directly.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from hf_peft_ext.validation.checks import check, check_count, check_dropout, che
 
 GatePooling = Literal["auto", "mean", "mean_padded", "token"]
 
-# Which sites a sub-layer can sit at. "attention", "query" and so on cover self- and cross-attention; the `cross_`
+# The sites that a sub-layer can have. "attention", "query" and so on cover self- and cross-attention; the `cross_`
 # forms name cross-attention alone.
 LEAF_SITES = ("query", "key", "value", "mixer_input", "attention_output", "ffn_input", "ffn_gate", "ffn_output")
 SITES: dict[str, tuple[str, ...]] = {
@@ -26,7 +26,7 @@ SITES: dict[str, tuple[str, ...]] = {
     "prefix": ("attention",),
     "bias": ("bias",),
 }
-# The arguments of a sub-layer that a user sets; the model gives the others.
+# The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
@@ -41,14 +41,14 @@ class Placement:
 
     Args:
         sublayer: "bottleneck", "low_rank", "prefix" or "bias".
-        site: where it sits (`SITES` lists what goes where):
+        site: its site (`SITES` lists those of each sub-layer):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
-              "after_residual" (sequential, reads what the block has after residual and norm), "parallel_attention",
+              "after_residual" (sequential, reads the block's output after residual and norm), "parallel_attention",
               "parallel_ffn", "parallel_residual" (beside the FFN too, but reads the residual stream in front of the
               FFN's norm; only in models that have one there);
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
-              "mixer_input", the projection that stands for "query", "key" and "value" in layers without attention
-              (Mamba's `in_proj`), where a branch at one of these goes as well;
+              "mixer_input", the input projection of layers without attention (Mamba's `in_proj`), which also takes
+              branches for "query", "key" and "value";
             - prefix: "attention"; bias: "bias".
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
@@ -56,11 +56,11 @@ class Placement:
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
             `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `shift_positions`
-            (True: T5's relative positions count the prefix, as in AdapterHub's library; it is then needed in every
-            layer of a stack).
+            (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
+            then have it).
 
     Raises:
-        ValueError: a value is out of its range, or an option unknown.
+        ValueError: a value is out of range, or an option is unknown.
     """
 
     sublayer: str
@@ -91,7 +91,7 @@ class Placement:
         self._check_options()
 
     def _check_options(self) -> None:
-        # None stands for "not given" where there is another way to say it
+        # None means "not set" where another option may be set instead
         o = {key: value for key, value in self.options.items()
              if value is not None or key not in ("r", "reduction_factor", "encoder_hidden_size")}  # fmt: skip
         for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size"}:
@@ -125,7 +125,12 @@ class Placement:
 
     @classmethod
     def of(cls, value: "Placement | Mapping[str, Any]") -> "Placement":
-        """A placement from itself or from its JSON form."""
+        """A placement, given as one or as its JSON form.
+
+        Raises:
+            TypeError: `value` is neither.
+            ValueError: fields are missing or unknown.
+        """
         if isinstance(value, Placement):
             return value
         if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From placements and a model to the sites where sub-layers go, with every error found before anything changes."""
+"""Find the sites of a config's placements in a model. All errors are raised before the model is changed."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.module_patterns import matching
 
 Plan = dict[str, list[tuple[Placement, Site]]]
-QKV = ("query", "key", "value")  # a layer without attention may have one leaf for all of them
+QKV = ("query", "key", "value")  # in layers without attention one leaf may serve for all three
 
 logger: Any = logging.get_logger(__name__)
 
@@ -33,18 +33,18 @@ def plan(model: nn.Module, config: PlacedConfig) -> Plan:
         ValueError: a placement has no site, a layer does not exist, two placements meet at one site, a site's widths
             do not fit the model, or the attention implementation cannot take a prefix.
     """
-    found, missed = resolve(model, config)
-    for line in missed:
-        logger.warning(line)
-    return found
+    planned, messages = resolve(model, config)
+    for message in messages:
+        logger.warning(message)
+    return planned
 
 
 def resolve(model: nn.Module, config: PlacedConfig) -> tuple[Plan, list[str]]:
-    """The plan, and a line for each placement that does not reach some layers."""
+    """The plan, and a message for each placement that does not reach some layers."""
     sites = override_sites(model, find_sites(model), config.sites or {})
     targets = target_sites(model, config, sites)
-    left_alone = excluded(model, config)
-    found, missed = Plan(), list[str]()
+    unchanged = excluded(model, config)
+    planned, messages = Plan(), list[str]()
     n_layers = layer_count(model, sites)
     for placement in limited(config, n_layers):
         named = served(placement, sites)
@@ -52,8 +52,8 @@ def resolve(model: nn.Module, config: PlacedConfig) -> tuple[Plan, list[str]]:
             named, targets = targets, []  # one branch on each target, however many sites the method names
             if not named:
                 continue
-        elif line := unreached(placement, named, n_layers):
-            missed.append(line)
+        elif message := unreached(placement, named, n_layers):
+            messages.append(message)
         chosen = [site for site in named if placement.layers is None or site.layer in placement.layers]
         if not chosen:
             raise ValueError(
@@ -64,16 +64,16 @@ def resolve(model: nn.Module, config: PlacedConfig) -> tuple[Plan, list[str]]:
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
         check("modules_to_save", config.modules_to_save, bool(free), rule)
         for site in free:
-            if site.host not in left_alone:
+            if site.host not in unchanged:
                 check_gate(model, placement, site)
                 check_fit(model, placement, site)
-                put(found.setdefault(site.host, []), placement, site)
-    check("exclude_modules", config.exclude_modules, bool(found), "leaves no site for any sub-layer")
-    return found, missed
+                put(planned.setdefault(site.host, []), placement, site)
+    check("exclude_modules", config.exclude_modules, bool(planned), "leaves no site for any sub-layer")
+    return planned, messages
 
 
 def put(here: list[tuple[Placement, Site]], placement: Placement, site: Site) -> None:
-    """Add a placement to those of a host, unless it is there: modules may be shared by layers, leaves by roles.
+    """Add a placement to those of a host, once: layers may share a module, and roles may share a leaf.
 
     Raises:
         ValueError: another placement has put the same kind of sub-layer at the same site.
@@ -90,22 +90,22 @@ def put(here: list[tuple[Placement, Site]], placement: Placement, site: Site) ->
 
 
 def served(placement: Placement, sites: list[Site]) -> list[Site]:
-    """The sites that a placement means. Of a layer that has no leaf for a role, its mixer's input projection."""
+    """The sites of a placement. Where a layer has no leaf for a role, its mixer's input projection serves."""
     named = [site for site in sites if site.serves(placement.site)]
     if placement.sublayer == "low_rank" and placement.site in QKV:
         layers = {site.layer for site in named}
         named += [site for site in sites if site.name == "mixer_input" and site.layer not in layers]
-    elif placement.sublayer == "prefix" and placement.gate:  # kernels get packed examples one by one, but one gate
+    elif placement.sublayer == "prefix" and placement.gate:  # a gate would mix packed examples, unlike a kernel
         named = [site for site in named if site.tokens != "packed"]
     return named
 
 
 def unreached(placement: Placement, named: list[Site], n_layers: int) -> str | None:
-    """What to say of the layers that a placement asks for and has no site in; None if there are none."""
+    """A message about the layers in which a placement has no site; None if it reaches all or none of its layers."""
     reached = {site.layer for site in named}
-    asked = range(n_layers) if placement.layers is None else placement.layers
-    left = [layer for layer in asked if layer not in reached]
-    if not left or not any(layer in reached for layer in asked) or placement.site.startswith("cross_"):
+    wanted = range(n_layers) if placement.layers is None else placement.layers
+    left = [layer for layer in wanted if layer not in reached]
+    if not left or not any(layer in reached for layer in wanted) or placement.site.startswith("cross_"):
         return None
     at = "" if placement.sublayer == placement.site else f" at `{placement.site}`"
     return f"`{placement.sublayer}`{at} has no place in layers {ranges(left)} of {n_layers}; the others have it."
@@ -124,10 +124,12 @@ def limited(config: PlacedConfig, n_layers: int) -> list[Placement]:
 
 
 def layer_count(model: nn.Module, sites: list[Site]) -> int:
+    """The number of layers, by the model's blocks or by the sites that a user names."""
     return len(layer_paths(model)) or 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
 
 
 def check_layers(name: str, layers: list[int] | None, n_layers: int) -> None:
+    """Refuse indices of layers that do not exist."""
     for layer in layers or []:
         rule = f"names layer {layer}, which does not exist; this model has layers 0 to {n_layers - 1}"
         check(name, layers, 0 <= layer < max(n_layers, 1), rule)
@@ -163,7 +165,7 @@ def saved_whole(site: Site, config: PlacedConfig | IA3Config) -> bool:
 
 
 def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
-    """Refuse means over tokens where a site does not see the tokens of whole examples, or not which are padding."""
+    """Refuse gates by mean at sites that do not read whole examples, or cannot tell padding."""
     if pooling(placement, site) in ("mean", "mean_padded"):
         rule = f"cannot take means at {site.host}, which lies in no block with attention; use 'token'"
         check("gate_pooling", placement.gate, bool(site.attention), rule)
@@ -175,7 +177,7 @@ def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
 
 
 def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
-    """Refuse a site whose modules have other widths, or run in another order, than the sub-layer needs."""
+    """Refuse a site whose modules have the wrong widths or run in the wrong order for the sub-layer."""
     at = f"Architecture '{name_of(model)}' has no place for `{placement.sublayer}` at `{site.name}` of {site.host}"
     if placement.sublayer == "prefix":
         kernel_name(model.get_submodule(site.host))
@@ -192,13 +194,13 @@ def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
 
 
 def widths(module: Any) -> tuple[int | None, int | None]:
-    """What a leaf or a norm reads and gives; None for other modules."""
+    """Input and output width of a leaf or a norm; None for other modules."""
     d = len(module.weight) if is_norm(module) else None
     return leaf_size(module) or (d, d)
 
 
 def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -> None:
-    """Refuse prefixes that count positions in some layers of a stack only: T5's layers share one bias."""
+    """Refuse prefixes that shift positions in some layers of a stack only: T5's layers share one bias."""
     if placement.options.get("shift_positions"):
         hosts, stacks = {site.host for site in chosen}, {site.causal for site in chosen}
         whole = all(site.host in hosts for site in named if site.causal in stacks)
@@ -206,11 +208,12 @@ def check_counted(placement: Placement, chosen: list[Site], named: list[Site]) -
 
 
 def name_of(model: nn.Module) -> str:
+    """The model type of transformers, or the name of the class."""
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 
 def no_site_message(model: nn.Module, sublayer: str, site: str, layers: list[int] | None) -> str:
-    """What to say where a sub-layer has no site, or has sites only outside the chosen `layers`."""
+    """The error for a sub-layer that has no site, or has sites only outside the chosen `layers`."""
     if layers is not None:
         return f"`layers` (={layers}) holds no layer of this model where `{sublayer}` has its site `{site}`."
     if not layer_paths(model) or (sublayer == "prefix" and not has_attention(model)):

@@ -1,4 +1,4 @@
-"""One tuner for every method: it carries out a list of placements."""
+"""The tuner of all methods made of placements."""
 
 import warnings
 from collections.abc import Iterator
@@ -60,12 +60,12 @@ class ComposedModel(AdapterTuner):
         check_adapter_name(adapter_name)
         self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)
         target_modules = config.target_modules
-        if target_modules == "all-linear":  # to peft it means more than the leaves of the blocks
+        if target_modules == "all-linear":  # peft includes leaves outside the blocks
             config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
         keep_4bit_trainable(model)
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         before = tuner_layers(model)
-        kwargs.pop("state_dict", None)  # the placements say everything; peft would look for its own key format
+        kwargs.pop("state_dict", None)  # peft would look for keys in its own format
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -126,7 +126,7 @@ class ComposedModel(AdapterTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As `AdapterTuner` does; prefixes are saved plain, so the model's are made plain too."""
+        """As `AdapterTuner` does. Prefixes are saved plain, so those of the model are made plain first."""
         if merge_prefix_projections(model, adapter_name):
             warnings.warn(
                 "The saved prefixes are plain: the reparameterisation of this model was merged into them.",
@@ -152,10 +152,10 @@ class ComposedModel(AdapterTuner):
     # Merging and unloading
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base weights, all sub-layers or, if one cannot be folded, none.
+        """Merge adapters into the base weights: all sub-layers or, if one cannot be merged, none.
 
         Raises:
-            ValueError: a sub-layer has no weight that equals it, or `safe_merge` finds values that are not finite.
+            ValueError: a sub-layer cannot be merged, or `safe_merge` finds values that are not finite.
         """
         self._check_merge_allowed()
         names, layers = adapter_names or self.active_adapters, tuner_layers(self.model)
@@ -200,7 +200,7 @@ class ComposedModel(AdapterTuner):
 
 
 def warn_of_new_biases(model: nn.Module) -> None:
-    """Say that a merged bias is lost on saving where the model's class has none."""
+    """Warn that saving loses merged biases where the model's class has no bias."""
     if any(layer.adds_bias for layer in tuner_layers(model)):
         warnings.warn(
             "The merged model has biases that its class does not build: they work in memory, but its save_pretrained "
@@ -228,12 +228,12 @@ def merge_prefix_projections(model: nn.Module, adapter_name: str | None = None) 
         ValueError: the model has no such adapter.
     """
     layers = tuner_layers(model)
-    known = {name for layer in layers for name in layer.sublayer_of}
-    check("adapter_name", adapter_name, adapter_name in {None, *known}, f"must be one of {sorted(known)}")
-    folded = 0
+    adapters = {name for layer in layers for name in layer.sublayer_of}
+    check("adapter_name", adapter_name, adapter_name in {None, *adapters}, f"must be one of {sorted(adapters)}")
+    replaced = 0
     for layer in layers:
         for name, prefix in layer.sublayer_of.items():
             if isinstance(prefix, ProjectedPrefix) and adapter_name in (None, name):
                 layer.sublayer_of[name] = prefix.to_plain()
-                folded += 1
-    return folded
+                replaced += 1
+    return replaced

@@ -1,4 +1,4 @@
-"""The methods, each a short function from its config to placements, and the tuner that carries them out."""
+"""The methods and their registration. Each is a config that lists placements; one tuner attaches them."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""BitFit: biases alone."""
+"""BitFit: only biases are trained."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class BitFitConfig(PlacedConfig):
     """Train the biases of linear leaves and norms below the head (`sublayers.Bias`).
 
     Ben Zaken et al. 2022 (https://arxiv.org/abs/2106.10199). Where a model has none (T5, Llama), each linear leaf of
-    its blocks is given one, zero at the start. The adapter holds what is added to the base model's biases.
+    its blocks is given one, zero at the start. The adapter holds the differences from the base model's biases.
 
     Raises:
         ValueError: a value breaks a rule.

@@ -23,13 +23,13 @@ class BottleneckConfig(PlacedConfig):
     - houlsby: after attention and after the FFN, before each residual. Houlsby et al. 2019
       (https://arxiv.org/abs/1902.00751): 64 wide, GELU. The paper trains the layer norms too:
       `modules_to_save=["LayerNorm"]`, by the names that the model gives them.
-    - pfeiffer: after the FFN; reads norm(FFN + residual) and adds to what goes into that norm; in pre-norm models,
+    - pfeiffer: after the FFN; reads norm(FFN + residual) and adds to the input of that norm; in pre-norm models,
       after the residual. Pfeiffer et al. 2021 (https://arxiv.org/abs/2005.00247): d / 16 wide, ReLU.
     - parallel, scaled_parallel: beside the FFN, from its input to its output. He et al. 2022
       (https://arxiv.org/abs/2110.04366): 512 wide, ReLU, W_up zero at the start, s = 1 or 4.
 
     Args:
-        style: which of them.
+        style: the placement, with that paper's defaults.
         r: width of the bottleneck; None for the style's.
         reduction_factor: the width as d / reduction_factor, instead of `r`.
         activation: a name in transformers' `ACT2FN`; None for the style's.

@@ -12,7 +12,7 @@ class LayerPrefixConfig(PrefixedConfig):
 
     Li and Liang 2021 (https://arxiv.org/abs/2101.00190), 10 vectors as for table-to-text. Unlike peft's
     `PrefixTuningConfig`, which fills the cache, the prefix sits inside attention: it works in encoders, beside other
-    sub-layers, with any cache, and leaves positions alone. The paper trains the prefixes through a network
+    sub-layers and with any cache, and does not shift positions. The paper trains the prefixes through a network
     (`prefix_projection=True`); plain ones are the default, as in peft, since the network is not saved.
 
     Raises:

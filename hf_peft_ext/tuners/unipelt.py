@@ -1,4 +1,4 @@
-"""UniPELT: adapter, prefix and LoRA in every layer, each behind its own gate."""
+"""UniPELT: adapter, prefix and LoRA in every layer, each with its own gate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ METHODS = ("adapter", "prefix", "lora", "bitfit")
 
 @dataclass
 class UniPELTConfig(PrefixedConfig):
-    """A Pfeiffer adapter, in-attention prefixes and LoRA, each scaled by a gate of its own input.
+    """A Pfeiffer adapter, in-attention prefixes and LoRA, each scaled by a gate on its own input.
 
     Mao et al. 2022 (https://arxiv.org/abs/2110.07577), Eq. 4 to 7, with the defaults of its code: prefix length 10,
     bottleneck 48, LoRA of rank 8 and alpha 16. Where we differ:
 
-    - the code lets LoRA's gate take the place of alpha / r; here it multiplies it (`lora_alpha=r` gives the code's);
-    - the mean of the gates leaves padding out, and where attention is causal each token has its own gate
+    - in the code LoRA's gate replaces alpha / r; here it multiplies it (`lora_alpha=r` gives the code's);
+    - the mean of the gates excludes padding, and where attention is causal each token has its own gate
       (`gate_pooling`);
     - the prefixes are plain by default (`prefix_projection=True` for the code's network, 512 wide).
 
