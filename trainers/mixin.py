@@ -169,7 +169,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
 
     @property
     def gates(self) -> dict[str, float]:
-        """The means of the gates as logged last: LAYER.SUBLAYER -> mean."""
+        """The last logged means of the gates, by "LAYER.SUBLAYER"."""
         return self.gate_log.means
 
     def filled_record(self) -> TrainingRecord:

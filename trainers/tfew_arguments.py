@@ -81,7 +81,7 @@ class TFewTrainingArguments(TrainingArguments):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The losses with a weight other than 0: name in the log -> weight."""
+        """The weights other than 0, by the name of the loss in the log."""
         weights = {
             "lm_loss": self.lm_weight,
             "choice_loss": self.choice_weight,

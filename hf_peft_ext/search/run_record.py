@@ -37,7 +37,7 @@ class Run:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """Stage, constraint and model: what identifies the run in its study."""
+        """Stage, constraint and model, which identify the run in its study."""
         return self.stage, self.constraint, self.model
 
 
