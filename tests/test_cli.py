@@ -38,6 +38,12 @@ def test_importing_the_package_registers_the_methods():
     assert done.stdout.startswith("<class 'hf_peft_ext."), done.stderr
 
 
+def test_a_launcher_can_run_it_as_a_module():
+    """As `torchrun -m hf_peft_ext.cli` and `accelerate launch -m hf_peft_ext.cli` do."""
+    run = subprocess.run([sys.executable, "-m", "hf_peft_ext.cli", "--version"], capture_output=True, text=True)
+    assert run.stdout.splitlines()[0] == f"hf_peft_ext {version('hf_peft_ext')}", run.stderr
+
+
 def test_version():
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0

@@ -1,6 +1,3 @@
-"""The command line as a module of the package, for `torchrun -m hf_peft_ext.cli train ...`; see `hf_peft_ext_cli`."""
+"""The commands of `hf-peft-ext`, each in a module that is imported when it runs; `hf_peft_ext_cli` has their options."""
 
-from hf_peft_ext_cli import app
-
-if __name__ == "__main__":
-    app()
+from hf_peft_ext_cli import app as app
