@@ -165,6 +165,16 @@ def test_one_choice_has_no_choice_losses(batch):
     assert gradient.isfinite().all()
 
 
+def test_two_choices_have_a_choice_loss(batch):
+    """The fewest that an example can be ranked among: minus the log of the answer's share."""
+    logits, labels = batch
+    tokens = token_scores(logits[:2].float(), labels[:2])
+    correct, example = torch.tensor([True, False]), torch.tensor([7, 7])
+    answer, other = choice_scores(tokens)
+    expected = torch.logsumexp(torch.stack([answer, other]), 0) - answer
+    torch.testing.assert_close(choice_loss(tokens, correct, example), expected)
+
+
 def test_scores_rank_the_choices(batch):
     """Length-normalised scores are mean log-probabilities; their sum with power 0."""
     logits, labels = batch

@@ -66,6 +66,35 @@ def test_bottleneck(pooling, scaling):
     assert_same(lambda_module(module, VISIBLE), naive, torch.randn(BATCH, LENGTH, D))
 
 
+@pytest.mark.parametrize("pooling", [None, "mean", "mean_padded", "token"])
+@pytest.mark.parametrize("visible", [None, VISIBLE], ids=["dense", "padded"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda gate: LowRank(D, D, r=2, alpha=3, gate=gate),
+        *(lambda gate, s=s: Bottleneck(D, r=3, scaling=s, gate=gate) for s in (1.0, 4.0, "learned")),
+    ],
+    ids=["low_rank", "bottleneck", "scaled", "learned"],
+)
+def test_add_is_the_sum_with_the_formula(make, pooling, visible):
+    """The fused `add` is y + forward(x), with the same gradients, in float32 and where y has another type."""
+    module = filled(make(Gate(D, pooling) if pooling else None))
+    y, x = torch.randn(2, BATCH, LENGTH, D)
+
+    class Added(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, y, x):
+            return module.add(y, x, visible)
+
+    assert_same(Added(), lambda y, x: y + module(x, visible), y, x)
+    low = module.add(y.bfloat16(), x, visible)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), y.bfloat16().float() + module(x, visible), rtol=2e-2, atol=2e-2)
+
+
 def lambda_module(module, visible):
     """The module, called with the padding."""
 
