@@ -23,7 +23,7 @@ HUB = "https://huggingface.co"
 def values(
     adapter: SavedAdapter, record: TrainingRecord, repo_id: str | None, subfolder: str | None = None
 ) -> dict[str, Any]:
-    """The variables of the template; a part that is None or empty is left out of the card."""
+    """The variables of the card's template. The template omits parts that are None or empty."""
     base = base_model(adapter, record)
     revision = record.base_model_revision or adapter.config.revision
     drawn = figures.drawable(record)

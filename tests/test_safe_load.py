@@ -410,6 +410,15 @@ def test_patterns_that_take_for_ever(field, tmp_path):
     assert time.process_time() - start < 2
 
 
+def test_a_loaded_config_names_modules_without_expressions(tmp_path):
+    """peft matches no regular expression of an untrusted adapter again; the paths stand for it."""
+    saved(tmp_path, LoraConfig(target_modules=r".*\.(q|v)_proj"))
+    config = load_adapter(BACKBONES["llama"].build(), tmp_path).peft_config["default"]
+    layers = range(BACKBONES["llama"].build().config.num_hidden_layers)
+    expected = {f"model.layers.{i}.self_attn.{name}_proj" for i in layers for name in "qv"}
+    assert set(config.target_modules) == expected
+
+
 def test_patterns_match_as_in_peft():
     paths = ["model.layers.0.q_proj", "model.layers.1.q_proj", "layers.0.q_proj", "model.layers.0.q_proj.x"]
     assert matching(r".*\.0\..*proj", paths) == ["model.layers.0.q_proj", "layers.0.q_proj"]

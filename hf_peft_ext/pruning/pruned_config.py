@@ -140,7 +140,7 @@ def divide_ffn(config: PreTrainedConfig, s: float, width: int) -> None:
     Args:
         config: changed in place.
         s: the factor.
-        width: the inner width of the first block, for a field that is None (GPT-2).
+        width: inner width of the first block; replaces a field whose value is None (GPT-2).
     """
     for name in FFN_FIELDS:
         if name in vars(config):
