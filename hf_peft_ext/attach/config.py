@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -11,9 +11,13 @@ from torch import nn
 
 from hf_peft_ext.attach.placement import SITES, Placement
 from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.sublayers import PrefixForm
 from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.config_schema import known_fields, read_json, says_something
 from hf_peft_ext.validation.suggestions import did_you_mean
+
+Beginning = Literal["base", "paper"]
+PREFIX_FORMS: dict[Beginning, PrefixForm] = {"base": "separate", "paper": "joint"}
 
 
 class UnknownField(ValueError, TypeError):
@@ -168,10 +172,29 @@ def layer_list(layers: list[int] | int | None, name: str = "layers_to_transform"
 
 
 @dataclass
-class PrefixedConfig(PlacedConfig):
+class InitConfig(PlacedConfig):
+    """Base of the configs whose sub-layers can begin in two ways.
+
+    Args:
+        init: "base": the untrained adapter is the base model, as with LoRA. "paper": it begins as in the papers and in
+            AdapterHub's library.
+    """
+
+    init: Beginning = field(default="base", metadata={"help": 'Untrained: "base" model, or as in the "paper".'})
+
+    def __post_init__(self) -> None:
+        inits = get_args(Beginning)
+        check("init", self.init, self.init in inits, f"must be one of {', '.join(inits)}")
+        super().__post_init__()
+
+
+@dataclass
+class PrefixedConfig(InitConfig):
     """Base of the configs with a prefix.
 
     Args:
+        prefix_form: how attention sees the prefix (`sublayers.Prefix`): "separate", "scaled" or "joint"; None for
+            "separate", or for "joint" with `init="paper"`.
         num_virtual_tokens: number of prefix vectors in a layer.
         prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network
             is dropped when the adapter is saved (see `merge_prefix_projections`), so training can be resumed from the
@@ -179,6 +202,7 @@ class PrefixedConfig(PlacedConfig):
         encoder_hidden_size: width of that network.
     """
 
+    prefix_form: PrefixForm | None = field(default=None, metadata={"help": "separate, scaled or joint."})
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prefix vectors in a layer."})
     prefix_projection: bool = field(default=False, metadata={"help": "Reparameterise the prefixes in training."})
     encoder_hidden_size: int = field(default=512, metadata={"help": "Width of the reparameterisation."})
@@ -186,13 +210,17 @@ class PrefixedConfig(PlacedConfig):
     def __post_init__(self) -> None:
         check_count("num_virtual_tokens", self.num_virtual_tokens)
         check_count("encoder_hidden_size", self.encoder_hidden_size)
+        forms = get_args(PrefixForm)
+        rule = f"must be None or one of {', '.join(forms)}"
+        check("prefix_form", self.prefix_form, self.prefix_form is None or self.prefix_form in forms, rule)
         super().__post_init__()
 
-    def prefix(self, gate: Any = None) -> Placement:
+    def prefix(self, **gate: Any) -> Placement:
         """The placement of the prefix."""
         hidden = self.encoder_hidden_size if self.prefix_projection else None
         options = {"num_virtual_tokens": self.num_virtual_tokens, "encoder_hidden_size": hidden}
-        return Placement("prefix", "attention", gate=gate, options=options)
+        options["form"] = self.prefix_form or PREFIX_FORMS[self.init]
+        return Placement("prefix", "attention", options=options, **gate)
 
     def stored(self) -> PlacedConfig:
         return replace(self, prefix_projection=False) if self.prefix_projection else self
@@ -208,7 +236,7 @@ class ComposedConfig(PlacedConfig):
     Example:
         >>> ComposedConfig(placements=[
         ...     Placement("low_rank", "query", layers=[0, 1], gate="auto", options={"r": 4}),
-        ...     Placement("bottleneck", "parallel_ffn", options={"reduction_factor": 16, "init": "lora"}),
+        ...     Placement("bottleneck", "parallel_ffn", options={"reduction_factor": 16}),
         ... ])  # doctest: +SKIP
     """
 

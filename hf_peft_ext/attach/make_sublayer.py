@@ -28,7 +28,7 @@ def build(placement: Placement, site: Site, projections: Projections) -> nn.Modu
 def make_gate(placement: Placement, site: Site) -> Gate | None:
     if placement.gate is None:
         return None
-    return Gate(site.d_in, pooling(placement, site))
+    return Gate(site.d_in, pooling(placement, site), placement.gate_init)
 
 
 def pooling(placement: Placement, site: Site) -> Any:
@@ -49,12 +49,13 @@ def prefix(
     projections: Projections,
     num_virtual_tokens: int = 10,
     encoder_hidden_size: int | None = None,
-    shift_positions: bool = False,
+    **options: Any,
 ) -> Prefix:
     shape = (site.heads, num_virtual_tokens, site.d_k, site.d_v)
+    options |= {"gate": gate, "groups": site.groups}
     if encoder_hidden_size is None:
-        return Prefix(*shape, gate=gate, shift_positions=shift_positions)
+        return Prefix(*shape, **options)
     key = (num_virtual_tokens, site.d_in, encoder_hidden_size)
     if key not in projections:
         projections[key] = Projection(*key)
-    return ProjectedPrefix(*shape, projections[key], gate=gate, shift_positions=shift_positions)
+    return ProjectedPrefix(*shape, projections[key], **options)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from transformers.activations import ACT2FN
 
+from hf_peft_ext.sublayers import PrefixForm
 from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_positive, is_number
 
 GatePooling = Literal["auto", "mean", "mean_padded", "token"]
@@ -30,7 +31,7 @@ SITES: dict[str, tuple[str, ...]] = {
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
-    "prefix": ("num_virtual_tokens", "encoder_hidden_size", "shift_positions"),
+    "prefix": ("num_virtual_tokens", "encoder_hidden_size", "form", "shift_positions"),
     "bias": (),
 }
 
@@ -53,11 +54,12 @@ class Placement:
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
             "auto" (token where attention is causal, else mean).
+        gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
-            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `shift_positions`
-            (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
-            then have it).
+            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate",
+            "scaled" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
+            relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it).
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
@@ -67,6 +69,7 @@ class Placement:
     site: str
     layers: list[int] | None = None
     gate: GatePooling | None = None
+    gate_init: float = 2.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class Placement:
         rule = f"must be None or one of {', '.join(poolings)}"
         check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
         check("gate", self.gate, self.gate is None or self.sublayer != "bias", "must be None: a bias reads no input")
+        check("gate_init", self.gate_init, is_number(self.gate_init), "must be a number")
         if self.layers is not None:
             self.layers = list(self.layers)
             for layer in self.layers:
@@ -103,9 +107,13 @@ class Placement:
         if "activation" in o:
             known = isinstance(o["activation"], str) and o["activation"] in ACT2FN
             check("activation", o["activation"], known, "must be an activation of transformers")
+        if "form" in o:
+            forms = get_args(PrefixForm)
+            check("form", o["form"], o["form"] in forms, f"must be one of {', '.join(forms)}")
         if "shift_positions" in o:
-            counts = o["shift_positions"]
+            counts, separate = o["shift_positions"], o.get("form", "separate") == "separate"
             check("shift_positions", counts, isinstance(counts, bool), "must be True or False")
+            check("shift_positions", counts, not (counts and separate), "needs the form 'joint' or 'scaled'")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')
@@ -138,7 +146,7 @@ class Placement:
         unknown = value.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown or not {"sublayer", "site"} <= value.keys():
             raise ValueError(
-                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate` and "
-                f"`options`."
+                f"`placements` (={dict(value)}) must have `sublayer` and `site`, and may have `layers`, `gate`, "
+                f"`gate_init` and `options`."
             )
         return cls(**value)

@@ -95,9 +95,18 @@ def served(placement: Placement, sites: list[Site]) -> list[Site]:
     if placement.sublayer == "low_rank" and placement.site in QKV:
         layers = {site.layer for site in named}
         named += [site for site in sites if site.name == "mixer_input" and site.layer not in layers]
-    elif placement.sublayer == "prefix" and placement.gate:  # a gate would mix packed examples, unlike a kernel
-        named = [site for site in named if site.tokens != "packed"]
+    elif placement.sublayer == "prefix":
+        named = prefix_sites(placement, named)
     return named
+
+
+def prefix_sites(placement: Placement, sites: list[Site]) -> list[Site]:
+    """The attention modules that take a prefix of this form; one with a softmax of its own sits at the query leaf."""
+    if placement.gate:  # a gate would mix packed examples, unlike a kernel
+        sites = [site for site in sites if site.tokens != "packed"]
+    if placement.options.get("form", "separate") != "separate":
+        return [site for site in sites if site.act != "leaves"]
+    return [replace(site, host=site.query, d_in=site.d_query, act="leaves") for site in sites if site.query]
 
 
 def unreached(placement: Placement, named: list[Site], n_layers: int) -> str | None:
@@ -161,7 +170,7 @@ def excluded(model: nn.Module, config: PlacedConfig | IA3Config) -> frozenset[st
 def saved_whole(site: Site, config: PlacedConfig | IA3Config) -> bool:
     """Whether a module that the site reads or changes lies in one that `modules_to_save` copies."""
     roots = [rf"(^|.*\.){re.escape(name)}($|\..*)" for name in config.modules_to_save or []]
-    return any(re.match(root, path) for root in roots for path in (site.host, site.reads, site.attention))
+    return any(re.match(root, path) for root in roots for path in (site.host, site.reads, site.output, site.attention))
 
 
 def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
@@ -179,7 +188,7 @@ def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
 def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
     """Refuse a site whose modules have the wrong widths or run in the wrong order for the sub-layer."""
     at = f"Architecture '{name_of(model)}' has no place for `{placement.sublayer}` at `{site.name}` of {site.host}"
-    if placement.sublayer == "prefix":
+    if placement.sublayer == "prefix" and site.act == "attention":
         kernel_name(model.get_submodule(site.host))
     if site.act == "span" and ends_first(model, site.reads, site.host):
         raise ValueError(f"{at}, which runs before {site.reads}, whose input it should read; leave it out.")

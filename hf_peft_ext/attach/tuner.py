@@ -26,6 +26,7 @@ from hf_peft_ext.attach.make_sublayer import Projections, build
 from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
 from hf_peft_ext.attach.resolve import excluded, plan
+from hf_peft_ext.attach.separate_prefix import SeparatePrefix
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
@@ -37,6 +38,7 @@ LAYERS: dict[str, type[TunerLayer]] = {
     "span": AddOfSpan,
     "attention": AttentionPrefix,
     "cache": CachePrefix,
+    "leaves": SeparatePrefix,
 }
 
 
@@ -68,6 +70,9 @@ class ComposedModel(AdapterTuner):
         kwargs.pop("state_dict", None)  # peft would look for keys in its own format
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            for layer in tuner_layers(model):
+                if isinstance(layer, SeparatePrefix):
+                    layer.run_last()
         except BaseException:
             config.target_modules = target_modules
             for layer in tuner_layers(model):

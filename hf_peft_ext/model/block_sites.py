@@ -86,9 +86,11 @@ class BlockSites:
         reads = leaves.get("fused") or leaves["query"]  # the query may read a latent of another width
         d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(reads)[0]
         act = prefix_act(attention)
-        if heads and (act == "attention" or (act == "cache" and not cross)):
+        act = "leaves" if act is None or (act == "cache" and cross) else act
+        ends = self.prefix_leaves(leaves, attention, shape)
+        if heads and (ends or act != "leaves"):
             yield Site(f"{cross}attention", host=name, act=act, d_in=d, d_out=d, **self.common,
-                       heads=heads, d_k=d_k, d_v=d_v)  # fmt: skip
+                       heads=heads, d_k=d_k, d_v=d_v, **ends)  # fmt: skip
         if "output" in leaves:
             d_out = self.size(leaves["output"])[1]
             yield from self.leaf_sites(f"{cross}attention_output", leaves["output"])
@@ -97,6 +99,25 @@ class BlockSites:
             if d == d_out:
                 yield Site(f"{cross}parallel_attention", host=leaves["output"], act="span", d_in=d, d_out=d_out,
                            reads=name, **self.common)  # fmt: skip
+
+    def prefix_leaves(
+        self, leaves: dict[str, str], attention: nn.Module, shape: tuple[int, int, int]
+    ) -> dict[str, Any]:
+        """The fields of an attention site about its queries and its output; empty if a leaf is missing, may never be
+        called, or is of another width.
+        """
+        heads, d_k, d_v = shape
+        query, output = leaves.get("query") or leaves.get("fused"), leaves.get("output")
+        if not (heads and query and output) or any(is_bypassed(self.model, leaf) for leaf in (query, output)):
+            return {}
+        (d, width), rows = self.size(query), None
+        if "query" not in leaves:
+            rows = fused_rows(attention, width, shape)["query"].clone()
+            width = len(rows)
+        groups = width // (heads * d_k)
+        fits = groups and width == groups * heads * d_k and self.size(output)[0] == groups * heads * d_v
+        ends = {"query": query, "d_query": d, "query_rows": rows, "output": output, "groups": groups}
+        return ends if fits else {}
 
     def fused_sites(
         self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int], **kwargs: Any

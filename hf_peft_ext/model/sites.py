@@ -17,6 +17,7 @@ from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.site import Act as Act
 from hf_peft_ext.model.site import Site as Site
 from hf_peft_ext.model.structure import (
+    attention_leaves,
     innermost,
     is_bypassed,
     is_norm,
@@ -49,8 +50,12 @@ def find_sites(model: nn.Module) -> list[Site]:
     sites = [site for block in blocks for site in block.find()] + list(bias_sites(model))
     first = {path: path for path, _ in model.named_modules()}  # each module once, by its first path
     path_of = {id(module): path for path, module in model.named_modules()}
-    hosts = {s.host: s.host if s.host in first else path_of[id(model.get_submodule(s.host))] for s in sites}
-    return [site if hosts[site.host] == site.host else replace(site, host=hosts[site.host]) for site in sites]
+
+    def first_path(path: str) -> str:
+        return path if path in first or not path else path_of[id(model.get_submodule(path))]
+
+    moved = ({name: first_path(getattr(site, name)) for name in ("host", "query", "output")} for site in sites)
+    return [replace(site, **paths) for site, paths in zip(sites, moved, strict=True)]
 
 
 def override_sites(model: nn.Module, sites: list[Site], overrides: dict[str, str | list[str]]) -> list[Site]:
@@ -122,12 +127,16 @@ def user_attention(name: str, path: str, attention: nn.Module, common: dict[str,
     """
     sizes = role_sizes(attention)
     heads, d_k, d_v = key_shape(attention, sizes)
-    act = prefix_act(attention)
-    if not (act and heads):
-        raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it does not use "
-                         "transformers' AttentionInterface.")  # fmt: skip
+    act, leaves = prefix_act(attention) or "leaves", attention_leaves(attention)
+    ends: dict[str, Any] = {}
+    if heads and {"query", "output"} <= leaves.keys():
+        ends = {role: f"{path}.{leaves[role]}" for role in ("query", "output")}
+        ends |= {"d_query": sizes["query"][0], "groups": sizes["query"][1] // (heads * d_k)}
+    if not heads or (act == "leaves" and not ends):
+        raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it neither uses "
+                         "transformers' AttentionInterface nor has a query and an output leaf.")  # fmt: skip
     d = sizes["query" if "query" in sizes else "fused"][0]
-    return Site(name, host=path, act=act, d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **common)
+    return Site(name, host=path, act=act, d_in=d, d_out=d, heads=heads, d_k=d_k, d_v=d_v, **ends, **common)
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:

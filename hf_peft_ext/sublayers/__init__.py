@@ -9,5 +9,6 @@ from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
 from hf_peft_ext.sublayers.prefix import Prefix as Prefix
+from hf_peft_ext.sublayers.prefix import PrefixForm as PrefixForm
 from hf_peft_ext.sublayers.prefix import ProjectedPrefix as ProjectedPrefix
 from hf_peft_ext.sublayers.prefix import Projection as Projection

@@ -22,8 +22,8 @@ class Bottleneck(Additive):
         activation: phi, a name in transformers' `ACT2FN`.
         dropout: probability, on the code.
         scaling: s, a number or "learned" (a scalar that starts at 1).
-        init: standard deviation of both matrices at the start, or "lora": W_down Kaiming uniform, W_up zero, so that
-            f = 0 at the start.
+        init: "lora": W_down Kaiming uniform and W_up zero, so that f = 0 at the start; or the standard deviation of
+            both matrices, as the papers have it.
         gate: g, of width d; None for none.
     """
 
@@ -36,7 +36,7 @@ class Bottleneck(Additive):
         activation: str = "relu",
         dropout: float = 0.0,
         scaling: float | Literal["learned"] = 1.0,
-        init: float | Literal["lora"] = 0.02,
+        init: float | Literal["lora"] = "lora",
         gate: Gate | None = None,
     ):
         super().__init__()

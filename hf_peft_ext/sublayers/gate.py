@@ -20,12 +20,13 @@ class Gate(nn.Module):
     Args:
         d: width of x.
         pooling: `"mean"`, `"mean_padded"` (padding included, as in the paper's code and AdapterHub's) or `"token"`.
+        init: b at the start. 2 opens a gate to about 0.88; the paper's 0 to 0.5.
     """
 
-    def __init__(self, d: int, pooling: Pooling = "mean"):
+    def __init__(self, d: int, pooling: Pooling = "mean", init: float = 2.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, d))
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.full((1,), float(init)))
         self.pooling = pooling
         nn.init.normal_(self.weight, std=0.02)
 

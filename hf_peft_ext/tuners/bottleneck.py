@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_peft_ext.attach.config import PlacedConfig
+from hf_peft_ext.attach.config import InitConfig
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.validation.checks import check
 
-# style -> its sites, and the paper's defaults
+# style -> its sites, and the paper's defaults; `init` holds with `init="paper"` alone
 STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "houlsby": (("after_attention", "after_ffn"), {"r": 64, "activation": "gelu", "init": 1e-3}),
     "pfeiffer": (("after_residual",), {"reduction_factor": 16, "activation": "relu", "init": 0.02}),
@@ -17,7 +17,7 @@ STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 @dataclass
-class BottleneckConfig(PlacedConfig):
+class BottleneckConfig(InitConfig):
     """Bottleneck adapters (`sublayers.Bottleneck`) at the places of four papers.
 
     - houlsby: after attention and after the FFN, before each residual. Houlsby et al. 2019
@@ -27,6 +27,9 @@ class BottleneckConfig(PlacedConfig):
       after the residual. Pfeiffer et al. 2021 (https://arxiv.org/abs/2005.00247): d / 16 wide, ReLU.
     - parallel, scaled_parallel: beside the FFN, from its input to its output. He et al. 2022
       (https://arxiv.org/abs/2110.04366): 512 wide, ReLU, W_up zero at the start, s = 1 or 4.
+
+    W_up is zero at the start in all styles, so that the untrained adapter is the base model. Houlsby and Pfeiffer draw
+    it from a normal distribution of standard deviation 0.001 and 0.02 (`init="paper"`).
 
     Args:
         style: the placement, with that paper's defaults.
@@ -59,7 +62,7 @@ class BottleneckConfig(PlacedConfig):
 
     def to_placements(self) -> list[Placement]:
         sites, defaults = STYLES[self.style]
-        options = defaults | {"dropout": self.dropout}
+        options = defaults | {"dropout": self.dropout} | ({} if self.init == "paper" else {"init": "lora"})
         if self.r is not None or self.reduction_factor is not None:
             options |= {"r": self.r, "reduction_factor": self.reduction_factor}
         for key in ("activation", "scaling"):

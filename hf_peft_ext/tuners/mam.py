@@ -16,6 +16,9 @@ class MAMConfig(PrefixedConfig):
     network 800 wide, `prefix_projection=True`), a parallel bottleneck of 512, s = 4. `MAMConfig.glue()` has the
     paper's setting for GLUE: 16, 16 and s = 2.
 
+    The prefix has a softmax of its own, so that the untrained adapter is the base model. `init="paper"` puts it in
+    front of the keys.
+
     Args:
         bottleneck_size: width of the adapter.
         scaling: s, a number or "learned".

@@ -211,7 +211,11 @@ def prefixes(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[S
     for stack, stack_sites in stacks.items():
         if not method.get(stack, True):  # settings of these names switch prefixes off
             continue
-        options = {"num_virtual_tokens": method["prefix_length"], **({"shift_positions": True} if t5 else {})}
+        options = {
+            "num_virtual_tokens": method["prefix_length"],
+            "form": "joint",
+            **({"shift_positions": True} if t5 else {}),
+        }
         keys, values = prefix_vectors(method, checkpoint, stack, stack_sites)
         for site, p_k, p_v in zip(stack_sites, keys, values, strict=True):
             tensors = {"P_K": p_k, "P_V": p_v}

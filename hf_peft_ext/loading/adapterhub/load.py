@@ -133,14 +133,16 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
     if options.keys() == {"bottleneck"}:
         for style in STYLES:
             if style != "parallel" or bottleneck["scaling"] == 1.0:
-                yield BottleneckConfig(style=style, **bottleneck, **common)  # type: ignore[arg-type]
+                yield BottleneckConfig(style=style, init="paper", **bottleneck, **common)  # type: ignore[arg-type]
     elif options.keys() == {"prefix"}:
-        yield LayerPrefixConfig(num_virtual_tokens=n_tokens, **common)
+        yield LayerPrefixConfig(init="paper", num_virtual_tokens=n_tokens, **common)
     elif options.keys() == {"prefix", "bottleneck"}:
         r, scaling, dropout = (bottleneck[key] for key in ("r", "scaling", "dropout"))
-        yield MAMConfig(num_virtual_tokens=n_tokens, bottleneck_size=r, scaling=scaling, dropout=dropout, **common)
+        sizes = {"num_virtual_tokens": n_tokens, "bottleneck_size": r}
+        yield MAMConfig(init="paper", scaling=scaling, dropout=dropout, **sizes, **common)
     elif options.keys() == {"prefix", "bottleneck", "low_rank"}:
         yield UniPELTConfig(
+            init="paper",
             **{"num_virtual_tokens": n_tokens, "bottleneck_size": bottleneck["r"]},
             **{"r": lora["r"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"]},
             lora_targets=[placement.site for placement in placements if placement.sublayer == "low_rank"],

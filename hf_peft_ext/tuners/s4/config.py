@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from hf_peft_ext.attach.changed_config import asked_by, become
-from hf_peft_ext.attach.config import PlacedConfig
+from hf_peft_ext.attach.config import InitConfig
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.model.layer_groups import (
     ALLOCATIONS,
@@ -31,7 +31,7 @@ FIELDS = ("sites", "exclude_modules", "modules_to_save", "layers_to_transform")
 
 
 @dataclass
-class S4Config(PlacedConfig):
+class S4Config(InitConfig):
     """The result of a search over design spaces: layers in four groups, each with its own sub-layers.
 
     The first group has adapters and LoRA, the second adapters and prefixes, the third adapters, prefixes and BitFit,
@@ -41,6 +41,9 @@ class S4Config(PlacedConfig):
     0.5 % of the base model. The adapter is Pfeiffer's (`BottleneckConfig`), the prefix sits inside attention, LoRA on
     queries and values with alpha = 2 r, BitFit on the biases of the layers. The paper does not give the sizes of the
     groups (`model.layer_groups.group_sizes`) and the division of the budget (`tuners.s4.solve`).
+
+    The untrained adapter is the base model: up-projections start at zero, and a prefix has a softmax of its own.
+    `init="paper"` has Pfeiffer's up-projections and puts the prefix in front of the keys.
 
     `groups` and `placements` are solved when the config is attached to a model. They are saved with the adapter, so
     loading solves nothing.
@@ -185,7 +188,7 @@ class S4Config(PlacedConfig):
             shares = [share for stack in stacks for share in layer_shares(self.allocation, len(stack))]
             layers = [layer for stack in stacks for layer in stack]
             sizes = solve(costs, assigned, dict(zip(layers, shares, strict=True)), self.budget)
-        return replace(self, groups=groups, placements=all_placed(sizes))
+        return replace(self, groups=groups, placements=all_placed(sizes, self.init))
 
     def layout(self, model: nn.Module) -> Layout:
         """The groups of this config on a model: their layers, strategies, sizes and parameters, as a table.

@@ -10,7 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_peft_ext.attach.config import ComposedConfig
+from hf_peft_ext.attach.config import PREFIX_FORMS, Beginning, ComposedConfig
 from hf_peft_ext.attach.make_sublayer import build
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.attach.resolve import layer_count, resolve
@@ -24,7 +24,7 @@ SUBLAYERS = {"bottleneck": "adapter", "prefix": "prefix", "bias": "bitfit", "low
 SIZES = {"adapter": "r", "prefix": "num_virtual_tokens", "lora": "r"}  # the option that holds the size
 
 
-def placed(strategy: str, size: int, layers: Sequence[int]) -> list[Placement]:
+def placed(strategy: str, size: int, layers: Sequence[int], init: Beginning = "base") -> list[Placement]:
     """A strategy in some layers.
 
     Args:
@@ -32,11 +32,14 @@ def placed(strategy: str, size: int, layers: Sequence[int]) -> list[Placement]:
             "lora" (on queries and values, scaled by 2 whatever its rank).
         size: width of the bottleneck, number of prefix vectors, or rank; ignored for BitFit.
         layers: indices of the layers.
+        init: how the sub-layers begin, see `attach.config.InitConfig`.
     """
     if strategy == "adapter":
-        return [Placement("bottleneck", "after_residual", list(layers), options={"r": size})]
+        adapter = {"r": size} | ({"init": 0.02} if init == "paper" else {})
+        return [Placement("bottleneck", "after_residual", list(layers), options=adapter)]
     if strategy == "prefix":
-        return [Placement("prefix", "attention", list(layers), options={"num_virtual_tokens": size})]
+        prefix = {"num_virtual_tokens": size, "form": PREFIX_FORMS[init]}
+        return [Placement("prefix", "attention", list(layers), options=prefix)]
     if strategy == "bitfit":
         return [Placement("bias", "bias", list(layers))]
     options = {"r": size, "alpha": 2 * size}
@@ -53,13 +56,13 @@ def sizes_in(placements: Sequence[Placement]) -> dict[int, dict[str, int]]:
     return dict(sizes)
 
 
-def all_placed(sizes: Mapping[int, Mapping[str, int]]) -> list[Placement]:
+def all_placed(sizes: Mapping[int, Mapping[str, int]], init: Beginning = "base") -> list[Placement]:
     """The inverse of `sizes_in`: layers with the same strategy and size share a placement."""
     layers: dict[tuple[str, int], list[int]] = defaultdict(list)
     for layer in sorted(sizes):
         for strategy, size in sizes[layer].items():
             layers[strategy, size].append(layer)
-    return [p for (strategy, size), where in layers.items() for p in placed(strategy, size, where)]
+    return [p for (strategy, size), where in layers.items() for p in placed(strategy, size, where, init)]
 
 
 class Cost(NamedTuple):

@@ -1,0 +1,94 @@
+"""Prefixes with a softmax of their own: between the query leaf and the output leaf of an attention module.
+
+They need neither the keys and values of attention nor its mask, so they fit every attention module with these two
+leaves, with any kernel and any cache. What they add to a token depends on no other token.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
+from hf_peft_ext.attach.layer import TunerLayer
+from hf_peft_ext.attach.masks import UNMASKED
+
+
+class SeparatePrefix(TunerLayer):
+    """softmax(Q K^T) V becomes softmax(Q K^T) V + g softmax(Q P_K^T) P_V.
+
+    The layer is a child of the query leaf. A hook there computes the second term, and a hook at the output leaf adds
+    it to that leaf's input.
+    """
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        key, output = new_key(self.site.host), model.get_submodule(self.site.output)
+        self._rows = as_slice(self.site.query_rows)
+        query_hook = self.host.register_forward_hook(partial(attend_to_prefix, key, self.name), with_kwargs=True)
+        self._query_hook = query_hook.id
+        return [query_hook, output.register_forward_pre_hook(partial(add_prefix, key))]
+
+    def run_last(self) -> None:
+        """Let the hook of the query leaf run after those of low-rank branches and biases, which change the queries."""
+        self.host._forward_hooks.move_to_end(self._query_hook)
+
+    def attended(
+        self,
+        x: Tensor,  # shape: (batch, length, d)
+        q: Tensor,  # shape: (batch, length, width of the query leaf)
+    ) -> Tensor | None:  # shape: (batch, length, heads * d_v)
+        """The sum over the active adapters; None if there are none."""
+        q = q[..., self._rows]
+        terms = list(self.terms_by_row(x, q) if FORWARD.row_adapters is not None else self.terms(x, q))
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0] if terms else None
+
+    def terms(self, x: Tensor, q: Tensor) -> Iterator[Tensor]:
+        """What each active adapter adds."""
+        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        for sublayer in self.active_here.values():
+            yield sublayer.attend(q, x, token_mask)
+
+    def terms_by_row(self, x: Tensor, q: Tensor) -> Iterator[Tensor]:
+        """What the adapters of a mixed batch add, each in its own rows, zero in the others."""
+        for name, rows in self.rows_by_adapter(len(x), x.device):
+            term = self.sublayer_of[name].attend(q[rows], x[rows], self.token_mask(rows, len(x)))
+            yield term.new_zeros(len(x), *term.shape[1:]).index_copy(0, rows, term)
+
+
+def as_slice(rows: Tensor | None) -> slice | list[int]:
+    """Row indices as a slice if they are contiguous; all for None."""
+    if rows is None:
+        return slice(None)
+    first, n = int(rows[0]), len(rows)
+    return slice(first, first + n) if rows.tolist() == [*range(first, first + n)] else rows.tolist()
+
+
+def attend_to_prefix(
+    key: str, name: str, leaf: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], q: Tensor
+) -> None:
+    """After the query leaf: hand on what the prefix adds to the output of attention."""
+    added = getattr(leaf, name).attended(hidden_states(args, kwargs), q)
+    if added is None:
+        FORWARD.values.pop(key, None)  # of a forward that failed
+    else:
+        FORWARD.hand_on(key, added)
+
+
+def add_prefix(key: str, leaf: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before the output leaf: add what was handed on.
+
+    Raises:
+        ValueError: the leaf reads another layout of tokens than the query leaf.
+    """
+    added: Tensor | None = FORWARD.values.pop(key, None)
+    if added is None:
+        return None
+    if added.shape != args[0].shape:
+        raise ValueError(
+            f"`prefix` (of form 'separate') has shape {tuple(added.shape)}, but the output projection of attention "
+            f"reads {tuple(args[0].shape)}; leave the prefix out."
+        )
+    return args[0] + added.to(args[0].dtype), *args[1:]
