@@ -30,7 +30,7 @@ class Method:
 
     Args:
         config: makes its config.
-        starts_as_base: whether the untrained adapter changes nothing.
+        starts_as_base: whether the untrained adapter is the base model.
         mergeable: whether it can be merged into the base model's weights.
         mixes: whether the rows of one batch may have different adapters.
         part: what the names of its tensors have before the adapter's name.
@@ -39,7 +39,7 @@ class Method:
     """
 
     config: Callable[..., PeftConfig]
-    starts_as_base: bool = False
+    starts_as_base: bool = True
     mergeable: bool = False
     mixes: bool = True
     part: str = "sublayer_of"
@@ -75,23 +75,28 @@ def composed(**kwargs: Any) -> PeftConfig:
 METHODS = {
     "houlsby": Method(lambda **kw: BottleneckConfig(style="houlsby", r=4, **kw)),
     "pfeiffer": Method(lambda **kw: BottleneckConfig(style="pfeiffer", **kw)),
-    "parallel": Method(lambda **kw: BottleneckConfig(style="parallel", r=4, **kw), starts_as_base=True),
-    "scaled_parallel": Method(lambda **kw: BottleneckConfig(style="scaled_parallel", r=4, **kw), starts_as_base=True),
+    "parallel": Method(lambda **kw: BottleneckConfig(style="parallel", r=4, **kw)),
+    "scaled_parallel": Method(lambda **kw: BottleneckConfig(style="scaled_parallel", r=4, **kw)),
     "layer_prefix": Method(lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, **kw)),
     "projected_prefix": Method(
-        lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8, **kw)
+        lambda **kw: LayerPrefixConfig(
+            num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8, init="paper", **kw
+        ),
+        starts_as_base=False,
     ),
-    "bitfit": Method(BitFitConfig, starts_as_base=True, mergeable=True),
+    "scaled_prefix": Method(lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, prefix_form="scaled", **kw)),
+    "bitfit": Method(BitFitConfig, mergeable=True),
     "unipelt": Method(lambda **kw: UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, **kw)),
+    "unipelt_paper": Method(
+        lambda **kw: UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, init="paper", **kw), starts_as_base=False
+    ),
     "unipelt_aplb": Method(
         lambda **kw: UniPELTConfig(
             methods=("adapter", "prefix", "lora", "bitfit"), bottleneck_size=4, num_virtual_tokens=4, **kw
         )
     ),
     "unipelt_nogate": Method(lambda **kw: UniPELTConfig(gated=False, bottleneck_size=4, num_virtual_tokens=4, **kw)),
-    "lora_branch": Method(
-        lambda **kw: UniPELTConfig(methods=("lora",), gated=False, r=2, **kw), starts_as_base=True, mergeable=True
-    ),
+    "lora_branch": Method(lambda **kw: UniPELTConfig(methods=("lora",), gated=False, r=2, **kw), mergeable=True),
     "mam": Method(lambda **kw: MAMConfig(num_virtual_tokens=4, bottleneck_size=4, **kw)),
     "s4": Method(
         lambda **kw: S4Config(
@@ -102,7 +107,7 @@ METHODS = {
 }
 # Methods that are no list of placements.
 OTHERS = {
-    "tfew": Method(TFewConfig, starts_as_base=True, mergeable=True, part="ia3_l"),
+    "tfew": Method(TFewConfig, mergeable=True, part="ia3_l"),
     "ladder": Method(
         lambda **kw: LadderConfig(r=4, **kw),
         mixes=False,

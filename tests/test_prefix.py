@@ -1,6 +1,7 @@
 """Prefixes in attention: against a naive attention, against peft's PrefixTuning, and under every mask and cache."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
 
 P, T = 3, 5
+joint = partial(LayerPrefixConfig, init="paper")
 
 
 def naive_attention(q, k, v, mask, p_k, p_v, scores, bias, scaling):
@@ -44,7 +46,7 @@ def factors(scores):
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
 def test_against_naive_attention(attention, gated, kind):
     """Values and gradients of queries, keys, prefixes and scores; grouped heads; masks of all kinds."""
-    model = get_peft_model(BACKBONES["llama"].build(attention), LayerPrefixConfig())
+    model = get_peft_model(BACKBONES["llama"].build(attention), joint())
     module = model.base_model.model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
     p_k, p_v = torch.randn(2, 2, P, 8), torch.randn(2, 2, P, 8)
@@ -77,7 +79,7 @@ def test_against_naive_attention(attention, gated, kind):
 @pytest.mark.parametrize(("length", "d_v", "scaling"), [(1, 8, 0.3), (1, 6, None), (T, 6, None), (T, 12, 0.3)])
 def test_other_shapes_against_naive_attention(attention, gated, length, d_v, scaling):
     """One query behind a cache, values of another width, the default scale, one prefix for all rows."""
-    model = get_peft_model(BACKBONES["llama"].build(attention), LayerPrefixConfig())
+    model = get_peft_model(BACKBONES["llama"].build(attention), joint())
     module = model.base_model.model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, length, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, d_v)
     p_k, p_v = torch.randn(1, 2, P, 8), torch.randn(1, 2, P, d_v)
@@ -99,7 +101,7 @@ def test_other_shapes_against_naive_attention(attention, gated, length, d_v, sca
 @pytest.mark.parametrize("gated", [False, True])
 def test_causality_without_a_mask(gated, causal):
     """By the keyword, or else by the module; a bias for the keys changes nothing in that."""
-    model = get_peft_model(BACKBONES["llama"].build("sdpa"), LayerPrefixConfig())
+    model = get_peft_model(BACKBONES["llama"].build("sdpa"), joint())
     module = model.base_model.model.model.layers[0].self_attn
     q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
     p_k, p_v = torch.randn(2, 2, P, 8), torch.randn(2, 2, P, 8)
@@ -140,7 +142,7 @@ def test_prefixes_one_behind_the_other():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_position_bias_leaves_the_prefix_alone(attention):
     """T5's bias is for keys; the prefix gets none."""
-    model = get_peft_model(BACKBONES["t5"].build(attention), LayerPrefixConfig())
+    model = get_peft_model(BACKBONES["t5"].build(attention), joint())
     module = model.base_model.model.encoder.block[0].layer[0].SelfAttention
     q, k, v = (torch.randn(2, 4, T, 8) for _ in range(3))
     p_k, p_v, bias = torch.randn(2, 4, P, 8), torch.randn(2, 4, P, 8), torch.randn(1, 4, T, T)
@@ -155,7 +157,7 @@ def test_equals_peft_prefix_tuning(backbone):
     family = BACKBONES[backbone]
     theirs = get_peft_model(family.build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, layers * 2 * heads * d)
-    ours = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    ours = get_peft_model(family.build(), joint(num_virtual_tokens=P)).eval()
     layers = [layer.sublayer_of["default"] for layer in ours.modules() if isinstance(layer, PrefixLayer)]
     heads, _, d = layers[0].P_K.shape
     with torch.no_grad():
@@ -175,7 +177,7 @@ def test_equals_peft_prefix_tuning(backbone):
 def test_through_the_cache_equals_a_filled_cache():
     """Falcon does not use AttentionInterface: the same logits as from a cache that holds the prefixes."""
     family = BACKBONES["falcon"]
-    model = get_peft_model(family.build(), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    model = get_peft_model(family.build(), joint(num_virtual_tokens=P)).eval()
     randomise(model)
     cache = DynamicCache()
     for i, layer in enumerate(layer for layer in model.modules() if isinstance(layer, PrefixLayer)):
@@ -197,7 +199,7 @@ def test_through_the_cache_without_a_mask(gated):
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "attention_window": [4]}
     config = AutoConfig.for_model("led", vocab_size=60, **sizes, **heads)
     base = AutoModelForSeq2SeqLM.from_config(config).eval()
-    model = get_peft_model(base, UniPELTConfig(methods=["prefix"], gated=gated))
+    model = get_peft_model(base, UniPELTConfig(methods=["prefix"], gated=gated, init="paper"))
     randomise(model)
     inputs = {"input_ids": torch.randint(3, 60, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     ids = torch.randint(3, 60, (2, 6))
@@ -211,7 +213,7 @@ def test_through_the_cache_without_a_mask(gated):
     torch.testing.assert_close(torch.cat(parts, dim=1)[:, :4], full[:, :4], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "unipelt_nogate", "mam", "composed"])
+@pytest.mark.parametrize("method", ["projected_prefix", "scaled_prefix", "unipelt", "unipelt_paper", "mam"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_eager_and_sdpa_agree(method, backbone):
     family = BACKBONES[backbone]
@@ -258,7 +260,7 @@ def test_left_padding_changes_nothing_in_decoders(method, backbone, attention):
     torch.testing.assert_close(wide, narrow, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["layer_prefix", "unipelt", "mam"])
+@pytest.mark.parametrize("method", ["projected_prefix", "scaled_prefix", "unipelt", "unipelt_paper"])
 @pytest.mark.parametrize("backbone", ["llama", "gpt2", "gemma2", "mistral"])
 def test_static_cache_and_sampling(method, backbone):
     """The static cache, and sampling from the same seed, give the tokens of the dynamic cache and of none."""
@@ -278,9 +280,10 @@ def test_static_cache_and_sampling(method, backbone):
     assert torch.equal(*samples)
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("init", ["base", "paper"])
+def test_packed_sequences(init):
     """Sequences packed in one row by position_ids: the same logits as one by one."""
-    model = get_peft_model(BACKBONES["llama"].build(), UniPELTConfig(bottleneck_size=4))
+    model = get_peft_model(BACKBONES["llama"].build(), UniPELTConfig(bottleneck_size=4, init=init))
     randomise(model)
     model.eval()
     one, two = torch.randint(3, 60, (1, 4)), torch.randint(3, 60, (1, 5))
@@ -295,7 +298,7 @@ def test_packed_sequences():
 def test_switching_the_implementation_and_reading_attentions():
     """set_attn_implementation works after injection; attentions keep their shape, without the prefix's columns."""
     family = BACKBONES["bert"]
-    model = get_peft_model(family.build("sdpa"), LayerPrefixConfig(num_virtual_tokens=P)).eval()
+    model = get_peft_model(family.build("sdpa"), joint(num_virtual_tokens=P)).eval()
     randomise(model)
     inputs = family.inputs()
     with torch.no_grad():
@@ -314,10 +317,10 @@ def test_kernels_that_cannot_take_a_prefix(implementation):
     model.config._attn_implementation_internal = implementation
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=f"`attn_implementation` \\(='{implementation}'\\) cannot take a prefix"):
-        get_peft_model(model, LayerPrefixConfig())
+        get_peft_model(model, joint())
     assert names == [name for name, _ in model.named_parameters()]
     model.config._attn_implementation_internal = "sdpa"
-    tuned = get_peft_model(model, LayerPrefixConfig())
+    tuned = get_peft_model(model, joint())
     model.config._attn_implementation_internal = implementation
     with pytest.raises(ValueError, match="cannot take a prefix"):
         tuned(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4).bool())
@@ -325,7 +328,7 @@ def test_kernels_that_cannot_take_a_prefix(implementation):
 
 def counting(layers=None):
     """A prefix that T5's relative positions count."""
-    options = {"num_virtual_tokens": 3, "shift_positions": True}
+    options = {"num_virtual_tokens": 3, "form": "joint", "shift_positions": True}
     return ComposedConfig(placements=[Placement("prefix", "attention", layers=layers, options=options)])
 
 

@@ -157,14 +157,14 @@ def test_dropout_is_before_the_low_rank_and_not_before_its_gate():
 def test_prefix_gates():
     """A mean gate scales keys and values; a token gate adds log g to the scores."""
     x = torch.randn(BATCH, LENGTH, D)
-    prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "mean")))
+    prefix = filled(Prefix(2, 3, 4, 5, "joint", gate=Gate(D, "mean")))
     g = gate_of(prefix.gate, x, VISIBLE)[:, None]
     keys, values, log_g = prefix(x, VISIBLE)
     torch.testing.assert_close(keys, g * prefix.P_K)
     torch.testing.assert_close(values, g * prefix.P_V)
     assert log_g is None
 
-    prefix = filled(Prefix(2, 3, 4, 5, gate=Gate(D, "token")))
+    prefix = filled(Prefix(2, 3, 4, 5, "joint", gate=Gate(D, "token")))
     keys, values, log_g = prefix(x, VISIBLE)
     torch.testing.assert_close(keys[0], prefix.P_K)
     torch.testing.assert_close(values[0], prefix.P_V)
@@ -191,7 +191,7 @@ def test_a_mean_gate_reads_the_end_of_a_mask_that_is_longer():
 def test_projected_prefix_folds_to_the_same_vectors():
     """[P_K, P_V] = W_2 tanh(W_1 E), entry by entry; folding keeps it."""
     projection = filled(Projection(3, D, 7))
-    module = filled(ProjectedPrefix(2, 3, 4, 5, projection))
+    module = filled(ProjectedPrefix(2, 3, 4, 5, projection, form="joint"))
     code = torch.tanh(projection.embedding.weight @ projection.hidden.weight.T + projection.hidden.bias)
     wide = code @ module.last.weight.T + module.last.bias
     keys, values = module.vectors()
@@ -203,7 +203,10 @@ def test_projected_prefix_folds_to_the_same_vectors():
     plain = module.to_plain()
     assert not plain.shift_positions
     gate = Gate(D)
-    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), gate, shift_positions=True).double().eval().to_plain()
+    options = {"form": "scaled", "gate": gate, "shift_positions": True, "groups": 3}
+    other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), **options).double().eval().to_plain()
+    assert (other.form, other.groups) == ("scaled", 3)
+    assert other.root_c.dtype == torch.float64
     assert other.shift_positions
     assert other.gate is gate
     assert not other.training
@@ -235,25 +238,30 @@ def test_gates_can_be_fixed_at_their_ends(value):
 
 
 def test_initial_values():
-    """Gates, prefixes and bottlenecks begin with small normal weights; "lora" begins as nothing; biases are 0."""
+    """Gates, prefixes and bottlenecks begin with small normal weights in the papers; here they begin as nothing."""
     d, r = 400, 300
     normal = {
         "gate": (Gate(d).weight, 0.02),
-        "keys": (Prefix(4, 50, d, 30).vectors()[0], 0.02),
-        "values": (Prefix(4, 50, 30, d).vectors()[1], 0.02),
-        "down": (Bottleneck(d, r).down.weight, 0.02),
+        "keys": (Prefix(4, 50, d, 30, "joint").vectors()[0], 0.02),
+        "values": (Prefix(4, 50, 30, d, "scaled").vectors()[1], 0.02),
+        "separate keys": (Prefix(4, 50, d, 30).vectors()[0], 1.0),
+        "down": (Bottleneck(d, r, init=0.02).down.weight, 0.02),
         "up": (Bottleneck(d, r, init=0.5).up.weight, 0.5),
     }
     for name, (tensor, std) in normal.items():
         assert tensor.std().item() == pytest.approx(std, rel=0.15), name
         assert abs(tensor.mean().item()) < 0.1 * std, name
-    lora = Bottleneck(d, r, init="lora")
+    lora, projected = Bottleneck(d, r), ProjectedPrefix(4, 50, d, 30, Projection(50, d, 7))
+    assert not Prefix(4, 50, d, 30).vectors()[1].any()
+    assert not projected.vectors()[1].any()
+    assert projected.vectors()[0].any()
     assert not lora.up.weight.any()
     assert 0.95 < lora.down.weight.abs().max().item() * d**0.5 <= 1  # Kaiming uniform with a = sqrt(5): 1 / sqrt(d)
-    for module in (Bottleneck(d, r), lora):
+    for module in (Bottleneck(d, r, init=0.02), lora):
         assert not module.down.bias.any()
         assert not module.up.bias.any()
-    assert not Gate(d).bias.any()
+    assert Gate(d).bias.item() == 2
+    assert Gate(d, init=-0.5).bias.item() == -0.5
     assert not Bias(d).b.any()
     assert not Prefix(2, 3, 4, 5).shift_positions
     assert Bottleneck(d, r, scaling="learned").scaling.item() == 1
@@ -299,3 +307,36 @@ def test_dropout_in_add(gated):
         plain = module.eval()(x)
         assert not torch.allclose(found[0], plain)
         torch.testing.assert_close(module.add(y, x), plain)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+def test_separate_prefix(pooling):
+    """g softmax(q P_K^T / sqrt(d_k)) P_V, head by head; query heads share the key head of their group."""
+    gate = None if pooling is None else Gate(D, pooling)
+    prefix = filled(Prefix(2, 3, 4, 5, gate=gate, groups=2))
+    x, q = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, 2 * 2 * 4)
+    ours = prefix.attend(q, x, VISIBLE)
+    assert ours.shape == (BATCH, LENGTH, 2 * 2 * 5)
+    g = torch.ones(BATCH, LENGTH, 1) if gate is None else gate_of(gate, x, VISIBLE).expand(BATCH, LENGTH, 1)
+    for head in range(4):
+        share = torch.softmax(q[..., 4 * head : 4 * head + 4] @ prefix.P_K[head // 2].T / 2, dim=-1)
+        expected = g * (share @ prefix.P_V[head // 2])
+        torch.testing.assert_close(ours[..., 5 * head : 5 * head + 5], expected)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "token"])
+def test_scores_of_a_scaled_prefix(pooling):
+    """log c of each query head, and log g; the vectors are not scaled. Neither is infinite where c or g is 0."""
+    gate = None if pooling is None else Gate(D, pooling)
+    prefix = filled(Prefix(2, 3, 4, 5, "scaled", gate=gate, groups=2))
+    x = torch.randn(BATCH, LENGTH, D)
+    p_k, p_v, scores = prefix(x, VISIBLE)
+    torch.testing.assert_close(p_k[0], prefix.P_K)
+    torch.testing.assert_close(p_v[0], prefix.P_V)
+    expected = prefix.root_c.square().log()[[0, 0, 1, 1]].view(1, 4, 1, 1)
+    if gate is not None:
+        expected = expected + gate_of(gate, x, VISIBLE).log().unsqueeze(1)
+    torch.testing.assert_close(scores, expected.expand_as(scores))
+    with torch.no_grad():
+        prefix.root_c.zero_()
+    assert prefix(x, VISIBLE)[2].isfinite().all()

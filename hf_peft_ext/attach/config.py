@@ -172,8 +172,8 @@ def layer_list(layers: list[int] | int | None, name: str = "layers_to_transform"
 
 
 @dataclass
-class InitConfig(PlacedConfig):
-    """Base of the configs whose sub-layers can begin in two ways.
+class InitConfig(RegisteredConfig):
+    """Base of the configs of methods that can begin in two ways.
 
     Args:
         init: "base": the untrained adapter is the base model, as with LoRA. "paper": it begins as in the papers and in
@@ -189,7 +189,7 @@ class InitConfig(PlacedConfig):
 
 
 @dataclass
-class PrefixedConfig(InitConfig):
+class PrefixedConfig(InitConfig, PlacedConfig):
     """Base of the configs with a prefix.
 
     Args:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_peft_ext.attach.config import InitConfig
+from hf_peft_ext.attach.config import InitConfig, PlacedConfig
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.validation.checks import check
 
@@ -17,7 +17,7 @@ STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 @dataclass
-class BottleneckConfig(InitConfig):
+class BottleneckConfig(InitConfig, PlacedConfig):
     """Bottleneck adapters (`sublayers.Bottleneck`) at the places of four papers.
 
     - houlsby: after attention and after the FFN, before each residual. Houlsby et al. 2019

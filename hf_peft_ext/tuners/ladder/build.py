@@ -72,7 +72,7 @@ def side_networks(model: nn.Module, config: Any, importance: Importance | None =
         side: Any = cut_depth(cast(PreTrainedModel, pruned.get_submodule(path)), layers)
         if getattr(side, "pooler", None) is not None:
             side.pooler = nn.Identity()  # the backbone's own reads the output
-        network = SideNetwork(side, host, config.temperature, ends=role != "encoder")
+        network = SideNetwork(side, host, config.temperature, ends=role != "encoder", adds=config.init == "base")
         sides[f"{stack}.0"] = Side(host, role, network, layers)
     return sides
 

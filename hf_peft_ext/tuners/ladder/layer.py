@@ -28,7 +28,7 @@ class Ladder(nn.Module, BaseTunerLayer):
     """The side networks of one backbone, one for each adapter.
 
     - The backbone runs without gradients; the outputs of its blocks are recorded for the side blocks.
-    - Then the side network runs on the same inputs, and the backbone returns its output.
+    - Then the side network runs on the same inputs, and the backbone returns its output, added to its own.
 
     The encoder of an encoder-decoder returns both networks' hidden states, concatenated: d + d_side channels. So both
     take part in everything that generation does to encoder outputs. The decoder splits them again.
@@ -126,6 +126,8 @@ class Ladder(nn.Module, BaseTunerLayer):
                 output = backbone(**{**inputs, "return_dict": True})
             own |= self.cache_of(output, len(blocks), name)
             states = beside(blocks[0])(name, own).to(output.last_hidden_state)
+        if self.side_of[name].adds:
+            states = output.last_hidden_state + states
         self.replace_states(host, output, states)
         return output if as_model else output.to_tuple()
 
@@ -146,11 +148,11 @@ class Ladder(nn.Module, BaseTunerLayer):
         return {keyword: side_cache(cache, side.stack.config, n_blocks, n_tokens), "use_cache": True}
 
     def forward(self, adapter_name: str, inputs: dict[str, Any]) -> Tensor:
-        """The last hidden states of a side network; see `SideNetwork`."""
+        """The output of a side network; see `SideNetwork.forward`."""
         return self.side_of[adapter_name](**inputs)
 
     def replace_states(self, host: Any, output: Any, states: Tensor) -> None:
-        """Put the side network's last hidden states in place of the backbone's."""
+        """Put these last hidden states in place of the backbone's; behind them, in an encoder."""
         last = output.last_hidden_state
         output.last_hidden_state = torch.cat([last, states], -1) if self.role == "encoder" else states
         hidden = output.get("hidden_states")

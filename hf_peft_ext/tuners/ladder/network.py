@@ -18,19 +18,21 @@ INDICES = {"layer_idx", "layer_id"}  # names of a block's index in its modules, 
 class SideNetwork(nn.Module):
     """A pruned copy of a backbone whose blocks also read the hidden states of the backbone's blocks.
 
-        h^0 = W_0 e,    h^i = block_i(g_i h^(i-1) + (1 - g_i) W_i b_i),    out = W_up norm(h^n)
+        h^0 = W_0 e,    h^i = block_i(g_i h^(i-1) + (1 - g_i) W_i b_i),    out = b + W_up norm(h^n)
 
-    e are the backbone's embeddings of the tokens, b_i the output of its block i, both of width d; the side network has
-    width d_side. Sung et al. 2022 (https://arxiv.org/abs/2206.06522), section 2.
+    e are the backbone's embeddings of the tokens, b_i the output of its block i and b its last hidden states, all of
+    width d; the side network has width d_side. Sung et al. 2022 (https://arxiv.org/abs/2206.06522), section 2, whose
+    output is W_up norm(h^n) alone.
 
     Args:
         stack: the pruned backbone, with the blocks to keep; its final norm is the side network's.
         host: the backbone; not a child of this module.
         temperature: T of the gates.
         ends: whether the output is projected to the backbone's width; that of an encoder with a decoder is not.
+        adds: whether the output is added to b, with W_up zero at the start.
     """
 
-    def __init__(self, stack: PreTrainedModel, host: PreTrainedModel, temperature: float, ends: bool):
+    def __init__(self, stack: PreTrainedModel, host: PreTrainedModel, temperature: float, ends: bool, adds: bool):
         super().__init__()
         d, d_side = host.config.hidden_size, stack.config.hidden_size
         self._blocks, blocks = next(stacks(stack))
@@ -39,6 +41,10 @@ class SideNetwork(nn.Module):
         stack.set_input_embeddings(cast(nn.Embedding, DownEmbedding(host, stack)))
         self.stack = stack
         self.up = nn.Linear(d_side, d) if ends else None
+        self.adds = adds and ends
+        if self.up is not None and adds:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
 
     @property
     def side_blocks(self) -> tuple["SideBlock", ...]:
@@ -46,7 +52,7 @@ class SideNetwork(nn.Module):
         return tuple(cast(Any, self.stack.get_submodule(self._blocks)))
 
     def forward(self, **inputs: Any) -> Tensor:  # shape: (batch, length, d), or d_side without `up`
-        """The last hidden states, computed while the backbone's `Steps` are running."""
+        """W_up norm(h^n), or norm(h^n) without `up`, computed while the backbone's `Steps` are running."""
         if inputs.get("inputs_embeds") is not None:
             embedding = cast(DownEmbedding, self.stack.get_input_embeddings())
             inputs["inputs_embeds"] = embedding.image(inputs["inputs_embeds"])

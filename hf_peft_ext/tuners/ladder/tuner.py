@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, unload_auxiliary
-from hf_peft_ext.attach.config import RegisteredConfig, layer_list
+from hf_peft_ext.attach.config import InitConfig, layer_list
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.pruning import Importance
 from hf_peft_ext.pruning.pruned_config import Reduce
@@ -20,7 +20,7 @@ from hf_peft_ext.validation.checks import check, check_positive
 
 
 @dataclass
-class LadderConfig(RegisteredConfig):
+class LadderConfig(InitConfig):
     """Ladder side-tuning: narrow blocks beside a frozen backbone read its hidden states and compute the output.
 
     Sung et al. 2022 (https://arxiv.org/abs/2206.06522), with the defaults of its code: r = 8, T = 0.1, a side block at
@@ -30,7 +30,9 @@ class LadderConfig(RegisteredConfig):
     - Side blocks start as the backbone's, pruned to 1 / r of their width. So the model's structure must show which
       axes its weights have; see `tuners.ladder.build`.
     - The paper's code divides the width of each head and keeps their number; here heads are kept or dropped whole.
-    - The untrained adapter is not the base model: its projections are random, as in the paper.
+    - The output of the side network is added to the backbone's last hidden states, and its last projection starts at
+      zero, so that the untrained adapter is the base model. In the paper the side network's output takes their place,
+      from a random projection (`init="paper"`).
 
     Args:
         r: the factor between the widths of the backbone and the side network, at least 1.

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from hf_peft_ext.attach.changed_config import asked_by, become
-from hf_peft_ext.attach.config import InitConfig
+from hf_peft_ext.attach.config import InitConfig, PlacedConfig
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.model.layer_groups import (
     ALLOCATIONS,
@@ -31,7 +31,7 @@ FIELDS = ("sites", "exclude_modules", "modules_to_save", "layers_to_transform")
 
 
 @dataclass
-class S4Config(InitConfig):
+class S4Config(InitConfig, PlacedConfig):
     """The result of a search over design spaces: layers in four groups, each with its own sub-layers.
 
     The first group has adapters and LoRA, the second adapters and prefixes, the third adapters, prefixes and BitFit,
