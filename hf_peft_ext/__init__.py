@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from hf_peft_ext import hub_cards as hub_cards
+from hf_peft_ext.attach.parameter_groups import sublayer_parameter_groups as sublayer_parameter_groups
 from hf_peft_ext.attach.placement import Placement as Placement
 from hf_peft_ext.autoload import install_autoload as install_autoload
 from hf_peft_ext.autoload import uninstall_autoload as uninstall_autoload

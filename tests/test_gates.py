@@ -1,6 +1,7 @@
 """gate_values and the gates' pooling."""
 
 import gc
+import json
 
 import pytest
 import torch
@@ -159,3 +160,15 @@ def test_gates_of_two_adapters():
     inputs = {**BACKBONES["bert"].inputs(), "adapter_names": ["default"] * 3}
     with pytest.raises(ValueError, match=r"`batch` \(=\['adapter_names', .*\) must not mix adapters"):
         gate_values(model, inputs)
+
+
+@pytest.mark.parametrize("init", [None, -1.5, {"prefix": -5.0, "lora": 1.0}, "paper"])
+def test_gates_before_training(init):
+    """2 by default, 0 in the paper, or a number for all or for some; kept by a saved config."""
+    kwargs = {"init": "paper"} if init == "paper" else {"gate_init": init}
+    config = UniPELTConfig(bottleneck_size=4, **kwargs)
+    for setting in (config, UniPELTConfig(**json.loads(json.dumps(config.to_dict(), default=list)))):
+        for name, gate in gates(get_peft_model(BACKBONES["bert"].build(), setting)).items():
+            kind = "prefix" if "prefix" in name else "lora" if "low_rank" in name else "adapter"
+            expected = {None: 2.0, "paper": 0.0}.get(init, init) if not isinstance(init, dict) else init.get(kind, 2.0)
+            assert gate.bias.item() == expected

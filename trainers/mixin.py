@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from hf_peft_ext.attach.parameter_groups import check_rates, split_groups
 from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import as_list
 from hf_peft_ext.papers import Paper
@@ -23,6 +24,7 @@ from hf_peft_ext.trainers.loss_scaling import LossScaling
 from hf_peft_ext.trainers.loss_terms import LossTerms
 from hf_peft_ext.trainers.pushing import Pusher
 from hf_peft_ext.trainers.recorder import Recorder
+from hf_peft_ext.validation.checks import check
 
 
 class AdapterTrainerMixin(AdapterCheckpoints):
@@ -35,11 +37,14 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         model: a `PeftModel`, or a base model if there is a `peft_config`.
         args: as the other class takes them.
         peft_config: the adapter to add to `model`, or to the result of `model_init`.
+        sublayer_rates: learning rates of kinds of parameters, as in `sublayer_parameter_groups`; the others have that
+            of `args`.
         more, kwargs: of the other class.
 
     Raises:
         TypeError: there is no adapter to train, or `peft_config` is not a config.
-        ValueError: `model` has an adapter and there is a `peft_config` too.
+        ValueError: `model` has an adapter and there is a `peft_config` too, or `sublayer_rates` names parameters that
+            are not trained.
     """
 
     _name: ClassVar[str] = "Adapter"
@@ -54,13 +59,14 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         args: TrainingArguments | None = None,
         *more: Any,
         peft_config: PeftConfig | None = None,
+        sublayer_rates: Mapping[str, float] | None = None,
         **kwargs: Any,
     ):
         extend_peft()
         if not isinstance(peft_config, PeftConfig | None):
             kind = type(peft_config).__name__
             raise TypeError(f"`peft_config` (={kind}) must be a PeftConfig, such as UniPELTConfig(...).")
-        self._peft_config = peft_config
+        self._peft_config, self._sublayer_rates = peft_config, sublayer_rates or {}
         self.gate_log = GateLog(self)
         self.recorder = Recorder(self, self.gate_log)
         self.loss_terms, self._loss_scaling, self.pusher = LossTerms(self), LossScaling(self), Pusher(self)
@@ -70,6 +76,10 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         elif model is not None:
             model = add_adapter_to(model, peft_config, args)
         super().__init__(model, args, *more, **kwargs)
+        if self.model is not None:
+            check_rates(self.model, self._sublayer_rates)
+        own = not self._sublayer_rates or self.optimizer is None
+        check("sublayer_rates", sublayer_rates, own, "must be None where `optimizers` has an optimizer")
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
             self.add_callback(callback)
@@ -79,6 +89,13 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         return add_adapter_to(super().call_model_init(trial), self._peft_config, self.args)
 
     # Steps
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The optimizer, with the learning rates of `sublayer_rates`."""
+        if self.optimizer is None and self._sublayer_rates:
+            optimizer = super().create_optimizer(*args)
+            optimizer.param_groups = split_groups(self.model, optimizer.param_groups, self._sublayer_rates)
+        return super().create_optimizer(*args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on a micro-batch, whose gates and terms of the loss are logged."""
