@@ -52,7 +52,7 @@ def test_on_a_lora_of_peft():
     [
         ({"lr": 0.0}, "`lr` (=0.0) must be a positive number."),
         ({"prefix": -1.0}, "`prefix` (=-1.0) must be a positive number."),
-        ({"prefixes": 1e-2}, "`learning rates` (=['prefixes']) must hold bottleneck, prefix, low_rank,"),
+        ({"prefixes": 1e-2}, "`learning rates` (=['prefixes']) must be of bottleneck, prefix, low_rank,"),
         ({"head": 1e-2}, "`head` (=0.01) is the rate of parameters that this model does not train; it trains"),
     ],
 )

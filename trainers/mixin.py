@@ -13,8 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_peft_ext.attach.parameter_groups import check_rates, split_groups
-from hf_peft_ext.hub_cards import DatasetRecord, TrainingRecord
-from hf_peft_ext.hub_cards.metadata import as_list
+from hf_peft_ext.hub_cards import TrainingRecord
 from hf_peft_ext.papers import Paper
 from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.trainers.adapted_model import add_adapter_to
@@ -241,11 +240,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         """Write the adapter and its card into `output_dir`; its author's text stays.
 
         Args:
-            language: ISO 639-1 codes.
-            license: identifier on the Hub.
-            tags: further tags.
-            tasks: the Hub's task; the first one is used.
-            dataset_tags: Hub ids of the data.
+            language, license, tags, tasks, dataset_tags: as in `Recorder.set_metadata`.
             ignored: further arguments of Trainer's method, whose values the record has.
 
         Raises:
@@ -253,13 +248,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         """
         if not self.is_world_process_zero() or self._unfinished is not None:  # TRL calls it during checkpoints
             return
-        record = self.record
-        record.language = as_list(language) or record.language
-        record.license = license or record.license
-        record.tags += as_list(tags)
-        record.pipeline_tag = next(iter(as_list(tasks)), record.pipeline_tag)
-        names = {data.name for data in record.datasets}
-        record.datasets += [DatasetRecord(n, on_hub=True) for n in as_list(dataset_tags) if n not in names]
+        self.recorder.set_metadata(language, license, tags, tasks, dataset_tags)
         folder = Path(cast(str, self.args.output_dir))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # `save_model` gathers weights in all processes
             self.recorder.save(self.adapter_folder(folder))

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_peft_ext.hub_cards import Result, TrainingRecord
-from hf_peft_ext.hub_cards.metadata import check_metadata
+from hf_peft_ext.hub_cards import DatasetRecord, Result, TrainingRecord
+from hf_peft_ext.hub_cards.metadata import as_list, check_metadata
 from hf_peft_ext.hub_cards.record import quantization_of
 from hf_peft_ext.hub_cards.redact import local, without_places, without_secrets
 from hf_peft_ext.trainers.callbacks import Clock, GateLog
@@ -35,6 +35,31 @@ class Recorder(TrainerCallback):
         self.data, self.clock = DataLog(), Clock()
         self.measured: dict[tuple[Any, ...], Result] = {}  # of the adapter's current weights
         self.method = "adapter"  # whose results an evaluation gives
+
+    def set_metadata(
+        self,
+        language: str | Sequence[str] | None,
+        license: str | None,
+        tags: str | Sequence[str] | None,
+        tasks: str | Sequence[str] | None,
+        dataset_tags: str | Sequence[str] | None,
+    ) -> None:
+        """Add what a trainer cannot know to the record.
+
+        Args:
+            language: ISO 639-1 codes.
+            license: identifier on the Hub.
+            tags: further tags.
+            tasks: the Hub's task; the first one is used.
+            dataset_tags: Hub ids of the data.
+        """
+        record = self.record
+        record.language = as_list(language) or record.language
+        record.license = license or record.license
+        record.tags += as_list(tags)
+        record.pipeline_tag = next(iter(as_list(tasks)), record.pipeline_tag)
+        names = {data.name for data in record.datasets}
+        record.datasets += [DatasetRecord(n, on_hub=True) for n in as_list(dataset_tags) if n not in names]
 
     # Results
 

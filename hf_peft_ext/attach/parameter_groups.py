@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix
-from hf_peft_ext.validation.checks import check, check_names, check_positive
+from hf_peft_ext.validation.checks import check, check_positive
 
 # Kind of parameters -> the modules that own them. A gate is inside its sub-layer, and comes after it.
 KINDS: dict[str, type[nn.Module]] = {
@@ -70,7 +70,7 @@ def split_groups(
 
 def check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Refuse learning rates that are not positive, or of kinds of parameters that the model does not train."""
-    check_names("learning rates", [*rates], [*KINDS], empty=True)
+    check("learning rates", [*rates], rates.keys() <= KINDS.keys(), f"must be of {', '.join(KINDS)} only")
     trained = {kind for parameter, kind in parameter_kinds(model).items() if parameter.requires_grad}
     for kind, rate in rates.items():
         check_positive(kind, rate)
