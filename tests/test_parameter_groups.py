@@ -91,5 +91,5 @@ def test_refused_by_a_trainer(tmp_path):
         trainer(tmp_path, model=classifier(), peft_config=config, sublayer_rates={"prefix": 1e-2})
     model = get_peft_model(classifier(), config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pytest.raises(ValueError, match="must be None where `optimizers` has an optimizer"):
+    with pytest.raises(ValueError, match="must be None beside `optimizers`"):
         trainer(tmp_path, model=model, sublayer_rates={"gate": 1e-2}, optimizers=(optimizer, None))

@@ -36,14 +36,12 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         model: a `PeftModel`, or a base model if there is a `peft_config`.
         args: as the other class takes them.
         peft_config: the adapter to add to `model`, or to the result of `model_init`.
-        sublayer_rates: learning rates of kinds of parameters, as in `sublayer_parameter_groups`; the others have that
-            of `args`.
+        sublayer_rates: learning rates of kinds of parameters, see `sublayer_parameter_groups`.
         more, kwargs: of the other class.
 
     Raises:
         TypeError: there is no adapter to train, or `peft_config` is not a config.
-        ValueError: `model` has an adapter and there is a `peft_config` too, or `sublayer_rates` names parameters that
-            are not trained.
+        ValueError: `model` has an adapter and there is a `peft_config` too, or a rate is of none of its parameters.
     """
 
     _name: ClassVar[str] = "Adapter"
@@ -63,8 +61,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
     ):
         extend_peft()
         if not isinstance(peft_config, PeftConfig | None):
-            kind = type(peft_config).__name__
-            raise TypeError(f"`peft_config` (={kind}) must be a PeftConfig, such as UniPELTConfig(...).")
+            raise TypeError(f"`peft_config` (={type(peft_config).__name__}) must be a PeftConfig: UniPELTConfig(...).")
         self._peft_config, self._sublayer_rates = peft_config, sublayer_rates or {}
         self.gate_log = GateLog(self)
         self.recorder = Recorder(self, self.gate_log)
@@ -75,10 +72,9 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         elif model is not None:
             model = add_adapter_to(model, peft_config, args)
         super().__init__(model, args, *more, **kwargs)
-        if self.model is not None:
-            check_rates(self.model, self._sublayer_rates)
-        own = not self._sublayer_rates or self.optimizer is None
-        check("sublayer_rates", sublayer_rates, own, "must be None where `optimizers` has an optimizer")
+        if sublayer_rates:
+            check("sublayer_rates", sublayer_rates, self.optimizer is None, "must be None beside `optimizers`")
+            check_rates(self.model, sublayer_rates)
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
             self.add_callback(callback)
