@@ -60,7 +60,7 @@ def test_unipelt(backbone):
     """The first block computes the masks that all blocks share, which takes a few calls more."""
     for count, more in zip(calls_of_blocks(hf_peft_ext, backbone, METHODS["unipelt"]()), (2, 0), strict=True):
         files = {file for file, _ in count}
-        assert {"low_rank.py", "bottleneck.py", "prefix.py", "gate.py", "layer.py", "attention.py"} <= files
+        assert {"low_rank.py", "bottleneck.py", "prefix.py", "gate.py", "layer.py", "separate_prefix.py"} <= files
         assert count.total() <= CALLS + more, count
         assert len(files) <= FILES, files
 

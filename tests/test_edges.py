@@ -198,7 +198,7 @@ def test_an_attention_that_drops_keywords():
         **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
         **{"image_size": 8, "patch_size": 4},
     )
-    model = get_peft_model(AutoModel.from_config(config), LayerPrefixConfig())
+    model = get_peft_model(AutoModel.from_config(config), LayerPrefixConfig(init="paper"))
     with pytest.raises(ValueError, match="`prefix` has no effect in SiglipAttention"):
         model(pixel_values=torch.randn(1, 3, 8, 8))
 

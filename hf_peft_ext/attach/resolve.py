@@ -64,7 +64,7 @@ def resolve(model: nn.Module, config: PlacedConfig) -> tuple[Plan, list[str]]:
         rule = f"holds every place of `{placement.sublayer}` at `{placement.site}`: a module is saved whole or adapted"
         check("modules_to_save", config.modules_to_save, bool(free), rule)
         for site in free:
-            if site.host not in unchanged:
+            if unchanged.isdisjoint((site.host, site.reads) if site.act == "leaves" else (site.host,)):
                 check_gate(model, placement, site)
                 check_fit(model, placement, site)
                 put(planned.setdefault(site.host, []), placement, site)
@@ -106,7 +106,11 @@ def prefix_sites(placement: Placement, sites: list[Site]) -> list[Site]:
         sites = [site for site in sites if site.tokens != "packed"]
     if placement.options.get("form", "separate") != "separate":
         return [site for site in sites if site.act != "leaves"]
-    return [replace(site, host=site.query, d_in=site.d_query, act="leaves") for site in sites if site.query]
+    return [
+        replace(site, host=site.query, reads=site.host, d_in=site.d_query, act="leaves")
+        for site in sites
+        if site.query
+    ]
 
 
 def unreached(placement: Placement, named: list[Site], n_layers: int) -> str | None:

@@ -4,11 +4,9 @@ They need neither the keys and values of attention nor its mask, so they fit eve
 leaves, with any kernel and any cache. What they add to a token depends on no other token.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -42,20 +40,22 @@ class SeparatePrefix(TunerLayer):
     ) -> Tensor | None:  # shape: (batch, length, heads * d_v)
         """The sum over the active adapters; None if there are none."""
         q = q[..., self._rows]
-        terms = list(self.terms_by_row(x, q) if FORWARD.row_adapters is not None else self.terms(x, q))
-        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0] if terms else None
-
-    def terms(self, x: Tensor, q: Tensor) -> Iterator[Tensor]:
-        """What each active adapter adds."""
-        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        if FORWARD.row_adapters is not None:
+            return self.attended_by_row(x, q)
+        token_mask, total = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder], None
         for sublayer in self.active_here.values():
-            yield sublayer.attend(q, x, token_mask)
+            o = sublayer.attend(q, x, token_mask)
+            total = o if total is None else total + o
+        return total
 
-    def terms_by_row(self, x: Tensor, q: Tensor) -> Iterator[Tensor]:
-        """What the adapters of a mixed batch add, each in its own rows, zero in the others."""
+    def attended_by_row(self, x: Tensor, q: Tensor) -> Tensor | None:
+        """As `attended`, with its own adapter for each row, and zeros for rows without one."""
+        total = None
         for name, rows in self.rows_by_adapter(len(x), x.device):
-            term = self.sublayer_of[name].attend(q[rows], x[rows], self.token_mask(rows, len(x)))
-            yield term.new_zeros(len(x), *term.shape[1:]).index_copy(0, rows, term)
+            o = self.sublayer_of[name].attend(q[rows], x[rows], self.token_mask(rows, len(x)))
+            total = o.new_zeros(len(x), *o.shape[1:]) if total is None else total
+            total[rows] = o
+        return total
 
 
 def as_slice(rows: Tensor | None) -> slice | list[int]:
