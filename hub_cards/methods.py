@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from hf_peft_ext.hub_cards.markdown import listed, ranges
+from hf_peft_ext.hub_cards.markdown import listed
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
+from hf_peft_ext.model.layer_groups import ranges
 from hf_peft_ext.papers import (
     BITFIT,
     HOULSBY,

@@ -16,7 +16,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from hf_peft_ext.attach.config import RegisteredConfig
-from hf_peft_ext.hub_cards.markdown import cell, ranges
+from hf_peft_ext.hub_cards.markdown import cell
+from hf_peft_ext.model.layer_groups import ranges
 from hf_peft_ext.validation.checks import check
 
 SUBLAYER_KEY = re.compile(

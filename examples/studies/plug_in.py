@@ -143,7 +143,7 @@ class Study:
         default_factory=lambda: ["slice"],
         metadata={"choices": ["orthogonal", "slice", "least_squares"], "help": "How W_plug begins."},
     )
-    r: list[int] = field(default_factory=lambda: [16], metadata={"help": "How much thinner the bridge is."})
+    r: list[int] = field(default_factory=lambda: [16], metadata={"help": "The factor that the bridge is smaller by."})
     reading: list[str] = field(default_factory=lambda: ["parameters"], metadata={"choices": ["parameters", "width"]})
     importance: list[str] = field(
         default_factory=lambda: ["activation"],
@@ -347,11 +347,11 @@ class Cell:
                 rows = rows + decide(self.task, before, self.unlabelled)  # pyright: ignore[reportArgumentType]
             if run.condition == "folded":
                 model = merge_projections(model)
-            with delta_bridge(model, self.thin(run)) as held:
+            with delta_bridge(model, self.pruned(run)) as held:
                 fit(held, self.task, rows, *steps)
         elif run.condition == "paper":
             cache = self.folder / "activations" / run.bridge
-            built = bridge(model, self.thin(run), ladder="ladder" in run.bridge, cache=cache)
+            built = bridge(model, self.pruned(run), ladder="ladder" in run.bridge, cache=cache)
             fit(built, self.task, self.train, *steps)
             return model, built
         return model, None
@@ -362,7 +362,7 @@ class Cell:
         batches = (self.task.batch(large, [row]) for row in self.train) if run.init == "least_squares" else None
         return plug(module, large, projections, batches=batches)
 
-    def thin(self, run: Run) -> PrunedModel:
+    def pruned(self, run: Run) -> PrunedModel:
         """The bridge of a run."""
         r, reading, kind, *_ = run.bridge.split()
         return pruned_copy(copy.deepcopy(self.large), int(r), reading, self.importance(kind)[0])  # pyright: ignore
@@ -415,16 +415,16 @@ def small_of(
     (depth,) = depths(large)
     text = None if protocol.pair == "minilm" else reading(tokenizer, data)
     if text is None:
-        thin = pruned_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
+        pruned = pruned_copy(cut_depth(copy.deepcopy(large), list(range(0, depth, 2))), 1)
     else:
         batches = ({"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in text[:64].split(8))
         cut = cut_depth(copy.deepcopy(large), [i for i in range(depth) if i % 5 != 2])
-        thin = pruned_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
-    layers = layer_map(depths(thin.model), [depth])
-    kept = kept_channels(thin)
+        pruned = pruned_copy(cut, 4 / 3, "width", importance(cut, batches, "activation"))
+    layers = layer_map(depths(pruned.model), [depth])
+    kept = kept_channels(pruned)
     index = {(name, None): units for (name, layer), units in kept.items() if layer is None}
     index |= {(name, i): kept[name, j] for i, j in enumerate(layers) for name, layer in kept if layer == j}
-    return (thin.model if text is None else healed(thin.model, text, output / "small", protocol)), index
+    return (pruned.model if text is None else healed(pruned.model, text, output / "small", protocol)), index
 
 
 def lowered(task: Any, protocol: Protocol) -> Any:
