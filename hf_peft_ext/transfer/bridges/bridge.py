@@ -57,9 +57,9 @@ def bridge(
 
     With a ladder, block i of the pruned copy reads g_i x_i + (1 - g_i) W_i b_i. b_i is the input of block i of the
     large model without its adapters (its embeddings, for the first) at the channels that the copy has. W_i begins as
-    the identity and g_i at 0.5. A copy that nothing was pruned from then gives the large model's logits; ladder
-    side-tuning, where b_i is the output of the large block, does not. In an encoder-decoder both stacks have side
-    blocks. A bridge with a ladder takes whole rows, one for each answer; it does not generate.
+    the identity and g_i at 0.5. With r = 1 it then gives the large model's logits. Ladder side-tuning does not: there
+    b_i is the output of the large block. In an encoder-decoder both stacks have side blocks. A bridge with a ladder
+    takes whole rows, one for each answer; it does not generate.
 
     Args:
         plugged: what `plug` returned, or any large model with LoRAs or adapters of this package.
@@ -68,8 +68,7 @@ def bridge(
         trainable: whether W_down is trained; None for True unless it is a slice.
         train_bridge: whether the pruned copy is trained with the adapters.
         ladder: whether the copy's blocks also read the inputs of the large model's blocks.
-        cache: folder for the large model's part of a ladder, so that it does not run twice on a row; None to run it
-            each time.
+        cache: folder for the large model's states, so that it runs once on each row; None to run it each time.
 
     Returns:
         The pruned copy with the adapters' tensors.
