@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
 from hf_peft_ext.hub_cards.card_edits import BEGIN, CardEdits
 from hf_peft_ext.hub_cards.markdown import cell, code, fenced, single_line, table
-from hf_peft_ext.model.layer_groups import ranges
+from hf_peft_ext.validation.suggestions import ranges
 
 from .cards import BASE, full_record, saved
 

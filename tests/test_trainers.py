@@ -351,7 +351,7 @@ def test_what_the_hub_would_refuse_is_refused_first(tmp_path):
 
 def test_the_command_can_be_run_again(tmp_path):
     """A module that was started with `python -m` is recorded so, a script by its name."""
-    says = "from hf_peft_ext.trainers.redact import command_line\nprint(command_line())\n"
+    says = "from hf_peft_ext.trainers.run_info import command_line\nprint(command_line())\n"
     (tmp_path / "said").mkdir()
     for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
         (tmp_path / name).write_text("" if name == "said/__init__.py" else says)

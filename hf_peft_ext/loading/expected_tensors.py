@@ -139,7 +139,10 @@ def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cp
 
 
 class WithoutValues(DeviceContext):
-    """Like `torch.device("meta")`, but initialisation is skipped: it takes most of the time of building an adapter."""
+    """Like `torch.device("meta")`, but initialisation is skipped: it takes most of the time of building an adapter.
+
+    transformers' `no_init_weights` skips it too, but by changing `torch.nn.init` for all threads.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.device("meta"))
