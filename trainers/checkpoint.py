@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME as STATE
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_peft_ext.hub_cards.peft_integration import without_stock_card
@@ -25,7 +26,6 @@ from hf_peft_ext.trainers.pushing import Pusher
 from hf_peft_ext.trainers.recorder import Recorder
 from hf_peft_ext.trainers.restore import (
     FILE_LIST,
-    STATE,
     TRAINED,
     check_checkpoint,
     last_checkpoint,

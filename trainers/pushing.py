@@ -10,14 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer import TRAINER_STATE_NAME as STATE
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_peft_ext.hub_cards import publishable, push_adapter
-from hf_peft_ext.hub_cards.peft_integration import CARD, home, published_cards, write_card_or_warn, write_cards
+from hf_peft_ext.hub_cards.card_files import CARD
+from hf_peft_ext.hub_cards.peft_integration import home, published_cards, write_card_or_warn, write_cards
 from hf_peft_ext.hub_cards.push import PUSHES, explained
-from hf_peft_ext.trainers.restore import STATE, TRAINED
+from hf_peft_ext.trainers.restore import TRAINED
 
 logger = logging.get_logger(__name__)
 

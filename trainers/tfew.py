@@ -11,8 +11,8 @@ from transformers import EvalPrediction, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_peft_ext.attach.tuner import keep_4bit_trainable
 from hf_peft_ext.hub_cards import TrainingRecord
+from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.papers import IA3
 from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
 from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
