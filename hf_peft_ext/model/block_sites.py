@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_peft_ext.model.calls import ends_first, in_order, own_modules
+from hf_peft_ext.model.prefix_leaves import prefix_leaves
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.structure import (
     FFN_GATES,
@@ -87,7 +88,7 @@ class BlockSites:
         d = self.size(leaves["output"])[1] if "latent" in leaves else self.size(reads)[0]
         act = prefix_act(attention)
         act = "leaves" if act is None or (act == "cache" and cross) else act
-        ends = self.prefix_leaves(leaves, attention, shape)
+        ends = prefix_leaves(self.model, leaves, attention, shape)
         if heads and (ends or act != "leaves"):
             yield Site(f"{cross}attention", host=name, act=act, d_in=d, d_out=d, **self.common,
                        heads=heads, d_k=d_k, d_v=d_v, **ends)  # fmt: skip
@@ -99,25 +100,6 @@ class BlockSites:
             if d == d_out:
                 yield Site(f"{cross}parallel_attention", host=leaves["output"], act="span", d_in=d, d_out=d_out,
                            reads=name, **self.common)  # fmt: skip
-
-    def prefix_leaves(
-        self, leaves: dict[str, str], attention: nn.Module, shape: tuple[int, int, int]
-    ) -> dict[str, Any]:
-        """The fields of an attention site about its queries and its output; empty if a leaf is missing, may never be
-        called, or is of another width.
-        """
-        heads, d_k, d_v = shape
-        query, output = leaves.get("query") or leaves.get("fused"), leaves.get("output")
-        if not (heads and query and output) or any(is_bypassed(self.model, leaf) for leaf in (query, output)):
-            return {}
-        (d, width), rows = self.size(query), None
-        if "query" not in leaves:
-            rows = fused_rows(attention, width, shape)["query"].clone()
-            width = len(rows)
-        groups = width // (heads * d_k)
-        fits = groups and width == groups * heads * d_k and self.size(output)[0] == groups * heads * d_v
-        ends = {"query": query, "d_query": d, "query_rows": rows, "output": output, "groups": groups}
-        return ends if fits else {}
 
     def fused_sites(
         self, cross: str, leaf: str, attention: nn.Module, shape: tuple[int, int, int], **kwargs: Any
