@@ -46,7 +46,7 @@ STYLE_PAPERS = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": MAM, "scal
 SUBLAYER_NAMES = {
     "bottleneck": "bottleneck adapters (down to a few dimensions, through an activation, and up again)",
     "low_rank": "LoRA (low-rank updates of weights)",
-    "prefix": "trained prefixes (keys and values that attention sees in front of every text)",
+    "prefix": "trained prefixes (further keys and values for attention)",
     "bias": "trained biases",
 }
 STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}

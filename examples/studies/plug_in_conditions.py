@@ -38,8 +38,8 @@ MODULES = {
     "lora": Module(
         LoraConfig(r=8, lora_alpha=16, target_modules=r".*\.(query|value|q_proj|v_proj)"), 2e-3, 1e-3, 1e-3
     ),
-    "adapter": Module(BottleneckConfig(r=16, reduction_factor=None), 2e-3, 1e-3, 1e-3),
-    "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10), 2e-2, 1e-2, 1e-2),
+    "adapter": Module(BottleneckConfig(r=16, init="paper"), 2e-3, 1e-3, 1e-3),
+    "prefix": Module(LayerPrefixConfig(num_virtual_tokens=10, init="paper"), 2e-2, 1e-2, 1e-2),
 }
 PLUGGED = ("unbridged", "paper", "bridge", "delta", "refined", "distilled", "folded")
 BRIDGED = (*PLUGGED[1:], "fresh")

@@ -69,7 +69,7 @@ CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 METHODS = {
     "(IA)3": Method(TFewConfig(**CAUSAL), "adafactor", 3e-2),
     "LoRA": Method(LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], **CAUSAL), "adamw_torch", 1e-3),
-    "UniPELT": Method(UniPELTConfig(**CAUSAL), "adamw_torch", 1e-3),
+    "UniPELT": Method(UniPELTConfig(init="paper", **CAUSAL), "adamw_torch", 1e-3),
 }
 UNTRAINED = ("zero-shot", "in-context")
 

@@ -91,15 +91,16 @@ TASKS = {
 }
 
 SEQ_CLS: dict[str, Any] = {"task_type": "SEQ_CLS"}  # trains the head in every method
+BEGINNING: dict[str, Any] = {"init": "paper", **SEQ_CLS}  # of the stored results; the defaults start as the base model
 METHODS = {
     "full": Method(None, (5e-5, 1e-4, 2e-4)),
     "BitFit": Method(BitFitConfig(**SEQ_CLS), (2e-3, 5e-3, 1e-2)),
-    "adapter": Method(BottleneckConfig(style="pfeiffer", r=48, **SEQ_CLS), (1e-3, 2e-3, 5e-3)),
-    "prefix": Method(LayerPrefixConfig(num_virtual_tokens=10, **SEQ_CLS), (1e-2, 3e-2, 1e-1)),
+    "adapter": Method(BottleneckConfig(style="pfeiffer", r=48, **BEGINNING), (1e-3, 2e-3, 5e-3)),
+    "prefix": Method(LayerPrefixConfig(num_virtual_tokens=10, **BEGINNING), (1e-2, 3e-2, 1e-1)),
     "LoRA": Method(LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], **SEQ_CLS), (2e-3, 5e-3, 1e-2)),
-    "AP": Method(UniPELTConfig(methods=("adapter", "prefix"), **SEQ_CLS), (1e-3, 2e-3, 5e-3)),
-    "APL": Method(UniPELTConfig(**SEQ_CLS), (1e-3, 2e-3, 5e-3)),
-    "APL-no-gates": Method(UniPELTConfig(gated=False, **SEQ_CLS), (1e-3, 2e-3, 5e-3)),
+    "AP": Method(UniPELTConfig(methods=("adapter", "prefix"), **BEGINNING), (1e-3, 2e-3, 5e-3)),
+    "APL": Method(UniPELTConfig(**BEGINNING), (1e-3, 2e-3, 5e-3)),
+    "APL-no-gates": Method(UniPELTConfig(gated=False, **BEGINNING), (1e-3, 2e-3, 5e-3)),
 }
 SUBMODULES = ["adapter", "prefix", "LoRA"]
 RANKED = [name for name in METHODS if name != "APL-no-gates"]  # as in the paper's table; the last is an ablation

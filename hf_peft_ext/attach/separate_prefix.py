@@ -22,9 +22,13 @@ class SeparatePrefix(TunerLayer):
     it to that leaf's input.
     """
 
+    rows: Any  # Tensor, the rows of the queries where they are not contiguous in the leaf's output
+
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         key, output = new_key(self.site.host), model.get_submodule(self.site.output)
-        self._rows = as_slice(self.site.query_rows)
+        rows = self.site.query_rows
+        self._span = contiguous(rows)
+        self.register_buffer("rows", None if self._span else rows, persistent=False)
         query_hook = self.host.register_forward_hook(partial(attend_to_prefix, key, self.name), with_kwargs=True)
         self._query_hook = query_hook.id
         return [query_hook, output.register_forward_pre_hook(partial(add_prefix, key))]
@@ -39,7 +43,7 @@ class SeparatePrefix(TunerLayer):
         q: Tensor,  # shape: (batch, length, width of the query leaf)
     ) -> Tensor | None:  # shape: (batch, length, heads * d_v)
         """The sum over the active adapters; None if there are none."""
-        q = q[..., self._rows]
+        q = q[..., self._span or self.rows.to(q.device)]
         if FORWARD.row_adapters is not None:
             return self.attended_by_row(x, q)
         token_mask, total = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder], None
@@ -58,12 +62,12 @@ class SeparatePrefix(TunerLayer):
         return total
 
 
-def as_slice(rows: Tensor | None) -> slice | list[int]:
-    """Row indices as a slice if they are contiguous; all for None."""
+def contiguous(rows: Tensor | None) -> slice | None:
+    """The indices as a slice, all for None; None if they are not contiguous."""
     if rows is None:
         return slice(None)
     first, n = int(rows[0]), len(rows)
-    return slice(first, first + n) if rows.tolist() == [*range(first, first + n)] else rows.tolist()
+    return slice(first, first + n) if rows.tolist() == [*range(first, first + n)] else None
 
 
 def attend_to_prefix(
