@@ -82,7 +82,7 @@ Mean ± standard deviation over 3 runs.
 
 ## Method
 
-UniPELT ([UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning](https://arxiv.org/abs/2110.07577)) puts bottleneck adapters (down to a few dimensions, through an activation, and up again), trained prefixes (keys and values that attention sees in front of every text) and LoRA (low-rank updates of weights) into the layers of a frozen model; gates, small networks of their own, decide from each input how much of them is let through.
+UniPELT ([UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning](https://arxiv.org/abs/2110.07577)) puts bottleneck adapters (down to a few dimensions, through an activation, and up again), trained prefixes (further keys and values for attention) and LoRA (low-rank updates of weights) into the layers of a frozen model; gates, small networks of their own, decide from each input how much of them is let through.
 
 | sub-layer | site | layers | size | gate | parameters |
 | --- | --- | --- | --- | --- | ---: |
