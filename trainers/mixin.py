@@ -74,7 +74,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         super().__init__(model, args, *more, **kwargs)
         if sublayer_rates:
             check("sublayer_rates", sublayer_rates, self.optimizer is None, "must be None beside `optimizers`")
-            check_rates(self.model, sublayer_rates)
+            check_rates(self.peft_model, sublayer_rates)
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
             self.add_callback(callback)
@@ -89,7 +89,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         """The optimizer, with the learning rates of `sublayer_rates`."""
         if self.optimizer is None and self._sublayer_rates:
             optimizer = super().create_optimizer(*args)
-            optimizer.param_groups = split_groups(self.model, optimizer.param_groups, self._sublayer_rates)
+            optimizer.param_groups = split_groups(self.peft_model, optimizer.param_groups, self._sublayer_rates)
         return super().create_optimizer(*args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -35,7 +35,8 @@ class SeparatePrefix(TunerLayer):
 
     def run_last(self) -> None:
         """Let the hook of the query leaf run after those of low-rank branches and biases, which change the queries."""
-        self.host._forward_hooks.move_to_end(self._query_hook)
+        hooks: Any = self.host._forward_hooks  # an OrderedDict
+        hooks.move_to_end(self._query_hook)
 
     def attended(
         self,
