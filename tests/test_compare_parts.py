@@ -198,6 +198,7 @@ def test_proportions_at_a_budget(recipes):
     assert config["bottleneck_size"] / config["r"] == pytest.approx(6, rel=0.2)
     assert config["num_virtual_tokens"] / config["r"] == pytest.approx(1.25, rel=0.2)
     assert config["lora_alpha"] == 2 * config["r"]
+    assert isinstance(config["lora_alpha"], int)
 
 
 def test_fixed_sizes(recipes):

@@ -16,7 +16,7 @@ from hf_peft_ext.compare.page import write_page
 from hf_peft_ext.compare.result import MethodComparison
 from hf_peft_ext.compare.retention import read_texts
 from hf_peft_ext.compare.rows import ComparedRows
-from hf_peft_ext.compare.run_recipe import score_name
+from hf_peft_ext.compare.run_recipe import run_recipe, score_name
 from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER, MethodRuns
 from hf_peft_ext.compare.settings import USUAL_METHODS, CompareArguments
 from hf_peft_ext.compare.sizes import Budget, SizedMethod, empty_model, size_methods
@@ -106,6 +106,8 @@ class Comparing:
         rows = ComparedRows.load(recipe, args)
         task_type = recipe.written["peft"]["task_type"]
         methods = size_methods(named, args.budget, task_type, lambda: empty_model(recipe, rows.labels))
+        for sized in methods.values():  # their errors now, not in each run
+            run_recipe(recipe, sized.config, sized.method.learning_rate, 0, args.folder, args.dev_split)
         args.folder.mkdir(parents=True, exist_ok=True)
         queue = Queue(args.database, args.study_name, HalvingByMethod(), args.heartbeat)
         comparing = cls(

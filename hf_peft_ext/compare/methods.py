@@ -29,7 +29,7 @@ class Method:
     config: Mapping[str, Any]
     learning_rate: float
     sizes: Mapping[str, int] = field(default_factory=dict)
-    follows: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    follows: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     trains_base: bool = False
 
     @property
@@ -43,7 +43,7 @@ class Method:
         return {**self.config, **sizes, **followers}
 
 
-ALPHA = {"lora_alpha": ("r", 2.0)}  # keeps LoRA's scaling at 2 for every rank
+ALPHA = {"lora_alpha": ("r", 2)}  # keeps LoRA's scaling at 2 for every rank
 
 # The rates are those that were usually best for MiniLM on 100 to 500 rows; a larger model likes smaller ones.
 COMPARED_METHODS = {
