@@ -1,6 +1,8 @@
 """The papers of the methods, for citations in cards and documentation."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -25,123 +27,28 @@ class Paper:
         return self.page or f"https://arxiv.org/abs/{self.arxiv}"
 
 
-def paper(key: str, title: str, authors: str, venue: str, year: int, arxiv: str = "", page: str = "") -> Paper:
-    """A paper, with a BibTeX entry made from the arguments."""
-    entry = {"title": title, "author": authors, "booktitle": venue, "year": str(year)}
-    entry |= {"eprint": arxiv, "archivePrefix": "arXiv"} if arxiv else {"url": page}
-    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in entry.items())
-    return Paper(title, arxiv, f"@inproceedings{{{key},\n{lines}\n}}", page)
+def read_papers(path: Path) -> dict[str, Paper]:
+    """The papers in a BibTeX file, by their keys. Its entries are separated by blank lines, with a field a line."""
+    papers: dict[str, Paper] = {}
+    for entry in path.read_text("utf-8").strip().split("\n\n"):
+        if match := re.match(r"@\w+\{(.+),", entry):
+            fields = dict(re.findall(r"^  (\w+) = \{(.*)\},?$", entry, re.MULTILINE))
+            papers[match[1]] = Paper(fields["title"], fields.get("eprint", ""), entry, fields.get("url", ""))
+    return papers
 
 
-HOULSBY = paper(
-    "houlsby2019parameter",
-    "Parameter-Efficient Transfer Learning for NLP",
-    "Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone, Bruna and de Laroussilhe, Quentin and "
-    "Gesmundo, Andrea and Attariyan, Mona and Gelly, Sylvain",
-    "International Conference on Machine Learning",
-    2019,
-    "1902.00751",
-)
-PFEIFFER = paper(
-    "pfeiffer2021adapterfusion",
-    "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",
-    "Pfeiffer, Jonas and Kamath, Aishwarya and R{\\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun and Gurevych, Iryna",
-    "Conference of the European Chapter of the Association for Computational Linguistics",
-    2021,
-    "2005.00247",
-)
-PREFIX_TUNING = paper(
-    "li2021prefix",
-    "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
-    "Li, Xiang Lisa and Liang, Percy",
-    "Annual Meeting of the Association for Computational Linguistics",
-    2021,
-    "2101.00190",
-)
-LORA = paper(
-    "hu2022lora",
-    "LoRA: Low-Rank Adaptation of Large Language Models",
-    "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and "
-    "Wang, Lu and Chen, Weizhu",
-    "International Conference on Learning Representations",
-    2022,
-    "2106.09685",
-)
-BITFIT = paper(
-    "benzaken2022bitfit",
-    "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-    "Ben Zaken, Elad and Goldberg, Yoav and Ravfogel, Shauli",
-    "Annual Meeting of the Association for Computational Linguistics",
-    2022,
-    "2106.10199",
-)
-UNIPELT = paper(
-    "mao2022unipelt",
-    "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning",
-    "Mao, Yuning and Mathias, Lambert and Hou, Rui and Almahairi, Amjad and Ma, Hao and Han, Jiawei and "
-    "Yih, Wen-tau and Khabsa, Madian",
-    "Annual Meeting of the Association for Computational Linguistics",
-    2022,
-    "2110.07577",
-)
-MAM = paper(
-    "he2022towards",
-    "Towards a Unified View of Parameter-Efficient Transfer Learning",
-    "He, Junxian and Zhou, Chunting and Ma, Xuezhe and Berg-Kirkpatrick, Taylor and Neubig, Graham",
-    "International Conference on Learning Representations",
-    2022,
-    "2110.04366",
-)
-S4 = paper(
-    "chen2023design",
-    "Parameter-Efficient Fine-Tuning Design Spaces",
-    "Chen, Jiaao and Zhang, Aston and Shi, Xingjian and Li, Mu and Smola, Alex and Yang, Diyi",
-    "International Conference on Learning Representations",
-    2023,
-    "2301.01821",
-)
-IA3 = paper(
-    "liu2022few",
-    "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
-    "Liu, Haokun and Tam, Derek and Muqeeth, Mohammed and Mohta, Jay and Huang, Tenghao and Bansal, Mohit and "
-    "Raffel, Colin",
-    "Advances in Neural Information Processing Systems",
-    2022,
-    "2205.05638",
-)
-LADDER = paper(
-    "sung2022lst",
-    "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning",
-    "Sung, Yi-Lin and Cho, Jaemin and Bansal, Mohit",
-    "Advances in Neural Information Processing Systems",
-    2022,
-    "2206.06522",
-)
-PLUG_IN = paper(
-    "jin2023parameter",
-    "Parameter-efficient Tuning for Large Language Model without Calculating Its Gradients",
-    "Jin, Feihu and Zhang, Jiajun and Zong, Chengqing",
-    "Conference on Empirical Methods in Natural Language Processing",
-    2023,
-    page="https://aclanthology.org/2023.emnlp-main.22",
-)
-MEZO = paper(
-    "malladi2023fine",
-    "Fine-Tuning Language Models with Just Forward Passes",
-    "Malladi, Sadhika and Gao, Tianyu and Nichani, Eshaan and Damian, Alex and Lee, Jason D. and Chen, Danqi and "
-    "Arora, Sanjeev",
-    "Advances in Neural Information Processing Systems",
-    2023,
-    "2305.17333",
-)
-PROMPT_TUNING = paper(
-    "lester2021power",
-    "The Power of Scale for Parameter-Efficient Prompt Tuning",
-    "Lester, Brian and Al-Rfou, Rami and Constant, Noah",
-    "Conference on Empirical Methods in Natural Language Processing",
-    2021,
-    "2104.08691",
-)
+BY_KEY = read_papers(Path(__file__).with_name("papers.bib"))
+HOULSBY = BY_KEY["houlsby2019parameter"]
+PFEIFFER = BY_KEY["pfeiffer2021adapterfusion"]
+PREFIX_TUNING = BY_KEY["li2021prefix"]
+LORA = BY_KEY["hu2022lora"]
+BITFIT = BY_KEY["benzaken2022bitfit"]
+UNIPELT = BY_KEY["mao2022unipelt"]
+MAM = BY_KEY["he2022towards"]
+S4 = BY_KEY["chen2023design"]
+IA3 = BY_KEY["liu2022few"]
+LADDER = BY_KEY["sung2022lst"]
+PROMPT_TUNING = BY_KEY["lester2021power"]
 
 # PEFT type, in lower case -> the papers of the method, its own first.
 PAPERS: dict[str, tuple[Paper, ...]] = {

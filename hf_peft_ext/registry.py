@@ -1,12 +1,11 @@
 """Registers the methods of this package with peft. The only file that touches peft's tables and classes.
 
 peft has no entry point for new methods, and `register_peft_method` refuses names outside the `PeftType` enum. So the
-names become real members of that enum: a plain string in peft's tables breaks transformers' loading and the status
-report, which ask for `.value`.
+names become real members of that enum: a plain string in peft's tables breaks transformers' loading and peft's status
+report, which read `.value`.
 """
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType, register_peft_method
 
 REGISTERED: set[PeftType] = set()
-_changes: list[Callable[[], object]] = []  # to peft, that wait for the first use of this package
+_changes: list[Callable[[], object]] = []  # changes of peft that wait for the first use of this package
 _lock = threading.RLock()
 _extended = threading.Event()
 
@@ -55,19 +54,19 @@ def replace_tuner(peft_type: PeftType, model_cls: type[BaseTuner]) -> None:
 
 
 def on_first_use(change: Callable[[], object]) -> None:
-    """Call `change` at the first use of this package (see `extend_peft`), or now if that has been."""
+    """Call `change` at the first use of this package (see `extend_peft`), or now if it has been used already."""
     _changes.append(change)
     if _extended.is_set():
         extend_peft()
 
 
 def extend_peft() -> None:
-    """Let peft use this package for more than its own types: (IA)^3's tuner, and cards and pushes of `PeftModel`.
+    """Replace peft's tuner of (IA)^3, and extend `PeftModel`'s loading, saving, cards and pushes.
 
-    `import hf_peft_ext` alone changes neither. The first config of this package, the first `load_adapter` and the
-    first trainer call this function, also where stock peft loads an adapter of one of our types. A program that uses
-    none of them, but mixes stock (IA)^3 adapters in one batch (`adapter_names`), calls it before it builds the model.
-    A further call does nothing.
+    `import hf_peft_ext` alone only registers its types. The first config of this package, also one that stock peft
+    reads, the first `load_adapter` and the first trainer call this function. A program that uses none of them, but
+    mixes stock (IA)^3 adapters in one batch (`adapter_names`), calls it before it builds the model. Further calls do
+    nothing.
 
     Raises:
         RuntimeError: another package has replaced peft's tuner of (IA)^3.
@@ -109,22 +108,18 @@ def extend(ours: Callable[..., Any]) -> Callable[..., Any]:
     """Have `PeftModel` use `ours` for adapters of this package, in place of its method of the same name.
 
     `ours` is called with peft's own method, the model and the arguments. Models with other adapters keep that method.
-    For a class method it is called with the class instead, whatever the adapter: its type is not known yet.
     """
-    name = ours.__name__
-    held = inspect.getattr_static(PeftModel, name)
-    of_class = isinstance(held, classmethod)
-    stock = held.__func__ if of_class else held
+    stock = getattr(PeftModel, ours.__name__)
     stock = getattr(stock, "stock", stock)  # of a module that is loaded again
 
     @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if of_class or self.peft_type in REGISTERED:
+    def method(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type in REGISTERED:
             return ours(functools.partial(stock, self), self, *args, **kwargs)
         return stock(self, *args, **kwargs)
 
     vars(method)["stock"] = stock
-    setattr(PeftModel, name, classmethod(method) if of_class else method)
+    setattr(PeftModel, ours.__name__, method)
     return ours
 
 

@@ -13,8 +13,8 @@ from hf_peft_ext.hub_cards.card_files import CARD, RECIPE, write_files
 from hf_peft_ext.hub_cards.markdown import single_line
 from hf_peft_ext.hub_cards.metadata import card_data, check_metadata
 from hf_peft_ext.hub_cards.peft_template import without_template
-from hf_peft_ext.hub_cards.places import shared_recipe
 from hf_peft_ext.hub_cards.record import TrainingRecord
+from hf_peft_ext.hub_cards.redact import shared_recipe
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.sections import values
 from hf_peft_ext.validation.checks import check, is_hub_id

@@ -7,7 +7,7 @@ import yaml
 
 from hf_peft_ext.hub_cards import figures
 from hf_peft_ext.hub_cards.card_edits import CardEdits, item_digest, read_text
-from hf_peft_ext.hub_cards.places import shared_recipe
+from hf_peft_ext.hub_cards.redact import shared_recipe
 
 CARD, RECIPE = "README.md", "recipe.yaml"
 CARD_FILES = (figures.GATES, figures.LOSSES, RECIPE)

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from math import floor, isfinite, log10
 from operator import index
 
-from hf_peft_ext.model.layer_groups import ranges as ranges
-
 LONGEST = 200  # characters of a name
 
 

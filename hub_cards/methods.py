@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_peft_ext.hub_cards.markdown import listed, ranges
+from hf_peft_ext.hub_cards.markdown import listed
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.papers import (
     BITFIT,
@@ -17,21 +17,30 @@ from hf_peft_ext.papers import (
     UNIPELT,
     Paper,
 )
+from hf_peft_ext.validation.suggestions import ranges
 
-METHOD_NAMES = {
-    "unipelt": "UniPELT",
-    "mam": "MAM",
-    "bottleneck": "Bottleneck",
-    "layer_prefix": "Prefix-tuning",
-    "bitfit": "BitFit",
-    "s4": "S4",
-    "composed": "Composed",
-    "ladder": "Ladder side-tuning",
-    "lora": "LoRA",
-    "ia3": "(IA)³",
-    "adalora": "AdaLoRA",
-    "prefix_tuning": "Prefix-tuning",
-    "prompt_tuning": "Prompt-tuning",
+# method -> its common name, and what it does
+METHOD_TEXTS = {
+    "unipelt": ("UniPELT", "puts {sublayers} into the layers of a frozen model{gates}."),
+    "mam": ("MAM", "is short for mix-and-match: {sublayers}, both added to a frozen model."),
+    "bottleneck": ("Bottleneck", "adds {sublayers} to a frozen model."),
+    "layer_prefix": ("Prefix-tuning", "freezes a model and adds {sublayers}."),
+    "bitfit": ("BitFit", "trains biases and freezes the weights."),
+    "s4": ("S4", "puts {sublayers} into a frozen model, different ones into different layers{groups}."),
+    "composed": ("Composed", "combines, for this adapter, {sublayers}{gates}."),
+    "ladder": (
+        "Ladder side-tuning",
+        "runs a small network beside a frozen model. The network reads the hidden states of the model's blocks and "
+        "computes the output in its place; no gradient passes through the model.",
+    ),
+    "lora": ("LoRA", "freezes the weights and adds a product of two low-rank matrices to some of them."),
+    "ia3": (
+        "(IA)³",
+        "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
+    ),
+    "adalora": ("AdaLoRA", "is LoRA that assigns ranks during training: higher ones to more important matrices."),
+    "prefix_tuning": ("Prefix-tuning", "adds trained keys and values that attention sees in front of every text."),
+    "prompt_tuning": ("Prompt-tuning", "adds trained vectors in front of the embedded text."),
 }
 STYLE_PAPERS = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": MAM, "scaled_parallel": MAM}
 SUBLAYER_NAMES = {
@@ -41,27 +50,11 @@ SUBLAYER_NAMES = {
     "bias": "trained biases",
 }
 STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}
-DESCRIPTIONS = {
-    "unipelt": "puts {sublayers} into the layers of a frozen model{gates}.",
-    "mam": "is short for mix-and-match: {sublayers}, both added to a frozen model.",
-    "bottleneck": "adds {sublayers} to a frozen model.",
-    "layer_prefix": "freezes a model and adds {sublayers}.",
-    "bitfit": "trains biases and freezes the weights.",
-    "s4": "puts {sublayers} into a frozen model, different ones into different layers{groups}.",
-    "composed": "combines, for this adapter, {sublayers}{gates}.",
-    "ladder": "runs a small network beside a frozen model. The network reads the hidden states of the model's blocks "
-    "and computes the output in its place; no gradient passes through the model.",
-    "lora": "freezes the weights and adds a product of two low-rank matrices to some of them.",
-    "ia3": "multiplies keys, values and the inner activations of the feed-forward network by trained vectors.",
-    "adalora": "is LoRA that assigns ranks during training: higher ones to more important matrices.",
-    "prefix_tuning": "adds trained keys and values that attention sees in front of every text.",
-    "prompt_tuning": "adds trained vectors in front of the embedded text.",
-}
 
 
 def name(adapter: SavedAdapter) -> str:
     """The common name of the method."""
-    return METHOD_NAMES.get(adapter.method, adapter.method.upper())
+    return METHOD_TEXTS[adapter.method][0] if adapter.method in METHOD_TEXTS else adapter.method.upper()
 
 
 def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
@@ -79,10 +72,9 @@ def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
 
 def description(adapter: SavedAdapter) -> str:
     """The method in a paragraph of Markdown, with a link to its paper."""
-    template = DESCRIPTIONS.get(adapter.method)
     own = papers(adapter)[:1] if adapter.method != "composed" else ()
     paper = "".join(f" ([{paper.title}]({paper.url}))" for paper in own)
-    if template is None:
+    if adapter.method not in METHOD_TEXTS:
         return f"{name(adapter)} is a method of peft{paper}."
     placements: list[Any] = adapter.config.to_placements() if adapter.is_ours else []
     kinds = dict.fromkeys(placement.sublayer for placement in placements)
@@ -91,7 +83,8 @@ def description(adapter: SavedAdapter) -> str:
         gates = "; gates, small networks of their own, decide from each input how much of them is let through"
     sublayers = listed(SUBLAYER_NAMES[kind] for kind in kinds) if kinds else ""
     groups = strategy_groups(adapter.config) if adapter.method == "s4" else ""
-    return f"{name(adapter)}{paper} {template.format(sublayers=sublayers, gates=gates, groups=groups)}"
+    text = METHOD_TEXTS[adapter.method][1].format(sublayers=sublayers, gates=gates, groups=groups)
+    return f"{name(adapter)}{paper} {text}"
 
 
 def strategy_groups(config: Any) -> str:

@@ -8,7 +8,8 @@ import inspect
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,17 +57,24 @@ def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, 
     check("save_embedding_layers", True, arguments.get("save_embedding_layers") is not True, rule)
     arguments["save_embedding_layers"] = False
     warn_of_new_tokens(model)
-    vars(model)["create_or_update_model_card"] = lambda output_dir: None  # peft calls it before it saves
-    try:
+    with without_stock_card(model):
         stock(*bound.args, **bound.kwargs)
-    finally:
-        del vars(model)["create_or_update_model_card"]
     if arguments.get("is_main_process", True) and arguments.get("safe_serialization", True):
         names = arguments.get("selected_adapters") or list(model.peft_config)
         for name in names:
             write_card_or_warn(Path(save_directory) / home(name), model, name)
         if "default" not in names:
             write_contents(Path(save_directory), names)
+
+
+@contextmanager
+def without_stock_card(model: PeftModel) -> Iterator[None]:
+    """Keep peft from writing a card when it saves: its metadata would be taken for the author's."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        vars(model).pop("create_or_update_model_card", None)
 
 
 def warn_of_new_tokens(model: Any) -> None:
@@ -131,7 +139,13 @@ def push_to_hub(
         with explained(folder, repo_id, options):
             repo_id = full_id(repo_id, token)
             published = published_cards(repo_id, revision, token)
-        write_cards(folder, model, repo_id, published, tags)
+        write_cards(folder, model, repo_id, published)
+        if "default" not in model.peft_config:
+            write_contents(folder, list(model.peft_config), published.get(CARD), repo_id)
+        if tags:
+            card = ModelCard.load(folder / CARD)
+            card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
+            card.save(folder / CARD)
         info = push_adapter(folder, repo_id, token=token, **options)
     except ValueError:  # refused, so there is no push to finish
         shutil.rmtree(folder)
@@ -182,13 +196,7 @@ def write_card_or_warn(folder: Path, model: PeftModel, adapter: str) -> None:
         warnings.warn(message, CardWarning, stacklevel=4)  # at the call of `save_pretrained`
 
 
-def write_cards(
-    folder: Path,
-    model: PeftModel,
-    repo_id: str,
-    published: Mapping[str, str],
-    tags: list[str] | None = None,
-) -> None:
+def write_cards(folder: Path, model: PeftModel, repo_id: str, published: Mapping[str, str]) -> None:
     """Write the card of each adapter in a folder, for a repository.
 
     Args:
@@ -196,40 +204,33 @@ def write_cards(
         model: with these adapters.
         repo_id: the repository.
         published: the cards on the Hub, by path.
-        tags: further tags for the first card.
 
     Raises:
         ValueError: a card is invalid, here or on the Hub.
     """
-    names = list(model.peft_config)
-    for name in names:
+    for name in model.peft_config:
         inside = None if name == "default" else name
         text = published.get(str(home(name) / CARD))
         write_card(folder / home(name), model, repo_id=repo_id, subfolder=inside, published=text)
-    if "default" not in names:
-        try:
-            write_contents(folder, names, published.get(CARD))
-        except ValueError as error:
-            raise on_the_hub(error, repo_id) from error
-    if tags:
-        card = ModelCard.load(folder / CARD)
-        card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
-        card.save(folder / CARD)
 
 
-def write_contents(folder: Path, names: list[str], published: str | None = None) -> None:
+def write_contents(folder: Path, names: list[str], published: str | None = None, repo_id: str = "") -> None:
     """Write an overview into a folder whose adapters are all in sub-folders.
 
     Args:
         folder: saved adapters.
         names: of the adapters.
         published: the overview on the Hub, which is kept.
+        repo_id: its repository, for errors.
 
     Raises:
         ValueError: the overview on the Hub cannot be read.
     """
     if published is not None:
-        CardEdits.read(published)
+        try:
+            CardEdits.read(published)
+        except ValueError as error:
+            raise on_the_hub(error, repo_id) from error
         (folder / CARD).write_text(published, encoding="utf-8")
     elif not (folder / CARD).exists():
         rows = "\n".join(f'- [{name}]({name}/{CARD}): `subfolder="{name}"`' for name in names)

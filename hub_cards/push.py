@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from hf_peft_ext.hub_cards.places import shared_recipe, without_places
+from hf_peft_ext.hub_cards.redact import shared_recipe, without_places
 from hf_peft_ext.validation.checks import check, is_hub_id
 
 TOKENIZER = (
@@ -233,10 +233,8 @@ def check_content(file: Path, name: str, secrets: list[bytes]) -> None:
     check("file", name, is_as_named(file), f"is no {file.suffix[1:]} file inside, so nothing was pushed")
     if file.stat().st_size:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            rule = (
-                "holds an access token of the Hub, so nothing was pushed; take it out (and revoke it if others saw it)"
-            )
-            check("file", name, not holds_token(content, secrets), rule)
+            rule = "holds an access token of the Hub, so nothing was pushed; take it out"
+            check("file", name, not holds_token(content, secrets), f"{rule} (and revoke it if others saw it)")
 
 
 def holds_token(content: bytes | mmap.mmap, secrets: list[bytes]) -> bool:
@@ -246,27 +244,18 @@ def holds_token(content: bytes | mmap.mmap, secrets: list[bytes]) -> bool:
 
 def is_as_named(file: Path) -> bool:
     """Whether a file's content has the type of its name: weights, a picture, or text; never a pickle or an archive."""
-    if file.suffix == ".safetensors":
-        try:
+    try:
+        if file.suffix == ".safetensors":
             with safe_open(file, framework="numpy"):
                 return True
-        except SafetensorError:
-            return False
-    content = file.read_bytes()
-    if file.suffix == ".png":
-        return content.startswith(b"\x89PNG\r\n\x1a\n")
-    if file.suffix in (".model", ".spm") and content.startswith(b"\n"):  # sentencepiece's protocol buffer
-        return True
-    return b"\0" not in content and is_utf8(content)
-
-
-def is_utf8(content: bytes) -> bool:
-    """Whether a content is UTF-8."""
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
+        content = file.read_bytes()
+        if file.suffix == ".png":
+            return content.startswith(b"\x89PNG\r\n\x1a\n")
+        if file.suffix in (".model", ".spm") and content.startswith(b"\n"):  # sentencepiece's protocol buffer
+            return True
+        return "\0" not in content.decode("utf-8")
+    except (SafetensorError, UnicodeDecodeError):
         return False
-    return True
 
 
 def warn_of_local_base(folder: str | Path, files: list[str]) -> None:
@@ -274,14 +263,9 @@ def warn_of_local_base(folder: str | Path, files: list[str]) -> None:
     for name in files:
         if PurePath(name).name == CONFIG_NAME:
             base = json.loads(Path(folder, name).read_text(encoding="utf-8")).get("base_model_name_or_path")
-            if base and is_local(base):
+            if base and (not is_hub_id(base) or os.path.exists(base)):
                 warnings.warn(
                     f"`base_model_name_or_path` (={base!r}) in {name} is a path of this machine: it is pushed as it "
                     f"stands, and others must name the base model themselves. Put its id on the Hub there.",
                     stacklevel=3,
                 )
-
-
-def is_local(model: str) -> bool:
-    """Whether the name of a base model is a path."""
-    return not is_hub_id(model) or os.path.exists(model)

@@ -15,9 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from hf_peft_ext.attach.config import RegisteredConfig
-from hf_peft_ext.hub_cards.markdown import cell, ranges
+from hf_peft_ext.hub_cards.markdown import cell
+from hf_peft_ext.registry import REGISTERED
 from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.suggestions import ranges
 
 SUBLAYER_KEY = re.compile(
     r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
@@ -107,7 +108,7 @@ class SavedAdapter:
     @property
     def is_ours(self) -> bool:
         """Whether loading it needs this package."""
-        return isinstance(self.config, RegisteredConfig)
+        return self.config.peft_type in REGISTERED
 
     @property
     def prefix(self) -> str:

@@ -9,8 +9,8 @@ from huggingface_hub.utils import yaml_dump
 from hf_peft_ext.hub_cards import figures, methods
 from hf_peft_ext.hub_cards.markdown import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
 from hf_peft_ext.hub_cards.metadata import base_model
-from hf_peft_ext.hub_cards.places import in_text, without_places
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
+from hf_peft_ext.hub_cards.redact import in_text, without_places
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
 from hf_peft_ext.validation.checks import is_hub_id

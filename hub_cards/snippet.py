@@ -18,7 +18,8 @@ TASK_CLASSES = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
     "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-# ending of a model class -> the task on the Hub
+# Ending of a model class -> the task on the Hub. transformers' TASK_MAPPING lacks multiple choice, and has
+# text2text-generation, which is no task of the Hub.
 ENDINGS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",

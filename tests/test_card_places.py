@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord, write_card
-from hf_peft_ext.hub_cards.places import local, without_places
+from hf_peft_ext.hub_cards.redact import local, without_places
 from hf_peft_ext.hub_cards.sections import spread
-from hf_peft_ext.trainers.redact import command_line
+from hf_peft_ext.trainers.run_info import command_line
 
 from .cards import full_record, saved
 

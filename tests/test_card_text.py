@@ -1,7 +1,7 @@
-"""Text from strangers in cards, against the card as Markdown renders it: names, labels and commands stay text.
+"""Untrusted text in cards, against the card as Markdown renders it: names, labels and commands stay text.
 
 The renderer is markdown-it-py with raw HTML and tables. What else a renderer may do to text, such as turning addresses
-into links, stops at code: so all that strangers write must be in code.
+into links, stops at code, so untrusted text must be in code.
 """
 
 import json
@@ -20,7 +20,8 @@ from markdown_it import MarkdownIt
 
 from hf_peft_ext.hub_cards import AdapterCard, DatasetRecord, Result, TrainingRecord, figures, write_card
 from hf_peft_ext.hub_cards.card_edits import BEGIN, CardEdits
-from hf_peft_ext.hub_cards.markdown import cell, code, fenced, ranges, single_line, table
+from hf_peft_ext.hub_cards.markdown import cell, code, fenced, single_line, table
+from hf_peft_ext.validation.suggestions import ranges
 
 from .cards import BASE, full_record, saved
 
@@ -95,7 +96,7 @@ def render(markdown: str) -> Reader:
     return Reader(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
 
 
-def stranger(text: str) -> TrainingRecord:
+def untrusted_record(text: str) -> TrainingRecord:
     """A run in which everything that comes from elsewhere is this text."""
     glue = {"dataset": text, "split": text}
     return TrainingRecord(
@@ -128,7 +129,7 @@ def adapter(tmp_path_factory):
     """A folder with an adapter, and the card that it has when all its words are harmless."""
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
     saved(folder, "unipelt")
-    replace(stranger("harmless"), gates={}, history=[]).save(folder)  # figures take time
+    replace(untrusted_record("harmless"), gates={}, history=[]).save(folder)  # figures take time
     card = write_card(folder).read_text()
     for file in ("README.md", "recipe.yaml"):  # without the card, the recipe would be its author's
         (folder / file).unlink()
@@ -145,7 +146,7 @@ def written(adapter, folder, record: TrainingRecord) -> str:
 @every_hostile
 def test_card(adapter, tmp_path, text):
     """Outside code the card is that with a harmless word, and so are its links and metadata; its code is Python."""
-    record = replace(stranger(text), gates={}, history=[])
+    record = replace(untrusted_record(text), gates={}, history=[])
     cards = [adapter[1], written(adapter, tmp_path / "adapter", record)]
     harmless, card = (render(ModelCard(card).text) for card in cards)
     assert set(card.elements) <= SAFE
@@ -166,7 +167,7 @@ def test_card(adapter, tmp_path, text):
 @pytest.mark.parametrize("text", [text for text in HOSTILE if re.search(r"\$|\n|\d\.|\x00|x{9}|^$", text)])
 def test_figures(text):
     """Names in figures are drawn as they are, or with `?` where fonts may lack them; formulas are none."""
-    drawn = figures.draw_figures(stranger(text))
+    drawn = figures.draw_figures(untrusted_record(text))
     assert all(png.startswith(b"\x89PNG") for png in drawn.values())
     assert figures.GATES in drawn
     assert len(figures.label(text)) <= 40
@@ -175,7 +176,7 @@ def test_figures(text):
 @every_hostile
 def test_card_is_written_again(adapter, tmp_path, text):
     """Nothing in it is taken for an author's edit, or for a part of the card."""
-    card = written(adapter, tmp_path / "adapter", replace(stranger(text), gates={}, history=[]))
+    card = written(adapter, tmp_path / "adapter", replace(untrusted_record(text), gates={}, history=[]))
     assert write_card(tmp_path / "adapter").read_text() == card
     assert CardEdits.read(card).items == {}
 
@@ -199,7 +200,7 @@ def test_settings(adapter, tmp_path, text):
 
 
 @every_hostile
-def test_config_of_a_stranger(adapter, tmp_path, text):
+def test_untrusted_config(adapter, tmp_path, text):
     """The adapter's own files can hold anything, too."""
     shutil.copytree(adapter[0], tmp_path / "a")
     (tmp_path / "a" / "training_record.json").unlink()
@@ -288,7 +289,7 @@ def test_ranges():
 
 SCRIPT = "3 <script>alert(1)</script>"
 RESULT = {"metric": "accuracy", "value": 0.5, "spread": 0.1}
-# training_record.json of a stranger -> what is wrong with it
+# an untrusted training_record.json -> the error
 WRONG = {
     json.dumps({"results": [RESULT, {**RESULT, "runs": SCRIPT}]}): r"`results\[1\].runs` \(='3 <script>.*of type int",
     json.dumps({"results": [{**RESULT, "value": "0.5"}]}): r"`results\[0\].value` \(='0.5'\) .* of type float",
@@ -354,10 +355,10 @@ def test_rows_that_are_no_number_are_text(adapter):
     assert set(render(card.text).elements) <= SAFE
 
 
-def test_the_record_of_a_stranger_is_whole():
+def test_the_untrusted_record_is_whole():
     """Every text of the record is hostile in these tests: a field that is added has to be added there."""
     numbers = {"trainable_parameters", "total_parameters", "peak_memory", "step_time", "train_time"}
     elsewhere = {"license", "language", "tags", "hyperparameters"}  # in tests of their own
-    record = asdict(stranger("hostile"))
+    record = asdict(untrusted_record("hostile"))
     missing = {name for name, value in asdict(full_record()).items() if value and not record[name]}
     assert missing == numbers | elsewhere

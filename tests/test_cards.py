@@ -425,7 +425,7 @@ def test_template_is_shipped():
     folder = root / "hub_cards"
     others = [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".py"]
     shipped = [path.name for pattern in data["hf_peft_ext.hub_cards"] for path in folder.glob(pattern)]
-    assert others == shipped == [Path(AdapterCard.default_template_path).name]
+    assert sorted(others) == sorted(shipped) == [Path(AdapterCard.default_template_path).name, "hub_values.yaml"]
 
 
 def test_config_of_the_card_is_the_adapters(tmp_path):

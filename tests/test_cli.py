@@ -13,7 +13,7 @@ from hf_peft_ext.cli.failures import one_line
 from hf_peft_ext.recipes.progress import TrainingLines
 from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.search.progress import SearchLines
-from hf_peft_ext.validation.writable import check_writable
+from hf_peft_ext.validation.checks import check_writable
 
 HELPS = """
 import sys

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from hf_peft_ext import trainers
 from hf_peft_ext.cli import app
 from hf_peft_ext.compare import compare
 from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER, MethodRuns
@@ -83,6 +84,7 @@ def stages(folder):
 def test_classification(recipe, models, tmp_path):
     """Every method has its numbers, the winner is saved with its card and recipe, and loads again."""
     methods = ["lora", "unipelt", "ia3", "full", "none"]
+    assert trainers.compare is compare
     result = compare(recipe, methods, seeds=2, rates=(1, 3), output_dir=tmp_path / "out", progress=False)
     assert [m.name for m in result.methods] == methods
     assert result.score == "accuracy"

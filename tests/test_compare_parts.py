@@ -16,9 +16,9 @@ from scipy import stats
 from hf_peft_ext.compare.halving import HalvingByMethod, RungReports
 from hf_peft_ext.compare.inference import adjusted, mean_interval, paired_test, verdict
 from hf_peft_ext.compare.measures import StepMemory, tensor_bytes
+from hf_peft_ext.compare.method_scores import MethodScores
 from hf_peft_ext.compare.methods import COMPARED_METHODS, method_named
 from hf_peft_ext.compare.recommend import listing, recommend
-from hf_peft_ext.compare.result import MethodScores
 from hf_peft_ext.compare.retention import GENERAL_TEXT, read_texts, text_loss
 from hf_peft_ext.compare.rows import ComparedRows
 from hf_peft_ext.compare.settings import CompareArguments

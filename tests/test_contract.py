@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from .backbones import BACKBONES, output
 from .methods import ALL as METHODS
 from .methods import randomise
-from .test_safe_load import fingerprint
+from .saved_adapters import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
 PAIRS = [(b, m) for m, method in METHODS.items() for b in BACKBONES if b not in method.refused]

@@ -64,7 +64,8 @@ def test_contents(built):
     data = {name for name in names if not name.endswith(".py") and "dist-info" not in name}
     tasks = {f"hf_peft_ext/prompts/tasks/{file.name}" for file in (ROOT / "hf_peft_ext/prompts/tasks").glob("*.yaml")}
     templates = {"hf_peft_ext/hub_cards/card.md.jinja", "hf_peft_ext/search/report.html.jinja"}
-    assert data == tasks | templates | {"hf_peft_ext/py.typed"}
+    tables = {"hf_peft_ext/hub_cards/hub_values.yaml", "hf_peft_ext/papers.bib"}
+    assert data == tasks | templates | tables | {"hf_peft_ext/py.typed"}
     for folder in ("trainers", "hub_cards"):
         sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.py")}
         assert {f"hf_peft_ext/{name}" for name in sources} <= {*names}

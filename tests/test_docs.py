@@ -21,6 +21,8 @@ README = ROOT / "README.md"
 PAGES = [
     page for page in sorted(DOCS.rglob("*.md")) if not {"_build", "notebooks"} & {*page.relative_to(DOCS).parts[:-1]}
 ]
+LINKED = [README, ROOT / "CONTRIBUTING.md", *PAGES, *sorted((ROOT / "examples").rglob("*.md"))]
+REPOSITORY = re.compile(r"https://github\.com/hf-peft-ext/hf_peft_ext/(?:blob|tree)/main/")
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -87,17 +89,18 @@ def plain(text: str) -> list[str]:
     return [re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "0", " ".join(line.split())) for line in text.splitlines() if line]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
-    """Relative links lead to pages and their headings, tables of contents to pages, inclusions to files."""
+    """Links into the repository lead to files and headings, tables of contents to pages, inclusions to files."""
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]*)\)", prose):
-        if target.startswith(("https://", "http://")):
+        path, _, heading = REPOSITORY.sub("", target).partition("#")
+        if path.startswith(("https://", "http://")):
             continue
-        path, _, heading = target.partition("#")
-        other = (page.parent / path).resolve() if path else page
-        assert other.is_file(), target
+        folder = ROOT if REPOSITORY.match(target) else page.parent
+        other = (folder / path).resolve() if path else page
+        assert other.exists(), target
         assert not heading or heading in headings(other), target
     for body in re.findall(r"^```\{toctree\}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         for entry in filter(None, body.splitlines()):

@@ -1,71 +1,32 @@
 """What peft and transformers offer around an adapter, each against the plain PeftModel or the base model.
 
-transformers' own adapter methods, AutoPeft, saving in every way, heads, status reports, pickle, half precision and
-switching attention: the adapter gives the same outputs by every road.
+transformers' own adapter methods, AutoPeft, status reports and configs: the adapter gives the same outputs either way.
 """
 
 import copy
 import json
 import pickle
 
-import peft
 import pytest
 import torch
-import transformers.integrations.peft
-from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     PeftConfig,
     PeftMixedModel,
-    PeftModel,
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
-from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig
+from hf_peft_ext import ComposedConfig, Placement
 
-from .backbones import BACKBONES, SPECIAL, VOCAB, output
+from .backbones import BACKBONES, output
 from .methods import METHODS, randomise
-
-# transformers 5.24's own adapter methods ask for peft 0.22, which was not there when this was written (2026-11)
-asked = Version(getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0"))
-served = Version(peft.__version__) >= asked
-adds_adapters = pytest.mark.skipif(not served, reason=f"transformers' add_adapter asks for peft {asked}")
-# transformers' own add_adapter of a second adapter makes peft say so
-several = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
-every_method = pytest.mark.parametrize("method", METHODS)
-families = pytest.mark.parametrize("backbone", ["bert", "llama", "t5"])
-
-
-def tuned(method, backbone, **kwargs):
-    """A PeftModel with a random adapter, inputs, and its outputs."""
-    family = BACKBONES[backbone]
-    model = get_peft_model(family.build(), METHODS[method](**kwargs))
-    randomise(model)
-    model.eval()
-    with torch.no_grad():
-        return model, family.inputs(), output(model, family.inputs())
-
-
-def classifier(model_type="bert", seed=0):
-    """A tiny classifier of three classes."""
-    family = BACKBONES[model_type]
-    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, num_labels=3, **SPECIAL, **family.config)
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.15)
-    return model.eval(), family.inputs()
-
+from .tuned_models import adds_adapters, asked, classifier, every_method, families, served, several, tuned
 
 # transformers' adapter methods
 
@@ -302,163 +263,3 @@ def test_config_round_trip(method, tmp_path):
     for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), type(config)(**config.to_dict())):
         assert twin == config
         assert twin.peft_type is config.peft_type
-
-
-# heads
-
-
-def heads(model):
-    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
-
-@pytest.mark.parametrize("backbone", ["bert", "roberta", "distilbert", "llama", "gpt2"])
-@pytest.mark.parametrize("method", ["unipelt", "mam", "bitfit"])
-def test_classification_head_is_saved(method, backbone, tmp_path):
-    """TaskType.SEQ_CLS trains, saves and reloads the head beside the adapter."""
-    base, inputs = classifier(backbone)
-    model = get_peft_model(base, METHODS[method](task_type=TaskType.SEQ_CLS))
-    randomise(model)
-    (head, *_) = heads(model)
-    assert all(p.requires_grad for p in head.modules_to_save["default"].parameters())
-    assert not any(p.requires_grad for p in head.original_module.parameters())
-    model.eval().save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert any("classifier" in key or "score" in key for key in saved)
-    again = PeftModel.from_pretrained(classifier(backbone, seed=1)[0], tmp_path).eval()
-    for mine, others in zip(heads(model), heads(again), strict=True):
-        for a, b in zip(mine.modules_to_save.parameters(), others.modules_to_save.parameters(), strict=True):
-            assert torch.equal(a, b)
-    again = PeftModel.from_pretrained(classifier(backbone)[0], tmp_path).eval()
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        assert torch.equal(again(**inputs).logits, expected)
-        with again.disable_adapter():
-            assert torch.equal(again(**inputs).logits, classifier(backbone)[0](**inputs).logits)
-
-
-def test_transformers_loads_the_head_too(tmp_path):
-    """A SEQ_CLS adapter loads through transformers with its head, no key missing and none left over."""
-    base, inputs = classifier()
-    model = get_peft_model(base, METHODS["unipelt"](task_type=TaskType.SEQ_CLS))
-    randomise(model)
-    model.eval().save_pretrained(tmp_path)
-    bare, _ = classifier()
-    info = bare.load_adapter(str(tmp_path), adapter_name="task")
-    assert not info.missing_keys
-    assert not info.unexpected_keys
-    with torch.no_grad():
-        torch.testing.assert_close(bare.eval()(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
-
-
-def test_modules_to_save_are_trained_whole():
-    """modules_to_save beside an adapter: both get gradients, nothing else does."""
-    model = get_peft_model(BACKBONES["llama"].build(), METHODS["unipelt"](modules_to_save=["lm_head"]))
-    output(model, BACKBONES["llama"].inputs()).square().mean().backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert any("lm_head.modules_to_save.default" in name for name in trained)
-    assert any("sublayer_of.default" in name for name in trained)
-    assert all(".default." in name for name in trained)
-
-
-@pytest.mark.parametrize("backbone", ["bert", "distilbert", "llama"])  # peft mixes heads that are linear layers
-def test_each_row_has_its_own_head(backbone):
-    """A batch with `adapter_names` uses each row's adapter, and each adapter's own head."""
-    model, inputs = classifier(backbone)
-    model = get_peft_model(model, METHODS["unipelt"](task_type=TaskType.SEQ_CLS))
-    model.add_adapter("other", METHODS["unipelt_aplb"](task_type=TaskType.SEQ_CLS))
-    randomise(model)
-    randomise(model, "other", seed=5)
-    model.eval()
-    with torch.no_grad():
-        alone = {}
-        for name in ("default", "other"):
-            model.set_adapter(name)
-            alone[name] = model(**inputs).logits
-        with model.disable_adapter():
-            alone["__base__"] = model(**inputs).logits
-        names = ["other", "__base__", "default"]
-        mixed = model(**inputs, adapter_names=names).logits
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
-        assert all((mixed[row] - alone[other][row]).abs().max() > 1e-3 for other in alone if other != name)
-
-
-# pickle, precision, attention
-
-
-@every_method
-@pytest.mark.parametrize("backbone", ["bert", "llama"])
-def test_whole_model_survives_torch_save(method, backbone, tmp_path):
-    """torch.save and torch.load of a whole PeftModel give the same outputs, and still disable and unload."""
-    model, inputs, expected = tuned(method, backbone)
-    torch.save(model, tmp_path / "model.pt")
-    again = torch.load(tmp_path / "model.pt", weights_only=False)
-    with torch.no_grad():
-        assert torch.equal(output(again, inputs), expected)
-        base = output(BACKBONES[backbone].build(), inputs)
-        with again.disable_adapter():
-            assert torch.equal(output(again, inputs), base)
-        assert torch.equal(output(again.unload(), inputs), base)
-
-
-@every_method
-@families
-def test_half_precision_base(method, backbone):
-    """On a bfloat16 base the adapter is float32 (peft's autocast_adapter_dtype); outputs are near float32's."""
-    family = BACKBONES[backbone]
-    inputs = family.inputs()
-    model = get_peft_model(family.build().to(torch.bfloat16), METHODS[method]())
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    randomise(model)
-    _, _, expected = tuned(method, backbone)
-    y = output(model.eval(), inputs)
-    assert y.dtype == torch.bfloat16
-    assert (y.float() - expected).norm() < 0.1 * expected.norm()
-    y.float().square().mean().backward()
-    dead = ("pooler", "is_decoder")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(part in name for part in dead):
-            assert parameter.grad.isfinite().all(), name
-
-
-def test_half_precision_without_autocast_keeps_the_type():
-    """autocast_adapter_dtype=False leaves the adapter in the base model's type."""
-    model = get_peft_model(
-        BACKBONES["llama"].build().to(torch.bfloat16), METHODS["unipelt"](), autocast_adapter_dtype=False
-    )
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    output(model, BACKBONES["llama"].inputs()).float().square().mean().backward()
-
-
-@pytest.mark.parametrize("method", ["unipelt", "layer_prefix", "mam"])
-@pytest.mark.parametrize("backbone", ["bert", "llama", "t5", "gpt2"])
-def test_switch_to_eager_attention(method, backbone):
-    """After set_attn_implementation("eager") the outputs stay, and the attention weights have the usual shape."""
-    model, inputs, expected = tuned(method, backbone)
-    model.get_base_model().set_attn_implementation("eager")
-    with torch.no_grad():
-        result = model(**inputs, output_attentions=True)
-        usual = BACKBONES[backbone].build(attention="eager")(**inputs, output_attentions=True)
-    y = result.logits if "logits" in result else result.last_hidden_state
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    for name in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions"):
-        if name in usual:
-            assert [a.shape for a in result[name]] == [a.shape for a in usual[name]], name
-            # what is missing from 1 is what went to the prefix
-            assert all((a.sum(-1) < 1).all() for a in result[name])
-    model.get_base_model().set_attn_implementation("sdpa")
-    with torch.no_grad():
-        assert torch.equal(output(model, inputs), expected)
-
-
-def test_causal_model_loads_by_transformers_from_a_peft_folder(tmp_path):
-    """AutoModelForCausalLM.from_pretrained on a PeftModel's folder gives a bare model with the adapter inside."""
-    BACKBONES["llama"].build().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, UniPELTConfig(bottleneck_size=4, task_type=TaskType.CAUSAL_LM))
-    randomise(model)
-    model.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    inputs = BACKBONES["llama"].inputs()
-    with torch.no_grad():
-        torch.testing.assert_close(output(again, inputs), output(model.eval(), inputs), rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from hf_peft_ext.model.structure import own_modules
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.pruning import importance, pruned_copy
 
 from .backbones import BACKBONES, output
@@ -180,9 +180,9 @@ def test_a_4bit_model_is_cut_from_its_dequantised_weights(four_bit):
     whole = pruned_copy(four_bit, 1).model
     assert {type(module) for module in whole.modules() if "Linear" in type(module).__name__} == {nn.Linear}
     torch.testing.assert_close(output(whole, inputs), output(four_bit, inputs), rtol=1e-4, atol=1e-4)
-    thin = pruned_copy(four_bit, 2, importance=importance(four_bit, [labelled("llama")])).model
-    thin(**labelled("llama")).loss.backward()
-    assert all(p.grad is not None for p in thin.parameters())
+    pruned = pruned_copy(four_bit, 2, importance=importance(four_bit, [labelled("llama")])).model
+    pruned(**labelled("llama")).loss.backward()
+    assert all(p.grad is not None for p in pruned.parameters())
 
 
 @pytest.mark.parametrize("kind", ["fisher", "activation", "magnitude"])

@@ -207,12 +207,12 @@ def test_pruned_by_other_scores():
         scores = importance(base, [batch])
         rows, columns = ({k.removeprefix("transformer."): v for k, v in t.items() if k != "lm_head" or family == "t5"}
                          for t in (scores.rows, scores.columns))  # fmt: skip
-        thin = pruned_copy(base.base_model, 4, importance=Importance("fisher", rows, columns)).model
+        pruned = pruned_copy(base.base_model, 4, importance=Importance("fisher", rows, columns)).model
         model = get_peft_model(base, LadderConfig(r=4))
         downs = {name: p.clone() for name, p in model.named_parameters() if "down" in name}
         before = [side.side_blocks[0].block.state_dict() for side in sides(copy.deepcopy(model))]
         prune_ladder(model, scores)
-        stacks = [thin.encoder.block, thin.decoder.block] if family == "t5" else [thin.h]
+        stacks = [pruned.encoder.block, pruned.decoder.block] if family == "t5" else [pruned.h]
         for side, blocks, old in zip(sides(model), stacks, before, strict=True):
             found = side.side_blocks[0].block.state_dict()
             assert not all(torch.equal(tensor, old[name]) for name, tensor in found.items())

@@ -10,8 +10,8 @@ from hf_peft_ext.trainers import AdapterTrainer
 
 from .backbones import BACKBONES, output
 from .methods import randomise
+from .saved_adapters import assert_equal_to_stock, fingerprint, refused, reweigh, rewrite, saved
 from .test_ladder import every_family, gradients, laddered
-from .test_safe_load import assert_equal_to_stock, fingerprint, refused, reweigh, rewrite, saved
 
 # Errors
 

@@ -14,8 +14,8 @@ from hf_peft_ext import LadderConfig
 
 from .backbones import BACKBONES, ENCODER_DECODER, GROUPED, HEADS, HYBRIDS, LAYERS, PLAIN, Backbone, D, output
 from .methods import randomise
+from .saved_adapters import fingerprint
 from .test_ladder import gradients
-from .test_safe_load import fingerprint
 
 BART = {**ENCODER_DECODER, "d_model": D, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "decoder_ffn_dim": 64,
         "decoder_start_token_id": 2, "max_position_embeddings": 64}  # fmt: skip

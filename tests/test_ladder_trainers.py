@@ -11,8 +11,8 @@ from hf_peft_ext import LadderConfig, UniPELTConfig
 
 from .backbones import BACKBONES
 from .methods import randomise
-from .test_ecosystem import adds_adapters
 from .test_training import tokenizer
+from .tuned_models import adds_adapters
 
 # 2026-11: TRL's own uses of names that transformers changes
 trl_warns = pytest.mark.filterwarnings(

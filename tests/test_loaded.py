@@ -24,7 +24,7 @@ from hf_peft_ext import LadderConfig, UniPELTConfig, load_adapter
 
 from .backbones import BACKBONES, SPECIAL, VOCAB, output
 from .methods import METHODS, randomise
-from .test_safe_load import fingerprint, reweigh, rewrite, saved
+from .saved_adapters import fingerprint, reweigh, rewrite, saved
 
 METHOD_CONFIGS = {**METHODS, "ladder": lambda **kw: LadderConfig(r=2, **kw)}
 WEIGHTS = "adapter_model.safetensors"

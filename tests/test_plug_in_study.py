@@ -29,7 +29,7 @@ QUICK = "--tasks sst2 --seeds 0 --k 12 --dev_rows 6 --test_rows 8 --steps 2 --br
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(STUDIES)
-    for name in ("runs", "plug_in", "plug_in_figures"):
+    for name in ("runs", "plug_in", "plug_in_conditions", "plug_in_figures", "plug_in_models", "plug_in_table"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import plug_in
 
@@ -103,7 +103,8 @@ def test_language_models(study, tmp_path, data, decoder, monkeypatch):
     conditions = ["--conditions", "untouched", "small", "paper", "bridge", "delta", "--modules", *study.MODULES]
     found = start(study, tmp_path, data, decoder, *options, *conditions)
     assert len(found) == 1 + 4 * 3
-    monkeypatch.setattr(study, "fit", None)
+    for name in ("plug_in_conditions", "plug_in_models"):
+        monkeypatch.setattr(sys.modules[name], "fit", None)
     (tmp_path / "output" / "runs.csv").unlink()
     assert start(study, tmp_path, data, decoder, *options, *conditions) == found
 
@@ -127,7 +128,7 @@ def test_heads_are_logistic_regressions(study, answers):
             return answers
 
     model = Model()
-    study.fit_head(model, Task(), list(range(12)))
+    sys.modules["plug_in_models"].fit_head(model, Task(), list(range(12)))
     wanted = LogisticRegression(C=0.01, max_iter=1000).fit(((x - x.mean(0)) / x.std(0)).numpy(), answers)
     logits = model.classifier(x).detach()
     seen = sorted(set(answers))

@@ -1,4 +1,4 @@
-"""Templates of strangers: known ways out of Jinja's sandbox, and templates that never end, against errors."""
+"""Untrusted templates: known ways out of Jinja's sandbox, and templates that never end, against errors."""
 
 import pytest
 

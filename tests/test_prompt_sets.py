@@ -193,7 +193,8 @@ def test_tags_make_nothing(tmp_path):
 
 
 def test_unknown_tasks_and_files(tmp_path):
-    with pytest.raises(ValueError, match=r"`source` \(='cop'\) must be one of ag_news, .*, or the path of a file"):
-        load_templates("cop")
+    for function in (load_templates, documented_fields):
+        with pytest.raises(ValueError, match=r"`source` \(='cop'\) must be one of ag_news, .*, or the path of a file"):
+            function("cop")
     with pytest.raises(FileNotFoundError):
         load_templates(tmp_path / "none.yaml")

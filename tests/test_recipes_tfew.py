@@ -12,8 +12,8 @@ from hf_peft_ext.prompts import chat
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 
 from .backbones import BACKBONES
+from .recipe_runs import elsewhere, run, succeed  # noqa: F401
 from .test_rank_classification import DECODER, SEQ2SEQ
-from .test_recipes import elsewhere, run, succeed  # noqa: F401
 from .test_tfew_trainer import frozen  # noqa: F401
 
 # 2026-11: the data loader asks for pinned memory wherever it runs

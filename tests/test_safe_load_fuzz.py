@@ -24,7 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from hf_peft_ext import BottleneckConfig, ComposedConfig, Placement, UniPELTConfig, load_adapter
 
 from .backbones import BACKBONES
-from .test_safe_load import CONFIG, WEIGHTS, fingerprint
+from .saved_adapters import CONFIG, WEIGHTS, fingerprint
 
 SECONDS, MEGABYTES = 2, 200
 QV = ["q_proj", "v_proj"]

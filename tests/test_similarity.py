@@ -203,7 +203,7 @@ def test_errors():
         module_similarity(model, model, texts(), draws=0)
     with pytest.raises(ValueError, match=r"`batches` \(=\[\]\) must hold at least one batch"):
         module_similarity(model, model, [])
-    with pytest.raises(ValueError, match="must be as many stacks of layers"):
+    with pytest.raises(ValueError, match="must have as many stacks of layers"):
         module_similarity(model, adapted(LoraConfig(target_modules=["q"]), "t5"), texts())
     other = get_peft_model(BACKBONES["llama"].build(), LORA)  # does nothing yet
     with pytest.raises(ValueError, match=r"`a` \(='default'\) and the adapter of `b` act together in no layer"):

@@ -290,7 +290,7 @@ def test_what_is_saved(tmp_path):
     assert sorted(saved["target_modules"]) == ["fc2", "k_proj", "v_proj"]
     assert saved["feedforward_modules"] == ["fc2"]
     assert type(PeftConfig.from_pretrained(tmp_path)) is IA3Config
-    again = load_adapter(BACKBONES["opt"].build(), tmp_path)  # with the checks of a stranger's adapter
+    again = load_adapter(BACKBONES["opt"].build(), tmp_path)  # with the checks for an untrusted adapter
     with torch.no_grad():
         assert torch.equal(output(again.eval(), inputs), output(model, inputs))
 

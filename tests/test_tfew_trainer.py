@@ -24,8 +24,8 @@ from hf_peft_ext.trainers.choice_batches import right
 from .backbones import BACKBONES
 from .methods import randomise
 from .test_rank_classification import DECODER, SEQ2SEQ
-from .test_trainers import logged
 from .test_training import StopAt, trained
+from .tiny_trainers import logged
 
 # 2026-11: the data loader asks for pinned memory wherever it runs
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")

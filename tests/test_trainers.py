@@ -1,68 +1,36 @@
-"""Trainers for adapters: against transformers' own, and a resumed run against one without a break, bit for bit.
+"""Trainers for adapters: against transformers' own, on tiny models on the CPU; evaluation, sequence to sequence, TRL.
 
-Tiny models on the CPU. Runs that are killed, and two processes, are in test_trainers_processes.py; pushes are in
-test_trainers_hub.py.
+Resuming, the record, losses, runs that are killed, two processes and pushes: test_trainers_*.py.
 """
 
 import importlib
 import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from hf_peft_ext import LayerPrefixConfig, UniPELTConfig
+from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.hub_cards import Result, TrainingRecord
-from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer, AdapterTrainerMixin
-from hf_peft_ext.trainers.run_info import hyperparameters
+from hf_peft_ext.trainers import AdapterSeq2SeqTrainer, AdapterTrainer
 
-from .backbones import BACKBONES, SPECIAL, VOCAB
+from .backbones import BACKBONES
 from .test_training import StopAt, arguments, classifier, separable, tokenizer, trained
+from .tiny_trainers import accuracy, config, logged, losses, projected, trainer, two_adapters
 
 # 2026-11: the data loader asks for pinned memory wherever it runs
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
-
-
-def config(**kwargs):
-    return UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4, lora_dropout=0.1, task_type="SEQ_CLS", **kwargs)
-
-
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def trainer(folder, peft_config=None, cls=AdapterTrainer, model=None, callbacks=None, **kwargs):
-    model = classifier() if model is None else model
-    peft_config = peft_config or (None if hasattr(model, "peft_config") else config())
-    given = {"train_dataset": separable(), "eval_dataset": separable(16), "compute_metrics": accuracy}
-    return cls(model, arguments(folder, **kwargs), peft_config=peft_config, callbacks=callbacks, **given)
-
-
-def losses(trainer):
-    return {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 # the adapter
@@ -148,116 +116,6 @@ def test_saves_the_adapter_and_no_secret(tmp_path, monkeypatch):
     assert not any("sublayer_of" not in name and "classifier" not in name for name in adapter)
     for file in tmp_path.rglob("*.safetensors"):
         assert load_file(file).keys() == adapter, file
-
-
-# resuming
-
-
-def two_adapters():
-    """The adapter that is trained has a name of its own, and another one lies beside it."""
-    torch.manual_seed(3)
-    model = get_peft_model(classifier(), config(), adapter_name="first")
-    model.add_adapter("second", config(modules_to_save=["pooler"]))
-    model.set_adapter("second")
-    return model
-
-
-def projected():
-    torch.manual_seed(3)
-    wide = {"num_virtual_tokens": 4, "encoder_hidden_size": 8, "task_type": "SEQ_CLS"}
-    return get_peft_model(classifier(), LayerPrefixConfig(prefix_projection=True, **wide))
-
-
-def lora():
-    torch.manual_seed(3)
-    return get_peft_model(classifier(), LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1))
-
-
-RESUMED = {
-    "in an epoch": (None, {"save_steps": 6, "logging_steps": 1}),
-    "at its end": (None, {"save_steps": 8, "logging_steps": 4}),
-    "between two logs": (None, {"save_steps": 6, "logging_steps": 4}),
-    "accumulating": (None, {"save_steps": 5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}),
-    "evaluating": (None, {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 3}),
-    "checkpointing gradients": (None, {"save_steps": 6, "activation_checkpointing": True}),
-    "smoothing labels": (None, {"save_steps": 6, "label_smoothing_factor": 0.1}),
-    "several adapters": (two_adapters, {"save_steps": 6}),
-    "prefixes of a network": (projected, {"save_steps": 6}),
-    "stock LoRA": (lora, {"save_steps": 6}),
-}
-
-
-FAST = ("between two logs", "several adapters", "prefixes of a network")
-
-
-@pytest.mark.parametrize(
-    "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
-)
-def test_resumed_training_equals_uninterrupted(case, tmp_path):
-    """Stopped and resumed in a new model, every later loss and every weight is the same, to the bit."""
-    build, kwargs = RESUMED[case]
-    build = build or (lambda: None)
-    whole = trainer(tmp_path / "whole", model=build(), **kwargs)
-    whole.train()
-    step = kwargs["save_steps"]
-    half = trainer(tmp_path / "half", model=build(), callbacks=[StopAt(step)], **kwargs)
-    half.train()
-    resumed = trainer(tmp_path / "half", model=build(), **kwargs)
-    torch.rand(7)  # whatever else a process has done with its random numbers
-    result = resumed.train(resume_from_checkpoint=True)
-    assert result.global_step == 16
-    assert losses(resumed) == losses(whole)
-    assert logged(resumed, "eval_loss") == logged(whole, "eval_loss")
-    for name, value in trained(whole.model).items():
-        assert torch.equal(trained(resumed.model)[name], value), name
-    assert any(not torch.equal(value, trained(half.model)[name]) for name, value in trained(whole.model).items())
-
-
-def test_what_is_not_complete_is_not_resumed(tmp_path):
-    """A checkpoint with a file missing or cut short is refused by name, and passed over for the one before."""
-    made = trainer(tmp_path, max_steps=9, save_steps=3)
-    made.train()
-    weights = tmp_path / "checkpoint-9" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
-    with pytest.raises(
-        ValueError, match=r"checkpoint-9'\) is not a complete checkpoint: adapter_model.safetensors miss"
-    ):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
-    resumed = trainer(tmp_path, callbacks=[StopAt(4)])
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 4
-    with pytest.raises(ValueError, match=r"`output_dir` \(=.*\) holds no complete checkpoint to resume"):
-        trainer(tmp_path / "none").train(resume_from_checkpoint=True)
-
-
-def test_another_adapters_checkpoint_is_refused(tmp_path):
-    """A checkpoint that does not fit the adapter is an error, and the model stays as it was."""
-    trainer(tmp_path, max_steps=3, save_steps=3).train()
-    other = trainer(tmp_path, UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, task_type="SEQ_CLS"))
-    before = trained(other.model)
-    with pytest.raises(ValueError, match=r"must hold the model's adapter 'default', but \d+ weights are missing"):
-        other.train(resume_from_checkpoint=True)
-    assert all(torch.equal(value, before[name]) for name, value in trained(other.model).items())
-    network = trainer(tmp_path, model=projected())
-    (tmp_path / "plain").mkdir()
-    network.model.save_pretrained(tmp_path / "plain")
-    (tmp_path / "plain" / "trainer_state.json").write_text("{}")
-    refused = pytest.raises(ValueError, match=r"must hold trained_weights\.safetensors, the network that computes")
-    with refused, pytest.warns(UserWarning, match="holds no state of the optimizer: training goes on with a new one"):
-        network.train(resume_from_checkpoint=str(tmp_path / "plain"))
-
-
-def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
-    """A second run in the same folder writes its checkpoints over the first one's."""
-    trainer(tmp_path, max_steps=3, save_steps=3, seed=1).train()
-    again = trainer(tmp_path, max_steps=3, save_steps=3, seed=2)
-    again.train()
-    stored = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(again.model)
-    assert stored.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in stored.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
 # evaluation and stopping early
@@ -347,316 +205,6 @@ def test_what_the_hub_would_refuse_is_refused_first(tmp_path):
     with pytest.raises(ValueError, match=r"`pipeline_tag` \(='classifying'\) must be a task of the Hub"):
         made.save_model()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-
-
-def test_the_command_can_be_run_again(tmp_path):
-    """A module that was started with `python -m` is recorded so, a script by its name."""
-    says = "from hf_peft_ext.trainers.redact import command_line\nprint(command_line())\n"
-    (tmp_path / "said").mkdir()
-    for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
-        (tmp_path / name).write_text("" if name == "said/__init__.py" else says)
-    for start in (["-m", "said.part"], ["-m", "said"], ["said/part.py"]):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
-        run = subprocess.run([sys.executable, *start, "--lr", "1"], cwd=tmp_path, env=env, capture_output=True)
-        said = "part.py" if len(start) == 1 else f"python -m {start[1]}"
-        assert run.stdout.decode().strip() == f"{said} --lr 1", run.stderr.decode()
-
-
-# the record
-
-
-def rows(count):
-    return Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in separable(count)])
-
-
-def places(trainer):
-    return {(r.metric, r.dataset, r.split): r.value for r in trainer.filled_record().results}
-
-
-def test_record(tmp_path):
-    """What a card needs is recorded, as it is known elsewhere, and survives being saved."""
-    made = trainer(tmp_path, max_steps=12, eval_strategy="steps", eval_steps=6, weight_decay=0.01)
-    made.train_dataset = rows(64)
-    made.train()
-    made.save_model()
-    record = TrainingRecord.load(tmp_path)
-    assert record == made.filled_record()
-    trainable, total = made.model.get_nb_trainable_parameters()
-    assert (record.trainable_parameters, record.total_parameters) == (trainable, total)
-    assert record.peak_memory > 1e7
-    assert 0 < record.step_time < record.train_time
-    assert record.seeds == [3]
-    assert record.versions.keys() >= {"hf_peft_ext", "peft", "torch", "transformers", "python"}
-    assert record.hyperparameters == {
-        **{"use_cpu": True, "seed": 3, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "max_steps": 12},
-        **{"logging_steps": 4, "save_steps": 8, "eval_strategy": "steps", "eval_steps": 6, "do_eval": True},
-        **{"weight_decay": 0.01},
-    }
-    assert {r.metric for r in record.results} == {"loss", "accuracy"}
-    train, evaluated = record.datasets
-    assert (train.rows, train.fingerprint, train.used_for) == (64, made.train_dataset._fingerprint, "train")
-    assert (evaluated.rows, evaluated.on_hub, evaluated.used_for) == (16, False, "eval")
-    assert [entry["loss"] for entry in record.history if "loss" in entry] == list(losses(made).values())
-    assert record.gates.keys() == {key[6:] for entry in made.state.log_history for key in entry if "gates/" in key}
-    assert all(0 < gate < 1 for gate in record.gates.values())
-    assert record.quantization is None
-    assert (tmp_path / "README.md").exists()
-
-
-def test_a_resumed_run_keeps_its_record(tmp_path):
-    """What was said and measured before a break is in the record after it, though no step is left to train."""
-    first = trainer(tmp_path, max_steps=4, save_steps=4)
-    first.record.tags = ["mine"]
-    first.train()
-    first.evaluate()
-    first.evaluate_base()
-    first.record_results({"accuracy": 0.7}, method="lora")
-    first.record.language, first.record.license = ["en"], "mit"
-    first.save_model()
-    before, stored = TrainingRecord.load(tmp_path), TrainingRecord.load(tmp_path / "checkpoint-4")
-    again = trainer(tmp_path, max_steps=4, save_steps=4)
-    again.record.license = "apache-2.0"
-    again.train(resume_from_checkpoint=True)
-    assert again.filled_record().gates == stored.gates != {}
-    again.evaluate()
-    again.save_model()
-    after = TrainingRecord.load(tmp_path)
-    assert (after.language, after.license, after.tags) == (["en"], "apache-2.0", ["mine"])
-    assert after.results == before.results
-    assert {r.method for r in after.results} == {"adapter", "base", "lora"}
-    assert (after.step_time, after.train_time) == (stored.step_time, stored.train_time)
-    assert after.step_time > 0
-    assert after.peak_memory > 1e7
-    other = trainer(tmp_path, max_steps=4)  # a new run in the same folder begins a new record
-    other.train()
-    assert (other.filled_record().license, other.filled_record().results) == (None, [])
-
-
-def test_settings_without_defaults(tmp_path, monkeypatch):
-    """A class whose settings must be given is compared field by field; devices and DeepSpeed are left alone."""
-
-    @dataclass
-    class Needy(TrainingArguments):
-        margin: float = field(kw_only=True)
-
-    args = Needy(output_dir=str(tmp_path), use_cpu=True, margin=0.5, max_steps=4)
-    assert {"use_cpu": True, "margin": 0.5, "max_steps": 4}.items() <= hyperparameters(args).items()
-    usual = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=4)
-    state = dict(vars(PartialState()))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher does
-    assert hyperparameters(usual) == {"use_cpu": True, "max_steps": 4}
-    assert vars(PartialState()) == state
-
-
-def test_each_evaluated_set_has_its_results(tmp_path):
-    """Sets of one trainer go by their names, however they are evaluated; others without a name are numbered."""
-    made = trainer(tmp_path)
-    sets = {"easy": rows(16), "hard": rows(24)}
-    made.eval_dataset = sets
-    easy = made.evaluate(sets["easy"])["eval_loss"]
-    hard = made.evaluate("hard")["eval_loss"]
-    found = places(made)
-    assert easy != hard
-    assert (found["loss", "easy", "evaluation"], found["loss", "hard", "evaluation"]) == (easy, hard)
-    assert places(made).keys() == ((made.evaluate(), places(made))[1]).keys()
-    small, large = (made.evaluate(rows(count))["eval_loss"] for count in (8, 12))
-    made.evaluate(rows(8))
-    found = {name: value for (metric, name, _), value in places(made).items() if metric == "loss"}
-    assert found == {"easy": easy, "hard": hard, "eval": small, "eval 2": large}
-    made.evaluate_base("hard")
-    assert [(d.name, d.rows) for d in made.record.datasets] == [
-        ("easy", 16),
-        ("hard", 24),
-        ("eval", 8),
-        ("eval 2", 12),
-    ]
-    assert {d.used_for for d in made.record.datasets} == {"eval"}
-    assert {r.dataset for r in made.record.results if r.method == "base"} == {"hard"}
-
-
-def test_gates_are_logged(tmp_path):
-    """Without evaluation the gates of the last training batch are logged; for methods without gates nothing is."""
-    made = trainer(tmp_path, max_steps=8, logging_steps=4)
-    made.train()
-    steps = [entry["step"] for entry in made.state.log_history if "gates/0.query_low_rank" in entry]
-    assert steps == [4, 8]
-    plain = trainer(tmp_path, model=lora(), max_steps=8, logging_steps=4)
-    plain.train()
-    assert not any("gates" in key for entry in plain.state.log_history for key in entry)
-
-
-def test_hub_datasets_are_known(tmp_path, monkeypatch):
-    """Id and revision of data from the Hub are read from where `datasets` keeps them, spelt as on the Hub."""
-    from hf_peft_ext.trainers import run_info as facts
-
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    place = tmp_path / "acme___support_msgs" / "default" / "0.0.0" / revision
-    Dataset.from_dict({"a": [1, 2]}).save_to_disk(place)
-    data = Dataset.from_file(str(next(place.glob("*.arrow"))), split="train")
-    monkeypatch.setattr(facts, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = facts.dataset_record(data, "train")
-    assert (found.on_hub, found.revision, found.rows, found.split) == (False, revision, 2, "train")
-    (tmp_path / "hub" / "datasets--acme--SupportMsgs" / "snapshots" / revision).mkdir(parents=True)
-    found = facts.dataset_record(data, "train")
-    assert (found.name, found.on_hub, found.revision) == ("acme/SupportMsgs", True, revision)
-    assert facts.dataset_record(None) is None
-
-
-def test_records_of_several_runs_are_merged():
-    """Mean and spread over runs are numpy's, whether single runs or means of runs are merged."""
-    values = [0.5, 0.6, 0.8, 0.9]
-    runs = [TrainingRecord(base_model="b", results=[Result("f1", v)], seeds=[i]) for i, v in enumerate(values)]
-    merged = TrainingRecord.merge(runs)
-    assert (merged.seeds, merged.results[0].runs) == ([0, 1, 2, 3], 4)
-    assert merged.results[0].value == pytest.approx(np.mean(values))
-    assert merged.results[0].spread == pytest.approx(np.std(values, ddof=1))
-    again = TrainingRecord.merge([TrainingRecord.merge(runs[:3]), runs[3]])
-    assert again.results[0].value == pytest.approx(np.mean(values))
-    assert again.results[0].spread == pytest.approx(np.std(values, ddof=1))
-    with pytest.raises(ValueError, match=r"`base_model` \(=\['None', 'b'\]\) must be the same in all records"):
-        TrainingRecord.merge([runs[0], TrainingRecord()])
-    with pytest.raises(ValueError, match=r"`records` .* must hold at least one record"):
-        TrainingRecord.merge([])
-
-
-def test_four_bits(tmp_path):
-    """A 4-bit base model is prepared for training, resumed exactly, evaluated in between, and named in the record."""
-    pytest.importorskip("bitsandbytes")
-    tiny = {**BACKBONES["bert"].config, "hidden_size": 64, "intermediate_size": 128}
-    tiny = BertConfig(vocab_size=VOCAB, num_labels=2, **SPECIAL, **tiny)
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny).save_pretrained(tmp_path / "base")
-    four = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=["classifier"],
-    )
-
-    def quantised(folder, **kwargs):
-        place = {"quantization_config": four, "device_map": {"": "cpu"}}
-        model = BertForSequenceClassification.from_pretrained(tmp_path / "base", **place)
-        kwargs |= {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
-        return trainer(tmp_path / folder, config(), model=model, **kwargs)
-
-    whole = quantised("whole")
-    whole.train()
-    quantised("half", callbacks=[StopAt(6)]).train()
-    resumed = quantised("half")
-    resumed.train(resume_from_checkpoint=True)
-    assert losses(resumed) == losses(whole)
-    assert len(set(losses(whole).values())) == 4
-    assert whole.filled_record().quantization == "4-bit NF4, double quantisation"
-    assert whole.filled_record().base_model == "./base"  # no folders of this machine
-
-
-def test_a_second_training_starts_its_sums_anew(tmp_path):
-    """Terms of a first training are in no log of a second one with the same trainer."""
-    made = trainer(tmp_path, cls=TermsTrainer, max_steps=6, save_strategy="no")
-    made.train()
-    made.train()
-    for entry in made.state.log_history:
-        if "loss" in entry:
-            assert entry["class_loss"] + entry["logit_loss"] == pytest.approx(entry["loss"], abs=1e-6)
-
-
-class MeanLossTrainer(AdapterTrainer):
-    """Returns the mean over the batch at hand, whatever the model; it draws random numbers of its own."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        torch.rand(1)
-        self.add_loss_terms(class_loss=outputs.loss)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-
-@pytest.mark.parametrize(
-    ("backbone", "cls"),
-    [("bert", AdapterTrainer), ("llama", AdapterTrainer), ("bert", MeanLossTrainer), ("llama", MeanLossTrainer)],
-)
-def test_accumulated_batches_equal_one_batch(backbone, cls, tmp_path):
-    """Four small batches train as one large batch, whether the loss is a mean or takes Trainer's count."""
-
-    def made(folder, batch, accumulated):
-        model = classifier() if backbone == "bert" else BACKBONES["llama"].build()
-        for module in model.modules():
-            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
-        rows = separable()
-        if backbone == "llama":
-            rows = [{**row, "labels": row["input_ids"]} for row in rows]
-        args = arguments(tmp_path / folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
-        adapter = UniPELTConfig(bottleneck_size=8, num_virtual_tokens=4)
-        return cls(model, args, train_dataset=rows, peft_config=adapter)
-
-    one, four = made("one", 16, 1), made("four", 4, 4)
-    one.train()
-    four.train()
-    assert list(losses(four).values()) == pytest.approx(list(losses(one).values()), abs=1e-4)
-    assert logged(four, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-2)
-    assert four.model_accepts_loss_kwargs == (backbone == "llama" and cls is AdapterTrainer)
-    if cls is MeanLossTrainer:
-        assert logged(four, "class_loss") == pytest.approx(list(losses(four).values()), abs=1e-6)
-
-
-def test_asking_for_the_loss_leaves_no_trace(tmp_path):
-    """With an own loss that accumulates, training is Trainer's with the scale declared: to the bit, with dropout."""
-    accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 4}
-    asked = trainer(tmp_path, cls=MeanLossTrainer, **accumulating)
-    asked.train()
-    told = trainer(tmp_path, cls=type("Told", (MeanLossTrainer,), {"loss_is_scaled_for_ga": False}), **accumulating)
-    told.train()
-    assert losses(asked) == losses(told)
-    assert logged(asked, "class_loss") == logged(told, "class_loss")
-    assert all(torch.equal(trained(asked.model)[name], value) for name, value in trained(told.model).items())
-
-
-# loss terms and other people's trainers
-
-
-class TheirTrainer(Trainer):
-    """A trainer as somebody else would write it."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-
-class TermsTrainer(AdapterTrainerMixin, TheirTrainer):
-    _name = "Terms"
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        norm = outputs.logits.square().mean()
-        self.add_loss_terms(class_loss=loss, logit_loss=0.1 * norm)
-        loss = loss + 0.1 * norm
-        return (loss, outputs) if return_outputs else loss
-
-
-@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_loss_terms_add_up(accumulated, tmp_path):
-    """Terms that add up to the loss in a batch do so in each log, in training and evaluation, also after a break."""
-    kwargs = {"per_device_train_batch_size": 16 // accumulated, "gradient_accumulation_steps": accumulated}
-    kwargs |= {"eval_strategy": "steps", "eval_steps": 6, "save_steps": 6, "per_device_eval_batch_size": 6}
-    whole = trainer(tmp_path / "whole", cls=TermsTrainer, **kwargs)
-    whole.train()
-    for entry in whole.state.log_history:
-        for prefix in ("", "eval_"):
-            if f"{prefix}loss" in entry:
-                terms = entry[f"{prefix}class_loss"] + entry[f"{prefix}logit_loss"]
-                assert terms == pytest.approx(entry[f"{prefix}loss"], abs=1e-6)
-    assert len(logged(whole, "class_loss")) == 4
-    trainer(tmp_path / "half", cls=TermsTrainer, callbacks=[StopAt(6)], **kwargs).train()
-    resumed = trainer(tmp_path / "half", cls=TermsTrainer, **kwargs)
-    resumed.train(resume_from_checkpoint=True)
-    assert logged(resumed, "class_loss") == logged(whole, "class_loss")
-    record = resumed.filled_record()
-    assert (record.trainer, "class_loss" in record.history[0]) == ("Terms", True)
-    with pytest.raises(ValueError, match=r"`terms` \(='loss'\) must have names that Trainer does not log itself"):
-        whole.add_loss_terms(loss=torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"`kl` \(=float\) must be a tensor"):
-        whole.add_loss_terms(kl=0.5)
-    with pytest.raises(ValueError, match=r"`kl` \(=\(2,\)\) must be a single number"):
-        whole.add_loss_terms(kl=torch.ones(2))
 
 
 # sequence to sequence, and supervised fine-tuning

@@ -18,8 +18,8 @@ from hf_peft_ext.trainers import pushing as pushing_module
 
 from .backbones import BACKBONES
 from .hub_server import OWNER
-from .test_trainers import losses, trainer, two_adapters
 from .test_training import classifier
+from .tiny_trainers import losses, trainer, two_adapters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),

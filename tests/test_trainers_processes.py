@@ -25,7 +25,7 @@ from hf_peft_ext import UniPELTConfig
 from hf_peft_ext.hub_cards import TrainingRecord
 from hf_peft_ext.trainers import AdapterTrainer, checkpoint, restore
 
-from .test_trainers import TermsTrainer, losses, trainer
+from .tiny_trainers import TermsTrainer, losses, trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")]
 

@@ -35,9 +35,9 @@ def test_least_squares_between_both_models():
     y = torch.cat([hidden[i] for i in range(5) for hidden, _ in of_large])
     queries = [torch.cat([leaf for _, leaf in found]) for found in (of_small, of_large)]
     for name, wanted in {
-        "residual_write": least_squares(x, y),
-        "residual_read": least_squares(y, x).T,
-        "query_4_write": least_squares(*queries),
+        "residual_out": least_squares(x, y),
+        "residual_in": least_squares(y, x).T,
+        "query_4_out": least_squares(*queries),
     }.items():
         torch.testing.assert_close(projections.of[name].weight.double(), wanted, atol=1e-4, rtol=1e-3)
 
@@ -59,7 +59,7 @@ def test_every_projection_is_filled(family, kind):
 def test_errors():
     small, large = small_model("llama", "lora"), BACKBONES["llama"].build(**LARGE["llama"])
     projections = Projections(init="least_squares")
-    refuses("`batches` .=None. are needed by projections that", ValueError, lambda: plug(small, large, projections))
-    refuses("`batches` .=... are needed by", ValueError, lambda: plug(small, large, batches=[]))
+    refuses("`batches` .=None. must be passed for projections", ValueError, lambda: plug(small, large, projections))
+    refuses("`batches` .=... must be passed for", ValueError, lambda: plug(small, large, batches=[]))
     call = lambda: plug(small, large, projections, batches=[])  # noqa: E731
     refuses("`batches` .=0. must hold at least one", ValueError, call)

@@ -40,13 +40,13 @@ def test_delta_bridge_is_the_plugged_model(family, kind):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
     with torch.no_grad():
         logits, stream = inside(plugged, LAST[family], inputs)
-        thin = pruned_copy(plugged.get_base_model(), 4)
-        kept = thin.kept["residual"]
-        with delta_bridge(plugged, thin) as model:
-            found, thin_stream = inside(model, LAST[family], inputs)
+        pruned = pruned_copy(plugged.get_base_model(), 4)
+        kept = pruned.kept["residual"]
+        with delta_bridge(plugged, pruned) as model:
+            found, pruned_stream = inside(model, LAST[family], inputs)
         again = output(plugged, inputs)
     torch.testing.assert_close(found, logits[..., kept] if family == "bert" else logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(thin_stream, stream[..., kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pruned_stream, stream[..., kept], atol=1e-4, rtol=1e-4)
     assert torch.equal(again, logits)
     assert not any(m._forward_hooks for name, m in plugged.named_modules() if name.endswith("lm_head"))
 
@@ -55,17 +55,17 @@ def test_delta_bridge_is_the_plugged_model(family, kind):
 @every_pair
 def test_delta_bridge_around_the_base_is_the_base_without_the_module(family, kind):
     plugged, inputs = plugged_model(family, kind), BACKBONES[family].inputs()
-    thin = pruned_copy(plugged.get_base_model(), 2)
+    pruned = pruned_copy(plugged.get_base_model(), 2)
     with torch.no_grad(), plugged.disable_adapter():
         base, stream = inside(plugged, LAST[family], inputs)
-    with torch.no_grad(), delta_bridge(plugged, thin, around="base") as model:
+    with torch.no_grad(), delta_bridge(plugged, pruned, around="base") as model:
         changed = output(model, inputs)
         with model.disable_adapter():
-            found, thin_stream = inside(model, LAST[family], inputs)
-    kept = thin.kept["residual"]
+            found, pruned_stream = inside(model, LAST[family], inputs)
+    kept = pruned.kept["residual"]
     base = base[..., kept] if family == "bert" else base
     torch.testing.assert_close(found, base, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(thin_stream, stream[..., kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pruned_stream, stream[..., kept], atol=1e-4, rtol=1e-4)
     assert (changed - base).abs().max() > 1e-3
 
 
@@ -82,7 +82,7 @@ def test_with_nothing_cut_the_gradient_is_the_plugged_models(family, kind, aroun
 
 
 @pytest.mark.parametrize("kind", [slow(kind) if kind != "lora" else kind for kind in KINDS])
-def test_thin_gradient_points_the_plugged_models_way(kind):
+def test_pruned_gradient_points_the_plugged_models_way(kind):
     """A step along it lowers the plugged model's own loss; with half of the width, in Llama."""
     plugged, inputs = plugged_model("llama", kind), BACKBONES["llama"].inputs()
     with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2)) as model:
@@ -141,14 +141,14 @@ def test_large_model_is_never_trained(name):
 
 
 def test_papers_bridge_sees_slices():
-    """A'' = A' [:, kept] and B'' = B' [kept, :] of the plugged model, and trains the thin copy with them."""
+    """A'' = A' [:, kept] and B'' = B' [kept, :] of the plugged model, and trains the pruned copy with them."""
     plugged = plugged_model("llama", "lora")
-    thin = pruned_copy(plugged.get_base_model(), 2)
-    model = bridge(plugged, thin)
+    pruned = pruned_copy(plugged.get_base_model(), 2)
+    model = bridge(plugged, pruned)
     key = "base_model.model.model.layers.3.self_attn.v_proj.lora_"
     a, b = (plugged.get_submodule(f"{key}{side}.default").weight for side in "AB")
-    rows = thin.rows_of("model.layers.3.self_attn.v_proj")
-    torch.testing.assert_close(model.get_submodule(f"{key}A.default").weight, a[:, thin.kept["residual"]])
+    rows = pruned.rows_of("model.layers.3.self_attn.v_proj")
+    torch.testing.assert_close(model.get_submodule(f"{key}A.default").weight, a[:, pruned.kept["residual"]])
     torch.testing.assert_close(model.get_submodule(f"{key}B.default").weight, b[rows])
     own = [p for name, p in model.named_parameters() if "lora_" not in name]
     assert all(p.requires_grad for p in own)
@@ -156,8 +156,8 @@ def test_papers_bridge_sees_slices():
 
 def test_papers_bridge_trains_w_down():
     plugged = plugged_model("gpt2", "lora")
-    thin = pruned_copy(plugged.get_base_model(), 2)
-    model = bridge(plugged, thin, init="orthogonal", train_bridge=False)
+    pruned = pruned_copy(plugged.get_base_model(), 2)
+    model = bridge(plugged, pruned, init="orthogonal", train_bridge=False)
     known = {id(p) for p in plugged.parameters()}
     down = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     output(model, BACKBONES["gpt2"].inputs()).square().mean().backward()
@@ -185,7 +185,7 @@ def test_folded_after_training_is_what_was_trained():
 def test_errors():
     plugged = plugged_model("llama", "lora")
     other = pruned_copy(BACKBONES["gpt2"].build(), 2)
-    refuses("`thin` .='GPT2LMHeadModel'. must be a copy of the large", ValueError, lambda: bridge(plugged, other))
+    refuses("`pruned` .='GPT2LMHeadModel'. must be a copy of the large", ValueError, lambda: bridge(plugged, other))
 
     def enter(around):
         with delta_bridge(plugged, pruned_copy(plugged.get_base_model(), 2), around):

@@ -108,7 +108,7 @@ def test_lora_is_the_product_with_the_projections(order):
             ("self_attn.o_proj", f"heads_{layer}", "residual"),
             ("mlp.down_proj", f"ffn_{layer}", "residual"),
         ]:
-            read, write = projections.of[f"{reads}_read"].weight, projections.of[f"{writes}_write"].weight
+            read, write = projections.of[f"{reads}_in"].weight, projections.of[f"{writes}_out"].weight
             a, b = (given[key.format(source, path, side)] for side in "AB")
             torch.testing.assert_close(found[key.format(layer, path, "A")], a @ read.T)
             torch.testing.assert_close(found[key.format(layer, path, "B")], write @ b)
@@ -120,7 +120,7 @@ def test_fused_projections_keep_queries_keys_and_values_apart():
     key = "base_model.model.transformer.h.{}.attn.c_attn.lora_B.default.weight"
     b, found = small.state_dict()[key.format(1)], large.state_dict()[key.format(4)]
     for i, role in enumerate(["query", "key", "value"]):
-        rows = projections.of[f"{role}_4_write"].weight @ b[32 * i : 32 * (i + 1)]
+        rows = projections.of[f"{role}_4_out"].weight @ b[32 * i : 32 * (i + 1)]
         torch.testing.assert_close(found[48 * i : 48 * (i + 1)], rows)
 
 
@@ -154,7 +154,7 @@ def test_classification_head_comes_along(tmp_path):
     projections = Projections()
     large = merge_projections(plug(small, model(**LARGE["bert"]), projections))
     head, given = (m.base_model.model.classifier.modules_to_save["default"] for m in (large, small))
-    torch.testing.assert_close(head.weight, given.weight @ projections.of["residual_read"].weight.T)
+    torch.testing.assert_close(head.weight, given.weight @ projections.of["residual_in"].weight.T)
     torch.testing.assert_close(head.bias, given.bias)
     large.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(model(**LARGE["bert"]), tmp_path)
@@ -259,9 +259,9 @@ def test_projections_at_the_start():
     torch.testing.assert_close(Slice(7, 4)(Slice(4, 7)(x)), x)
     index = torch.tensor([6, 0, 3, 1])
     torch.testing.assert_close(Slice(4, 7, index)(x), torch.zeros(5, 7).index_copy(1, index, x))
-    projections = Projections(sides="write")
-    assert isinstance(projections.between(("query", 1), "read", 4, 7), Slice)
-    assert isinstance(projections.between(("query", 1), "write", 4, 7), Dense)
+    projections = Projections(sides="out")
+    assert isinstance(projections.between(("query", 1), "in", 4, 7), Slice)
+    assert isinstance(projections.between(("query", 1), "out", 4, 7), Dense)
 
 
 def test_least_squares_finds_a_linear_map():
@@ -282,7 +282,7 @@ def test_a_large_model_with_no_place_stays_as_it_was():
     small = get_peft_model(BACKBONES["llama"].build(), LoraConfig(target_modules=["o_proj", "gate_proj"]))
     large, inputs = BACKBONES["gpt2"].build(), BACKBONES["gpt2"].inputs()
     names = list(large.state_dict())
-    refuses("`large` .*has no place for what sits at .*gate_proj", ValueError, lambda: plug(small, large))
+    refuses("`large` .*has no module for the adapter at .*gate_proj", ValueError, lambda: plug(small, large))
     assert list(large.state_dict()) == names
     with torch.no_grad():
         assert torch.equal(output(large, inputs), output(BACKBONES["gpt2"].build(), inputs))
@@ -291,15 +291,18 @@ def test_a_large_model_with_no_place_stays_as_it_was():
 def test_errors():
     llama = BACKBONES["llama"]
     refuses("`order` .='mixed'. must be one of interleaved, tiled", ValueError, lambda: layer_map([1], [2], "mixed"))
-    refuses("`small` .=.1, 2.. must be as many stacks", ValueError, lambda: layer_map([1, 2], [2]))
+    refuses("`small` .=.1, 2.. must have as many stacks", ValueError, lambda: layer_map([1, 2], [2]))
     refuses("`init` .='zero'. must be one of orthogonal, slice, least", ValueError, lambda: Projections(init="zero"))
-    refuses("`sides` .='none'. must be one of both, read, write", ValueError, lambda: Projections(sides="none"))
+    refuses("`sides` .='none'. must be one of both, in, out", ValueError, lambda: Projections(sides="none"))
     refuses("`index` .=2. must hold 4 channels out of 7", ValueError, lambda: Slice(4, 7, torch.arange(2)))
     small = small_model("llama", "lora")
     refuses("`large` must be a model without adapters", TypeError, lambda: plug(small, small))
     for config, message in [
         (LoraConfig(use_dora=True, target_modules=["q_proj"]), "`use_dora` .=True. cannot be carried"),
-        (LoraConfig(target_modules=["q_proj", "lm_head"]), "`target_modules` .='lm_head'. is no leaf of a block"),
+        (
+            LoraConfig(target_modules=["q_proj", "lm_head"]),
+            "`target_modules` .='lm_head'. must be a linear leaf of a block",
+        ),
         (BitFitConfig(), "holds a Bias at"),
     ]:
         other = get_peft_model(llama.build(), config)

@@ -33,13 +33,13 @@ def family(request):
 
 
 def hidden_of(base, inputs):
-    """What each block reads, by stack: all that transformers gives but the last, which is behind the norm."""
+    """The input of each block, by stack: the `hidden_states` of transformers without the last, after the norm."""
     found = base(**inputs, output_hidden_states=True)
     names = ["hidden_states"] if "hidden_states" in found else ["encoder_hidden_states", "decoder_hidden_states"]
     return [found[name][:-1] for name in names]
 
 
-def rungs_of(model):
+def side_blocks_of(model):
     return [module for module in model.modules() if isinstance(module, SideBlock)]
 
 
@@ -50,20 +50,20 @@ def test_with_nothing_cut_it_is_the_large_model(family):
         torch.testing.assert_close(output(model, inputs), output(plugged, inputs), atol=1e-5, rtol=1e-4)
 
 
-def test_rungs_mix_in_what_the_large_blocks_read(family):
+def test_side_blocks_mix_in_what_the_large_blocks_read(family):
     """Half and half at the start, at the channels that are kept; trained with the bridge; the large model is not."""
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
-    thin = pruned_copy(plugged.get_base_model(), 2)
-    model = bridge(plugged, thin, ladder=True)
+    pruned = pruned_copy(plugged.get_base_model(), 2)
+    model = bridge(plugged, pruned, ladder=True)
     with torch.no_grad(), plugged.disable_adapter():
         hidden = [states for stack in hidden_of(plugged.get_base_model(), inputs) for states in stack]
-    side_blocks, met = rungs_of(model), []
+    side_blocks, met = side_blocks_of(model), []
     for side_block in side_blocks:
         side_block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
         side_block.block.register_forward_pre_hook(lambda _, args: met.append(args[0]))
     output(model, inputs).square().mean().backward()
     for own, mixed, large in zip(met[::2], met[1::2], hidden, strict=True):
-        torch.testing.assert_close(mixed, (own + large[..., thin.kept["residual"]]) / 2)
+        torch.testing.assert_close(mixed, (own + large[..., pruned.kept["residual"]]) / 2)
     assert all(p.grad is not None for side_block in side_blocks for p in (side_block.alpha, side_block.down.weight))
     assert all(p.grad is None for name, p in plugged.named_parameters() if ".parametrizations." not in name)
 
@@ -72,7 +72,7 @@ def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
     plugged, inputs = plugged_model(family, "lora"), BACKBONES[family].inputs()
     model, bare = (bridge(plugged, pruned_copy(plugged.get_base_model(), 2), ladder=on) for on in (True, False))
     with torch.no_grad():
-        for side_block in rungs_of(model):
+        for side_block in side_blocks_of(model):
             side_block.alpha.fill_(10.0)
         torch.testing.assert_close(output(model, inputs), output(bare, inputs), atol=1e-5, rtol=1e-4)
 
@@ -80,7 +80,7 @@ def test_with_open_gates_it_is_the_bridge_without_a_ladder(family):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_later_epochs_never_run_the_large_model(name, tmp_path):
     plugged = plugged_model(name, "lora")
-    thin, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
+    pruned, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
     ids = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(0))
     args = TrainingArguments(
         str(tmp_path), num_train_epochs=3, per_device_train_batch_size=4, report_to="none", use_cpu=True,
@@ -88,7 +88,7 @@ def test_later_epochs_never_run_the_large_model(name, tmp_path):
     )  # fmt: skip
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
     given = {"ladder": True, "cache": tmp_path / "activations"}
-    BridgeTrainer(plugged, args, thin, "paper", train_dataset=rows, **given).train()
+    BridgeTrainer(plugged, args, pruned, "paper", train_dataset=rows, **given).train()
     assert sum(ran) == 6  # each row once
     assert len(list((tmp_path / "activations").iterdir())) == (12 if name == "t5" else 6)
 
@@ -96,8 +96,8 @@ def test_later_epochs_never_run_the_large_model(name, tmp_path):
 def test_kept_is_computed(tmp_path, family):
     """Rows of other lengths, in batches with other paddings; another large model has rows of its own."""
     plugged = plugged_model(family, "lora")
-    thin, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
-    cached, plain = Activations(plugged, thin, tmp_path), Activations(plugged, thin)
+    pruned, ran = pruned_copy(plugged.get_base_model(), 4), forwards(plugged)
+    cached, plain = Activations(plugged, pruned, tmp_path), Activations(plugged, pruned)
     draw = torch.Generator().manual_seed(0)
     ids, answers = torch.randint(3, 60, (3, 7), generator=draw), torch.randint(3, 60, (3, 4), generator=draw)
     mask = torch.ones_like(ids)
@@ -114,8 +114,8 @@ def test_kept_is_computed(tmp_path, family):
         assert not stack[:, ~seen].any()
     del ran[:]
     with torch.no_grad():
-        thin.model.get_input_embeddings().weight.mul_(2)
-    Activations(plugged, thin, tmp_path)(inputs)
+        pruned.model.get_input_embeddings().weight.mul_(2)
+    Activations(plugged, pruned, tmp_path)(inputs)
     assert ran == [3]
 
 
@@ -187,6 +187,6 @@ def test_errors(tmp_path):
         "`past_key_values` .='tuple'. must be None: a bridge", ValueError, lambda: model(**inputs, past_key_values=())
     )
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    thin = pruned_copy(plugged.get_base_model(), 2)
-    call = lambda: BridgeTrainer(plugged, args, thin, "delta", ladder=True)  # noqa: E731
+    pruned = pruned_copy(plugged.get_base_model(), 2)
+    call = lambda: BridgeTrainer(plugged, args, pruned, "delta", ladder=True)  # noqa: E731
     refuses("`ladder` .=True. is for the paper's bridge", ValueError, call)

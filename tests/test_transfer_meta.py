@@ -29,11 +29,11 @@ def trained(model, inputs, steps=2):
         optimizer.step()
 
 
-def adapter_of(small, large, thin, inputs, folder, **kwargs):
+def adapter_of(small, large, pruned, inputs, folder, **kwargs):
     """The tensors of the plain adapter after some steps in a bridge."""
     torch.manual_seed(0)  # of W_plug
     plugged = plug(small, large)
-    trained(bridge(plugged, thin, **kwargs), inputs)
+    trained(bridge(plugged, pruned, **kwargs), inputs)
     merge_projections(plugged).save_pretrained(folder)
     return load_file(folder / "adapter_model.safetensors")
 
@@ -51,10 +51,10 @@ def test_without_weights(family, kind, tmp_path):
         BACKBONES[family].inputs(),
         BACKBONES[family].build(**LARGE[family]),
     )
-    pruned_copy(large, 2).save_pretrained(tmp_path / "thin")
+    pruned_copy(large, 2).save_pretrained(tmp_path / "pruned")
     shapes = shapes_of(large)
-    thin = PrunedModel.from_pretrained(tmp_path / "thin", shapes)
-    found = adapter_of(small, shapes, thin, inputs, tmp_path / "meta")
+    pruned = PrunedModel.from_pretrained(tmp_path / "pruned", shapes)
+    found = adapter_of(small, shapes, pruned, inputs, tmp_path / "meta")
     wanted = adapter_of(small, large, pruned_copy(large, 2), inputs, tmp_path / "plain")
     assert_equal(found, wanted)
     model = PeftModel.from_pretrained(BACKBONES[family].build(**LARGE[family]), tmp_path / "meta").eval()
@@ -72,12 +72,12 @@ def test_a_ladder_from_files(family, tmp_path):
         BACKBONES[family].inputs(),
         BACKBONES[family].build(**LARGE[family]),
     )
-    pruned_copy(large, 2).save_pretrained(tmp_path / "thin")
+    pruned_copy(large, 2).save_pretrained(tmp_path / "pruned")
     shapes, given = shapes_of(large), {"ladder": True, "cache": tmp_path / "rows"}
     wanted = adapter_of(small, large, pruned_copy(large, 2), inputs, tmp_path / "plain", **given)
-    thin = PrunedModel.from_pretrained(tmp_path / "thin", shapes)
-    assert_equal(adapter_of(small, shapes, thin, inputs, tmp_path / "meta", **given), wanted)
-    model = bridge(plug(small, shapes_of(large)), PrunedModel.from_pretrained(tmp_path / "thin", shapes), **given)
+    pruned = PrunedModel.from_pretrained(tmp_path / "pruned", shapes)
+    assert_equal(adapter_of(small, shapes, pruned, inputs, tmp_path / "meta", **given), wanted)
+    model = bridge(plug(small, shapes_of(large)), PrunedModel.from_pretrained(tmp_path / "pruned", shapes), **given)
     other = {**inputs, "input_ids": inputs["input_ids"] + 1}
     refuses("`plugged` .='.*'. must have weights.*cache lacks rows", ValueError, lambda: model(**other))
 
@@ -102,9 +102,9 @@ def test_trainer(tmp_path):
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}] * 4
     for given in (large, shapes_of(large)):
         args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
-        thin = pruned_copy(large, 2)
+        pruned = pruned_copy(large, 2)
         torch.manual_seed(0)
-        BridgeTrainer(plug(small_model("llama", "lora"), given), args, thin, "paper", train_dataset=rows).train()
+        BridgeTrainer(plug(small_model("llama", "lora"), given), args, pruned, "paper", train_dataset=rows).train()
         adapters.append(load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors"))
         large = BACKBONES["llama"].build(**LARGE["llama"])
     assert_equal(*adapters)
@@ -112,18 +112,18 @@ def test_trainer(tmp_path):
 
 def test_errors(tmp_path):
     small, large = small_model("llama", "lora"), BACKBONES["llama"].build(**LARGE["llama"])
-    shapes, thin = shapes_of(large), pruned_copy(large, 2)
+    shapes, pruned = shapes_of(large), pruned_copy(large, 2)
     batches, projections = [BACKBONES["llama"].inputs(padding="none")], Projections("least_squares")
     call = lambda: plug(small, shapes, projections, batches=batches)  # noqa: E731
     refuses("`large` .='LlamaForCausalLM'. must have weights, and is on.*least squares", ValueError, call)
     plugged = plug(small, shapes)
 
     def held():
-        with delta_bridge(plugged, thin):
+        with delta_bridge(plugged, pruned):
             pass
 
     refuses("`plugged` .='LlamaForCausalLM'. must have weights.*a delta bridge runs it", ValueError, held)
-    refuses("`plugged` .*must have weights", ValueError, lambda: bridge(plugged, thin, ladder=True)(**batches[0]))
+    refuses("`plugged` .*must have weights", ValueError, lambda: bridge(plugged, pruned, ladder=True)(**batches[0]))
     pruned_copy(large, 2).save_pretrained(tmp_path)
     refuses(
         "`large` .*must have the shapes",

@@ -35,16 +35,16 @@ def in_4_bits(family, folder):
 @pytest.mark.parametrize("family", ["gpt2", slow("llama"), slow("bert"), slow("t5")])
 def test_delta_bridge(family, kind, tmp_path):
     inputs, large = BACKBONES[family].inputs(), in_4_bits(family, tmp_path / "large")
-    thin = pruned_copy(large, 4)
+    pruned = pruned_copy(large, 4)
     plugged = plug(small_model(family, kind), large).eval()
     before = [p.detach().clone() for p in large.parameters() if not p.requires_grad]
     with torch.no_grad():
         wanted = output(plugged, inputs)
-    with delta_bridge(plugged, thin) as model:
+    with delta_bridge(plugged, pruned) as model:
         optimizer = torch.optim.AdamW(trained(model), 1e-3)
         found = output(model, inputs)
         torch.testing.assert_close(
-            found, wanted[..., thin.kept["residual"]] if family == "bert" else wanted, atol=1e-5, rtol=1e-4
+            found, wanted[..., pruned.kept["residual"]] if family == "bert" else wanted, atol=1e-5, rtol=1e-4
         )
         found.square().mean().backward()
         optimizer.step()

@@ -18,19 +18,19 @@ ROWS = [{"input_ids": row, "labels": row} for row in IDS]
 
 def models():
     large = BACKBONES["llama"].build(**LARGE["llama"])
-    thin = pruned_copy(large, 2)
+    pruned = pruned_copy(large, 2)
     torch.manual_seed(0)
-    return plug(small_model("llama", "lora"), large), thin
+    return plug(small_model("llama", "lora"), large), pruned
 
 
 def trainer(folder, kind="delta", steps=4, **kwargs):
-    plugged, thin = models()
+    plugged, pruned = models()
     args = TrainingArguments(
         str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-3,
         report_to="none",
         use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", max_grad_norm=0.0, **kwargs,
     )  # fmt: skip
-    return BridgeTrainer(plugged, args, thin, kind, train_dataset=ROWS)
+    return BridgeTrainer(plugged, args, pruned, kind, train_dataset=ROWS)
 
 
 def folded(model):
@@ -66,12 +66,12 @@ def test_first_loss_is_the_plugged_models(tmp_path):
 def test_a_fresh_adapter_needs_no_small_model(tmp_path):
     """With nothing cut its gradient is that of the large model itself."""
     large = BACKBONES["llama"].build(**LARGE["llama"])
-    thin = pruned_copy(large, 1)
+    pruned = pruned_copy(large, 1)
     model = get_peft_model(large, LoraConfig(target_modules=["q_proj", "v_proj"]))
     args = TrainingArguments(
         str(tmp_path), max_steps=1, optim="sgd", report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0
     )
-    run = BridgeTrainer(model, args, thin, train_dataset=ROWS)
+    run = BridgeTrainer(model, args, pruned, train_dataset=ROWS)
     batch = next(iter(run.get_train_dataloader()))
     run.compute_loss(run.model, dict(batch)).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -58,10 +58,10 @@ def test_delta_bridge(case, dtype, around):
     assert {p.dtype for p in trained(plugged)} == {torch.float32}
     with torch.no_grad():
         wanted = output(plugged, inputs)
-        thin = pruned_copy(plugged.get_base_model(), 1 if around == "base" else 4)
-    with delta_bridge(plugged, thin, around) as held:
+        pruned = pruned_copy(plugged.get_base_model(), 1 if around == "base" else 4)
+    with delta_bridge(plugged, pruned, around) as held:
         found = output(held, inputs)
-        wanted = wanted[..., thin.kept["residual"]] if family == "bert" else wanted
+        wanted = wanted[..., pruned.kept["residual"]] if family == "bert" else wanted
         atol = ROUNDING[dtype] * float(wanted.abs().max()) * (3 if around == "base" else 1)  # which adds up changes
         torch.testing.assert_close(found, wanted, atol=atol, rtol=0)
         check_gradients(held, inputs)
@@ -71,12 +71,12 @@ def test_delta_bridge(case, dtype, around):
 def test_papers_bridge(case, dtype, ladder, tmp_path):
     family, _ = case
     plugged, inputs = plugged_in(dtype, *case), BACKBONES[family].inputs()
-    thin = pruned_copy(plugged.get_base_model(), 2)
+    pruned = pruned_copy(plugged.get_base_model(), 2)
     for _ in range(2):  # the second reads the files
         check_gradients(
-            bridge(plugged, thin, init="orthogonal", ladder=ladder, cache=tmp_path if ladder else None), inputs
+            bridge(plugged, pruned, init="orthogonal", ladder=ladder, cache=tmp_path if ladder else None), inputs
         )
-        thin = pruned_copy(plugged.get_base_model(), 2)
+        pruned = pruned_copy(plugged.get_base_model(), 2)
 
 
 def test_merged_and_loaded(case, dtype, tmp_path):
@@ -113,7 +113,7 @@ def test_least_squares(dtype):
     for of in (dtype, torch.float32):
         projections = Projections("least_squares")
         plugged_in(of, "llama", "lora", projections, batches=batches)
-        weights.append(projections.of["residual_write"].weight)
+        weights.append(projections.of["residual_out"].weight)
     assert torch.nn.functional.cosine_similarity(weights[0].flatten(), weights[1].flatten(), dim=0) > 0.99
 
 
@@ -140,9 +140,9 @@ def test_a_delta_bridge_with_a_head(family):
     small = get_peft_model(model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     randomise(small)
     large, inputs = model(**LARGE["bert"]), BACKBONES[family].inputs()
-    thin = pruned_copy(large, 2)
+    pruned = pruned_copy(large, 2)
     plugged = plug(small, large).eval()
     with torch.no_grad():
         wanted = output(plugged, inputs)
-        with delta_bridge(plugged, thin) as held:
+        with delta_bridge(plugged, pruned) as held:
             torch.testing.assert_close(output(held, inputs), wanted, atol=1e-5, rtol=1e-4)

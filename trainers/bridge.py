@@ -27,20 +27,20 @@ class BridgeTrainer(Trainer):
     Args:
         plugged: the result of `transfer.plug`, or the large model with a new adapter.
         args: of `Trainer`; a delta bridge needs small steps, such as a learning rate of 2e-4.
-        thin: the thin copy of the large model, made before the module was plugged in.
+        pruned: the pruned copy of the large model, made before the module was plugged in.
         kind: "delta" (follows the large model's activations) or "paper" (is trained together with the module).
         ladder, cache: of the paper's bridge, see `transfer.bridge`.
         kwargs: of `Trainer`.
 
     Raises:
-        ValueError: `kind` is unknown or has no ladder, or the thin copy is of another model.
+        ValueError: `kind` is unknown or has no ladder, or the pruned copy is of another model.
     """
 
     def __init__(
         self,
         plugged: PeftModel,
         args: TrainingArguments,
-        thin: PrunedModel,
+        pruned: PrunedModel,
         kind: Literal["delta", "paper"] = "delta",
         ladder: bool = False,
         cache: str | Path | None = None,
@@ -49,8 +49,8 @@ class BridgeTrainer(Trainer):
         check("kind", kind, kind in ("delta", "paper"), "must be delta or paper")
         check("ladder", ladder, kind == "paper" or not ladder, "is for the paper's bridge: a delta bridge needs none")
         self.plugged, self.kind = plugged, kind
-        self._delta = delta_bridge(plugged, thin) if kind == "delta" else None
-        model = self._delta.__enter__() if self._delta else bridge(plugged, thin, ladder=ladder, cache=cache)
+        self._delta = delta_bridge(plugged, pruned) if kind == "delta" else None
+        model = self._delta.__enter__() if self._delta else bridge(plugged, pruned, ladder=ladder, cache=cache)
         super().__init__(model, args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,25 +8,24 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME as STATE
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hf_peft_ext.hub_cards.peft_integration import without_stock_card
 from hf_peft_ext.hub_cards.push import UNFINISHED
+from hf_peft_ext.hub_cards.redact import without_secrets
 from hf_peft_ext.registry import REGISTERED
 from hf_peft_ext.trainers.loss_terms import SUMS, LossTerms
 from hf_peft_ext.trainers.pushing import Pusher
 from hf_peft_ext.trainers.recorder import Recorder
-from hf_peft_ext.trainers.redact import without_secrets
 from hf_peft_ext.trainers.restore import (
     FILE_LIST,
-    STATE,
     TRAINED,
     check_checkpoint,
     last_checkpoint,
@@ -74,8 +73,7 @@ class AdapterCheckpoints(Base):
         folder.mkdir(parents=True, exist_ok=True)
         if self._unfinished is None:
             self.recorder.save(self.adapter_folder(folder))  # before the adapter: its card is written with it
-        registered = model.peft_type in REGISTERED  # `save_pretrained` writes their cards
-        with nullcontext() if registered else without_stock_card(model):
+        with without_stock_card(model):
             model.save_pretrained(str(folder), state_dict=state_dict)
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
@@ -83,7 +81,7 @@ class AdapterCheckpoints(Base):
                 tokenizer.save_pretrained(str(place))
         arguments = without_secrets(self.args.to_dict(), self.args.hub_token)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, sort_keys=True, default=str) + "\n", "utf-8")
-        if not registered and self._unfinished is None:
+        if model.peft_type not in REGISTERED and self._unfinished is None:  # `save_pretrained` writes their cards
             self.pusher.write_cards(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -170,13 +168,3 @@ class AdapterCheckpoints(Base):
         else:
             restore(self.peft_model, best)
         self.recorder.use_results_of(self.adapter_folder(best))
-
-
-@contextmanager
-def without_stock_card(model: PeftModel) -> Iterator[None]:
-    """Keep peft from writing a card: its metadata would be taken for the author's."""
-    vars(model)["create_or_update_model_card"] = lambda output_dir: None
-    try:
-        yield
-    finally:
-        del vars(model)["create_or_update_model_card"]

@@ -35,10 +35,8 @@ class ChoiceRows(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, answered: bool | None = True):
         if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or isinstance(rows, Mapping | str):
-            kind = type(rows).__name__
-            raise TypeError(
-                f"The data set (={kind}) must be map-style: with a length, its rows read by their numbers."
-            )
+            rule = "must be map-style: with a length, its rows read by their numbers"
+            raise TypeError(f"The data set (={type(rows).__name__}) {rule}.")
         if answered is None:
             answered = len(rows) > 0 and "answer" in validated(rows[0], 0, answered=False)
         self.rows, self.answered = rows, answered
@@ -97,9 +95,7 @@ def check_choice_rows(rows: Any) -> None:
         return
     validated_rows = ChoiceRows(rows)
     of_datasets = hasattr(rows, "features") and hasattr(rows, "set_transform")
-    if isinstance(rows, list | tuple) or (
-        of_datasets and rows.format["type"] != "custom"
-    ):  # no transform renders them
+    if isinstance(rows, list | tuple) or (of_datasets and rows.format["type"] != "custom"):  # a transform is lazy
         for number in range(len(validated_rows)):
             validated_rows[number]
 

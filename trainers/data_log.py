@@ -35,7 +35,7 @@ class DataLog:
     def original(self, data: Any) -> Any:
         """The data that a prepared copy was made from; other data unchanged."""
         pairs = [*self._originals, *self._prepared]
-        return next((given for prepared, given in pairs if prepared is data and given is not None), data)
+        return next((original for prepared, original in pairs if prepared is data and original is not None), data)
 
     def set_evaluated(self, data: Any, eval_dataset: Any) -> None:
         """Note the data of an evaluation.

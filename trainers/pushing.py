@@ -5,20 +5,21 @@ The folder is removed when the push has arrived. After an error it stays, and th
 """
 
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from transformers.trainer import TRAINER_STATE_NAME as STATE
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from hf_peft_ext.hub_cards import publishable, push_adapter, write_card
-from hf_peft_ext.hub_cards.peft_integration import CARD, home, published_cards, write_card_or_warn
+from hf_peft_ext.hub_cards import publishable, push_adapter
+from hf_peft_ext.hub_cards.card_files import CARD
+from hf_peft_ext.hub_cards.peft_integration import home, published_cards, write_card_or_warn, write_cards
 from hf_peft_ext.hub_cards.push import PUSHES, explained
-from hf_peft_ext.trainers.restore import STATE, TRAINED
+from hf_peft_ext.trainers.restore import TRAINED
 
 logger = logging.get_logger(__name__)
 
@@ -35,24 +36,11 @@ class Pusher:
         self._hub = HfApi(library_name="hf_peft_ext")  # its single thread keeps pushes in order
         self._jobs: list[Future[CommitInfo]] = []
 
-    def write_cards(
-        self, folder: Path, repo_id: str | None = None, published: Mapping[str, str] | None = None
-    ) -> None:
-        """Write the card of each adapter in a folder.
-
-        Args:
-            folder: saved adapters.
-            repo_id: the repository that the cards are for; without one, an invalid card is a warning.
-            published: the cards in the repository, by path.
-        """
+    def write_cards(self, folder: Path) -> None:
+        """Write the card of each adapter in a folder; an invalid card is a warning."""
         model = self.trainer.peft_model
         for name in model.peft_config:
-            if repo_id is None:
-                write_card_or_warn(folder / home(name), model, name)
-            else:
-                text = (published or {}).get(str(home(name) / CARD))
-                inside = None if name == "default" else name
-                write_card(folder / home(name), model, repo_id=repo_id, subfolder=inside, published=text)
+            write_card_or_warn(folder / home(name), model, name)
 
     def push_final(self, message: str | None, blocking: bool, token: str | None, revision: str | None) -> Any:
         """Push the adapters in `output_dir`, see `AdapterTrainerMixin.push_to_hub`."""
@@ -99,7 +87,7 @@ class Pusher:
         repo_id = cast(str, self.trainer.hub_model_id)
         with explained(folder, repo_id, {"revision": revision, "commit_message": message}):
             published = published_cards(repo_id, revision, token)
-        self.write_cards(folder, repo_id, published)
+        write_cards(folder, self.trainer.peft_model, repo_id, published)
         commit = push_adapter(folder, repo_id, revision=revision, token=token, commit_message=message)
         shutil.rmtree(folder)
         return commit

@@ -11,12 +11,11 @@ from transformers import TrainerCallback
 
 from hf_peft_ext.hub_cards import Result, TrainingRecord
 from hf_peft_ext.hub_cards.metadata import check_metadata
-from hf_peft_ext.hub_cards.places import local, without_places
 from hf_peft_ext.hub_cards.record import quantization_of
+from hf_peft_ext.hub_cards.redact import local, without_places, without_secrets
 from hf_peft_ext.trainers.callbacks import Clock, GateLog
 from hf_peft_ext.trainers.data_log import DataLog
-from hf_peft_ext.trainers.redact import command_line, without_secrets
-from hf_peft_ext.trainers.run_info import hardware, hyperparameters, package_versions
+from hf_peft_ext.trainers.run_info import command_line, hardware, hyperparameters, package_versions
 from hf_peft_ext.validation.checks import check
 
 NOT_RESULTS = ("_runtime", "_per_second", "_time", "_timestamp", "_entropy", "_num_tokens")

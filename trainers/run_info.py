@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import re
+import shlex
 import sys
 import warnings
 from enum import Enum
@@ -17,7 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import TrainingArguments
 
 from hf_peft_ext.hub_cards import DatasetRecord
-from hf_peft_ext.trainers.redact import is_secret, without_secrets
+from hf_peft_ext.hub_cards.redact import is_secret, without_places, without_secrets
 
 PACKAGES = (
     "hf_peft_ext",
@@ -155,3 +156,29 @@ def peak_bytes(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def command_line(*tokens: str | None) -> str | None:
+    """The command that started this process, without secrets and absolute paths; None in a notebook or a console.
+
+    Args:
+        tokens: secret texts.
+    """
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+        return None
+    kept: list[str] = []
+    hide_next = False
+    for argument in sys.argv[1:]:
+        name, equals, _ = argument.partition("=")
+        if not hide_next and not (equals and is_secret(name)) and not is_secret(argument):
+            kept.append(argument)
+        hide_next = argument.startswith("-") and not equals and is_secret(argument)
+    return without_secrets(shlex.join(without_places([*program(), *kept])), *tokens)
+
+
+def program() -> list[str]:
+    """The name of the script that was started, or `python -m` and the module."""
+    script, spec = sys.argv[0], getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.origin != script:  # another origin: a debugger's module that runs the script
+        return [Path(script).name]
+    return ["python", "-m", spec.name.removesuffix(".__main__")]

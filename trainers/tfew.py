@@ -11,8 +11,8 @@ from transformers import EvalPrediction, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_peft_ext.attach.tuner import keep_4bit_trainable
 from hf_peft_ext.hub_cards import TrainingRecord
+from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.papers import IA3
 from hf_peft_ext.ranking.losses import choice_loss, lm_loss, unlikelihood_loss
 from hf_peft_ext.ranking.packing import bare, choice_token_scores, packs
@@ -63,6 +63,7 @@ class TFewTrainer(AdapterTrainer):
     _paper = IA3
     _tags = ("t-few",)
 
+    args: TFewTrainingArguments
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -103,20 +104,12 @@ class TFewTrainer(AdapterTrainer):
         if data_collator is None:
             self.data_collator = DataCollatorForChoices(
                 processing_class,
-                encoder_decoder=self._base_config.is_encoder_decoder,
+                encoder_decoder=bare(self.peft_model).config.is_encoder_decoder,
                 max_prompt_length=args.max_prompt_length,
                 max_choice_length=args.max_choice_length,
                 normalization=args.normalization,
                 separator=args.separator,
             )
-
-    @property
-    def _base_config(self) -> Any:
-        return bare(self.peft_model).config
-
-    @property
-    def _arguments(self) -> TFewTrainingArguments:
-        return cast(TFewTrainingArguments, self.args)
 
     def _check_setting(self) -> None:
         base = bare(self.peft_model)
@@ -124,7 +117,7 @@ class TFewTrainer(AdapterTrainer):
         check("model", type(base).__name__, base.can_generate(), rule)
         rule = "GPUs in one process are not supported; start a process for each with `torchrun --nproc-per-node`"
         check("n_gpu", self.args.n_gpu, self.args.n_gpu <= 1, rule)
-        packs(self.peft_model, self._arguments.packed)  # raises if it cannot be packed, warns if it will be slower
+        packs(self.peft_model, self.args.packed)  # raises if it cannot be packed, warns if it will be slower
 
     # Data
 
@@ -143,7 +136,7 @@ class TFewTrainer(AdapterTrainer):
         """The denominators of the three losses, over all batches of a step and all processes."""
         total = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batch_samples:
-            total += loss_counts(batch, self._arguments.average).to(device)
+            total += loss_counts(batch, self.args.average).to(device)
         return cast(Tensor, self.accelerator.reduce(total, "sum")) if self._sums_processes else total
 
     @property
@@ -158,7 +151,7 @@ class TFewTrainer(AdapterTrainer):
         num_items_in_batch: Tensor | None = None,  # shape: (3,)
     ) -> Any:
         """The weighted sum of the losses of T-Few, whose terms are logged; with `return_outputs` also the costs."""
-        args, weights = self._arguments, self._arguments.weights
+        args, weights = self.args, self.args.weights
         batch = inputs if return_outputs or weights.keys() != {"lm_loss"} else answers_alone(inputs)
         tokens = choice_token_scores(model, batch, args.packed)
         correct, example = right(batch), batch["example"]
@@ -178,8 +171,9 @@ class TFewTrainer(AdapterTrainer):
     def gate_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The prompts; for an encoder-decoder also the right choices, as labels."""
         prompts = {"input_ids": inputs["prompt_ids"], "attention_mask": inputs["prompt_mask"]}
-        decoded = {"labels": inputs["choice_ids"][right(inputs)]} if self._base_config.is_encoder_decoder else {}
-        return prompts | decoded
+        if bare(self.peft_model).config.is_encoder_decoder:
+            return prompts | {"labels": inputs["choice_ids"][right(inputs)]}
+        return prompts
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -204,7 +198,7 @@ class TFewTrainer(AdapterTrainer):
             return (self.accelerator.reduce(loss, "mean") if self._sums_processes else loss, *rest)
         batch = cast(dict[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            return None, costs(choice_token_scores(model, batch, self._arguments.packed), batch), None
+            return None, costs(choice_token_scores(model, batch, self.args.packed), batch), None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does; predictions are scores of the choices."""

@@ -65,11 +65,11 @@ def main() -> None:
         table.add_row(pair.name, "untouched", *shape(whole.config), *millions(whole.parameters, whole.embeddings),
                       str(pair.large), f"{whole.parameters / 1e6 / pair.large:.2f}")  # fmt: skip
         for reading in ("width", "parameters"):
-            thin = pruned_sizes(pair.config, arguments.r, reading)
-            ratio = thin.parameters / 1e6 / pair.bridge
+            pruned = pruned_sizes(pair.config, arguments.r, reading)
+            ratio = pruned.parameters / 1e6 / pair.bridge
             ratios[reading].append(ratio)
             paper = (str(pair.bridge), f"{ratio:.2f}") if arguments.r == PAPER_R else ("", "")
-            table.add_row("", reading, *shape(thin.config), *millions(thin.parameters, thin.embeddings), *paper)
+            table.add_row("", reading, *shape(pruned.config), *millions(pruned.parameters, pruned.embeddings), *paper)
         table.add_section()
     console = Console()
     console.print(table)

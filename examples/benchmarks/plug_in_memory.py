@@ -123,10 +123,10 @@ class Case:
     def small(self) -> PeftModel:
         return get_peft_model(built(self.small_shape, self.device, self.dtype), lora(self.family))  # pyright: ignore
 
-    def thin(self, large: Any) -> PrunedModel:
-        thin = PrunedModel.from_pretrained(self.folder / "thin", large)
-        thin.model.to(self.device, self.dtype)  # pyright: ignore
-        return thin
+    def pruned(self, large: Any) -> PrunedModel:
+        pruned = PrunedModel.from_pretrained(self.folder / "pruned", large)
+        pruned.model.to(self.device, self.dtype)  # pyright: ignore
+        return pruned
 
     def loss(self, model: nn.Module) -> Tensor:
         return model(**self.batch, use_cache=False).loss
@@ -190,7 +190,7 @@ def bridged(held: bool = True, projections: Callable[[], Projections] = Projecti
         large = case.large() if held else case.shapes()
         cache = case.folder / "rows" if kwargs.get("ladder") and not held else None
         plugged = plug(case.small(), large, projections())
-        return case.step(bridge(plugged, case.thin(large), cache=cache, **kwargs).train())
+        return case.step(bridge(plugged, case.pruned(large), cache=cache, **kwargs).train())
 
     return row
 
@@ -198,7 +198,7 @@ def bridged(held: bool = True, projections: Callable[[], Projections] = Projecti
 def held_by(large: Callable[[Case], Any]) -> Row:
     def row(case: Case) -> int:
         model = large(case)
-        with delta_bridge(plug(case.small(), model), case.thin(model)) as held:
+        with delta_bridge(plug(case.small(), model), case.pruned(model)) as held:
             return case.step(held)
 
     return row
@@ -264,7 +264,7 @@ def prepare(args: Arguments, folder: Path) -> None:
     quietly()
     case = Case(args, folder)
     large = case.large()
-    pruned_copy(large, R, "parameters").save_pretrained(folder / "thin")
+    pruned_copy(large, R, "parameters").save_pretrained(folder / "pruned")
     if PACKED in args.methods:
         large.save_pretrained(folder / "large")
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -273,8 +273,8 @@ def prepare(args: Arguments, folder: Path) -> None:
         )
         loaded.save_pretrained(folder / "4bit")
         del loaded
-    thin = case.thin(large)
-    model = bridge(plug(case.small(), large), thin, ladder=True, cache=folder / "rows")
+    pruned = case.pruned(large)
+    model = bridge(plug(case.small(), large), pruned, ladder=True, cache=folder / "rows")
     with torch.no_grad():
         case.loss(model)
 

@@ -38,10 +38,12 @@ from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import HfArgumentParser
 
-import plug_in
 from hf_peft_ext.transfer import Projections, merge_projections, module_similarity, plug
 from hf_peft_ext.transfer.run.task import task_for
 from hf_peft_ext.transfer.similarity import PAPER_COSINE
+from plug_in import Study as PlugInStudy
+from plug_in_conditions import MODULES
+from plug_in_models import Protocol, as_row, console, load, small_of
 from runs import RESULTS, Row, append, read, read_rows
 
 
@@ -72,10 +74,10 @@ class Study:
     trained: Path = field(metadata={"help": "The --output of plug_in.py; it is only read."})
     tasks: list[str] = field(default_factory=lambda: ["sst2", "trec", "ag_news"], metadata={"help": "At least two."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "At least two."})
-    module: str = field(default="lora", metadata={"choices": list(plug_in.MODULES)})
+    module: str = field(default="lora", metadata={"choices": list(MODULES)})
     texts: int = field(default=64, metadata={"help": "Of each task."})
     draws: int = field(default=2, metadata={"help": "Of untrained modules, for each comparison."})
-    data: Path = field(default=plug_in.Study().data, metadata={"help": "As in plug_in.py."})
+    data: Path = field(default=PlugInStudy().data, metadata={"help": "As in plug_in.py."})
     output: Path = field(default=RESULTS / "module_similarity", metadata={"help": "Folder for what is written."})
 
 
@@ -98,11 +100,11 @@ def main(study: Study) -> None:
                 row[measure] = round(getattr(layer, measure), 4)
                 row[f"untrained {measure}"] = round(fmean(getattr(layer, f"chance_{measure}")), 4)
             append(file, row)
-        plug_in.console.print(f"{task}, seed {seed}, {name}: cosine {found.cosine:.2f}, CKA {found.cka:.2f}")
+        console.print(f"{task}, seed {seed}, {name}: cosine {found.cosine:.2f}, CKA {found.cka:.2f}")
     rows = read_rows(file)
     (study.output / "table.md").write_text(table(rows), encoding="utf-8")
     draw(rows, study.output / "figure.png")
-    plug_in.console.print(f"Written: {file}, table.md and figure.png")
+    console.print(f"Written: {file}, table.md and figure.png")
 
 
 class Models:
@@ -111,10 +113,10 @@ class Models:
     def __init__(self, study: Study):
         self.study, self.folder = study, study.trained / "modules"
         given = json.loads((study.trained / "protocol.json").read_text(encoding="utf-8"))
-        protocol = plug_in.Protocol(**given)
+        protocol = Protocol(**given)
         self.pair = protocol.pair
-        self.large, self.tokenizer = plug_in.load(protocol, labels=2)  # heads are not compared: any will do
-        self.small, self.index = plug_in.small_of(self.large, self.tokenizer, study.data, study.trained, protocol)
+        self.large, self.tokenizer = load(protocol, labels=2)  # heads are not compared: any will do
+        self.small, self.index = small_of(self.large, self.tokenizer, study.data, study.trained, protocol)
 
     def compared(self, name: str, task: str, seed: int) -> tuple[PeftModel, PeftModel] | None:
         """The two models of a comparison, unless a module of theirs is not there."""
@@ -137,7 +139,7 @@ class Models:
         """Texts of a task's dev split, without their labels: the head need not have as many."""
         drawn = read(self.study.data, task, "dev")
         drawn = random.Random(0).sample(drawn, min(self.study.texts, len(drawn)))
-        rows = [plug_in.as_row(self.pair, task, row, self.tokenizer) for row in drawn]
+        rows = [as_row(self.pair, task, row, self.tokenizer) for row in drawn]
         of = task_for(self.tokenizer, rows)
         made = [of.batch(self.large, rows[i : i + 16]) for i in range(0, len(rows), 16)]
         return [{name: value for name, value in batch.items() if name != "labels"} for batch in made]

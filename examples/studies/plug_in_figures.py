@@ -13,7 +13,7 @@ R_16, R_4 = "16 parameters activation", "4 parameters activation"
 
 
 def variant(condition: str, module: str = "lora", init: str = "slice", bridge: str = R_16) -> Variant:
-    """The runs of a way of training with the usual choices, or with others. A fresh module has no W_plug."""
+    """The runs of a way of training with the usual choices, or with others. A new module has no W_plug."""
     return condition, module, "" if condition == "fresh" else init, bridge
 
 
@@ -27,12 +27,12 @@ WAYS: dict[str, Variant] = {  # a row of the first figure -> the runs that it sh
     "delta bridge, r = 16, scales by MeZO": variant("refined"),
     "delta bridge, r = 16, unlabelled rows": variant("distilled"),
     "plugged in, delta bridge, r = 4": variant("delta", bridge=R_4),
-    "fresh LoRA, delta bridge, r = 16": variant("fresh"),
-    "fresh LoRA, delta bridge, r = 4": variant("fresh", bridge=R_4),
-    "fresh LoRA, MeZO": ("mezo", "lora", "", ""),
+    "new LoRA, delta bridge, r = 16": variant("fresh"),
+    "new LoRA, delta bridge, r = 4": variant("fresh", bridge=R_4),
+    "new LoRA, MeZO": ("mezo", "lora", "", ""),
 }
 REFERENCES = list(WAYS)[:3]  # trained by gradients of the large model, or not the large model
-VARIED = {"paper": "the paper's bridge", "delta": "delta bridge", "fresh": "fresh LoRA, delta bridge"}
+VARIED = {"paper": "the paper's bridge", "delta": "delta bridge", "fresh": "new LoRA, delta bridge"}
 CHANGES: dict[str, dict[str, str]] = {  # a row of the second figure -> what it changes
     "r = 4": {"bridge": R_4},
     "r = 8": {"bridge": "8 parameters activation"},
@@ -72,7 +72,7 @@ def draw(rows: list[Row], file: Path) -> None:
     found, safe = gains(rows), gains(rows, "safe")
     names = [name for name, key in WAYS.items() if any((key, task) in found for task in tasks)]
     figure = Figure(figsize=(2.6 * len(tasks) + 3.4, 0.3 * len(names) + 1.6), layout="constrained")
-    figure.suptitle("Does a module of a small model help a large one?", fontsize=12)
+    figure.suptitle("Does an adapter of a small model help a large one?", fontsize=12)
     panels = figure.subplots(1, max(len(tasks), 1), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=False):
         for place, name in enumerate(names):

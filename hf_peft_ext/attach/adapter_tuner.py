@@ -9,7 +9,7 @@ from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hf_peft_ext.attach.checked_loading import check_complete
+from hf_peft_ext.attach.checked_loading import check_complete, record_base_model
 from hf_peft_ext.validation.checks import check
 
 ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
@@ -29,6 +29,9 @@ class AdapterTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        record_base_model(self, model)  # peft calls this when the tuner is built
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -14,9 +14,9 @@ def asked_by(config: Any) -> Any | None:
     return asked if owner == id(config) else None
 
 
-def become(config: Any, found: Any, asked: Any) -> None:
-    """Give a config the class and fields of `found`, its form for one model, and remember the original `asked`."""
-    config.__class__ = type(found)
+def become(config: Any, resolved: Any, asked: Any) -> None:
+    """Give a config the class and fields of `resolved`, its form for one model, and remember the original `asked`."""
+    config.__class__ = type(resolved)
     vars(config).clear()
-    vars(config).update(vars(found))
+    vars(config).update(vars(resolved))
     vars(config)[ASKED] = (id(config), asked)

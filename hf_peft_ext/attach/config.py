@@ -31,9 +31,10 @@ class UnknownField(ValueError, TypeError):
 
 @dataclass
 class NamedFields:
-    """Refuses unknown fields, and suggests the nearest one."""
+    """Refuses unknown fields, and suggests the nearest one. The first config, also an unpickled one, extends peft."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        extend_peft()
         for name in sorted(kwargs.keys() - {f.name for f in fields(cls)}):
             raise UnknownField(name, kwargs[name], cls)
         return super().__new__(cls)
@@ -87,7 +88,6 @@ class RegisteredConfig(NamedFields, PeftConfig):
         return {key: values[key] for key in unknown} | checked
 
     def __post_init__(self) -> None:
-        extend_peft()
         super().__post_init__()
         self.peft_type = PeftType(self.method.upper())
         check("bias", self.bias, self.bias == "none", 'must be "none"; BitFitConfig trains biases')

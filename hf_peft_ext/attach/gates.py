@@ -15,14 +15,14 @@ from hf_peft_ext.validation.checks import check
 
 def gates(model: nn.Module) -> dict[str, Gate]:
     """Name -> gate of the active adapters. A name is layer.site_sublayer, such as "3.query_low_rank"."""
-    found: dict[str, Gate] = {}
+    gate_by_name: dict[str, Gate] = {}
     for layer in tuner_layers(model):
         for adapter in layer.active_here:
             place = layer.site.host if layer.site.name == "target" else layer.site.layer
             name = f"{place}.{layer.name}" if len(layer.active_here) == 1 else f"{adapter}.{place}.{layer.name}"
             if isinstance(gate := layer.sublayer_of[adapter].gate, Gate):
-                found[name] = gate
-    return found
+                gate_by_name[name] = gate
+    return gate_by_name
 
 
 @torch.no_grad()
@@ -40,23 +40,23 @@ def gate_values(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]
     Raises:
         ValueError: no active adapter of the model has a gate, or the batch mixes adapters.
     """
-    found = gates(model)
+    active_gates = gates(model)
     check("batch", sorted(batch), "adapter_names" not in batch, "must not mix adapters; activate one adapter instead")
-    check("model", type(model).__name__, bool(found), "has no active adapter with gates")
+    check("model", type(model).__name__, bool(active_gates), "has no active adapter with gates")
     values: dict[str, Tensor] = {}
 
     def keep(name: str, gate: Gate) -> RemovableHandle:
         shape = (-1,) if gate.pooling == "token" else ()
         return gate.register_forward_hook(lambda _, args, g: values.update({name: g.float().view(len(g), *shape)}))
 
-    handles = [keep(name, gate) for name, gate in found.items()]
+    handles = [keep(name, gate) for name, gate in active_gates.items()]
     try:
         with evaluating(model):
             model(**batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: values[name] for name in found if name in values}
+    return {name: values[name] for name in active_gates if name in values}
 
 
 def gate_means(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -90,7 +90,7 @@ def fix_gates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
         Layer and sub-layer -> the constant, as `gate_values` names them.
     """
     means = gate_means(model, batch)
-    found = gates(model)
+    active_gates = gates(model)
     for name, constant in means.items():
-        found[name].fix(constant)
+        active_gates[name].fix(constant)
     return means

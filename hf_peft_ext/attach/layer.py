@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
 from hf_peft_ext.attach.masks import UNMASKED, block_of, record_padding
 from hf_peft_ext.attach.merge import merge_sublayer
-from hf_peft_ext.model.sites import Site
+from hf_peft_ext.model.site import Site
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from hf_peft_ext.attach.placement import Placement
-from hf_peft_ext.model.sites import Site
+from hf_peft_ext.model.site import Site
 from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix, ProjectedPrefix, Projection
 
 # (num_virtual_tokens, d, encoder_hidden_size) -> the part of the reparameterisation that layers share

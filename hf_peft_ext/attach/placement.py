@@ -72,8 +72,8 @@ class Placement:
     def __post_init__(self) -> None:
         check("sublayer", self.sublayer, self.sublayer in SITES, f"must be one of {', '.join(SITES)}")
         sites = SITES[self.sublayer]
-        known = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"
-        check("site", self.site, known, f"must be a site of `{self.sublayer}`: {', '.join(sites)}")
+        is_site = self.site.removeprefix("cross_") in sites and self.site != "cross_bias"
+        check("site", self.site, is_site, f"must be a site of `{self.sublayer}`: {', '.join(sites)}")
         poolings = get_args(GatePooling)
         rule = f"must be None or one of {', '.join(poolings)}"
         check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
@@ -101,11 +101,11 @@ class Placement:
         if "dropout" in o:
             check_dropout("dropout", o["dropout"])
         if "activation" in o:
-            known = isinstance(o["activation"], str) and o["activation"] in ACT2FN
-            check("activation", o["activation"], known, "must be an activation of transformers")
+            in_transformers = isinstance(o["activation"], str) and o["activation"] in ACT2FN
+            check("activation", o["activation"], in_transformers, "must be an activation of transformers")
         if "shift_positions" in o:
-            counts = o["shift_positions"]
-            check("shift_positions", counts, isinstance(counts, bool), "must be True or False")
+            shift = o["shift_positions"]
+            check("shift_positions", shift, isinstance(shift, bool), "must be True or False")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')

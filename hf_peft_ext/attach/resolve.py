@@ -13,12 +13,13 @@ from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import child_name
 from hf_peft_ext.attach.make_sublayer import pooling
 from hf_peft_ext.attach.placement import Placement
-from hf_peft_ext.model.calls import ends_first
-from hf_peft_ext.model.layer_groups import ranges
-from hf_peft_ext.model.sites import Site, find_sites, override_sites, user_site
-from hf_peft_ext.model.structure import has_attention, is_norm, layer_of, layer_paths, leaf_size, own_modules
+from hf_peft_ext.model.calls import ends_first, own_modules
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites, override_sites, user_site
+from hf_peft_ext.model.structure import has_attention, is_norm, layer_of, layer_paths, leaf_size
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.module_patterns import matching
+from hf_peft_ext.validation.suggestions import ranges
 
 Plan = dict[str, list[tuple[Placement, Site]]]
 QKV = ("query", "key", "value")  # in layers without attention one leaf may serve for all three

@@ -5,22 +5,20 @@ import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from optuna.exceptions import OptunaError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sqlalchemy.exc import SQLAlchemyError
 
 from hf_peft_ext.cli.failures import one_line
-from hf_peft_ext.compare import MethodComparison, compare
-from hf_peft_ext.compare.page import COMPARE_PAGE
-from hf_peft_ext.compare.result import RESULT_FILE
-from hf_peft_ext.compare.table import COLUMNS, cells
 from hf_peft_ext.recipes.progress import no_bars
+from hf_peft_ext.recipes.recipe_source import optional
+
+if TYPE_CHECKING:
+    from hf_peft_ext.compare import MethodComparison
 
 
 def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any], as_json: bool) -> None:
@@ -29,7 +27,7 @@ def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any],
     Args:
         path: the recipe's YAML file.
         changes: each `section.key=value`.
-        options: arguments of `compare`.
+        options: arguments of `compare`; the rates as text.
         as_json: whether to print JSON in place of the table.
 
     Raises:
@@ -39,30 +37,18 @@ def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any],
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # warnings are for developers
     with one_line(errors):
+        for module in ("optuna", "matplotlib"):
+            optional(module, "search", "A comparison")
+        from hf_peft_ext.compare import compare
+
         no_bars()
         transformers.logging.set_verbosity_error()  # each run would report its new head
-        try:
-            options["rates"] = factors(options["rates"])
-            result = compare(path, overrides=changes, **options)
-        except (OptunaError, SQLAlchemyError) as error:
-            raise RuntimeError(f"`storage` cannot be used: {error}") from error
-        if as_json:
-            print(result.to_json())
-            return
-        out.print(compare_table(result))
-        folder = Path(options.get("output_dir", "compare"))
-        for note in result.notes:
-            out.print(f"[dim]{escape(note)}[/]")
-        for method in result.methods:
-            if method.error:
-                out.print(f"[red]{escape(method.title)}[/]: {escape(method.error)}")
-        out.print(f"\n[bold]{escape(result.recommendation)}[/]\n")
-        if result.test_score is not None:
-            out.print(f"[cyan]test[/]     {result.score} {result.test_score:.3f}, on rows that nothing was chosen by")
-        if result.folder is not None:
-            out.print(f"[cyan]winner[/]   {escape(result.folder)}")
-        out.print(f"[cyan]page[/]     {escape(str(folder / COMPARE_PAGE))}")
-        out.print(f"[cyan]numbers[/]  {escape(str(folder / RESULT_FILE))}")
+        options["rates"] = factors(options["rates"])
+        result = compare(path, overrides=changes, **options)
+    if as_json:
+        print(result.to_json())
+    else:
+        print_result(out, result, Path(options["output_dir"]))
 
 
 def factors(text: str) -> list[float]:
@@ -77,12 +63,29 @@ def factors(text: str) -> list[float]:
         raise ValueError(f"`rates` (={text!r}) must be numbers, separated by commas, such as 1/3,1,3.") from error
 
 
-def compare_table(result: MethodComparison) -> Table:
+def print_result(out: Console, result: "MethodComparison", folder: Path) -> None:
+    """Print the table, the recommendation, and the paths of the files."""
+    out.print(compare_table(result))
+    for note in result.notes:
+        out.print(f"[dim]{escape(note)}[/]")
+    for method in result.methods:
+        if method.error:
+            out.print(f"[red]{escape(method.title)}[/]: {escape(method.error)}")
+    out.print(f"\n[bold]{escape(result.recommendation)}[/]\n")
+    if result.test_score is not None:
+        out.print(f"[cyan]test[/]     {result.score} {result.test_score:.3f}, on rows that nothing was chosen by")
+    if result.folder is not None:
+        out.print(f"[cyan]winner[/]   {escape(result.folder)}")
+    out.print(f"[cyan]page[/]     {escape(str(folder / 'compare.html'))}")
+    out.print(f"[cyan]numbers[/]  {escape(str(folder / 'compare.json'))}")
+
+
+def compare_table(result: "MethodComparison") -> Table:
     """The table for the terminal; columns without a value are left out."""
-    rows = [cells(method, result) for method in result.methods]
-    shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
-    table = Table(*(COLUMNS[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = result.table()
+    shown = [column for column in rows[0] if any(row[column] for row in rows)]
+    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False)
     for method, row in zip(result.methods, rows, strict=True):
         style = "bold cyan" if method.name == result.winner else "red" if method.verdict == "failed" else None
-        table.add_row(*(escape(row[i]) for i in shown), style=style)
+        table.add_row(*(escape(row[column]) for column in shown), style=style)
     return table

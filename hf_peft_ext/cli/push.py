@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_peft_ext.hub_cards.card import write_card
-from hf_peft_ext.hub_cards.peft_integration import CARD, full_id, published_cards
+from hf_peft_ext.hub_cards.card_files import CARD
+from hf_peft_ext.hub_cards.peft_integration import full_id, published_cards
 from hf_peft_ext.hub_cards.push import check_adapter, check_files, check_request, explained, publishable, push_adapter
 
 WEIGHTS_SUFFIX = ".safetensors"

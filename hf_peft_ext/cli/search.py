@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,11 +12,9 @@ from rich.markup import escape
 from hf_peft_ext.cli.failures import one_line
 from hf_peft_ext.recipes.progress import no_bars
 from hf_peft_ext.recipes.recipe_source import optional
-from hf_peft_ext.validation.writable import check_writable
 
 if TYPE_CHECKING:
     from hf_peft_ext.recipes.search import SearchRecipe
-    from hf_peft_ext.search import SearchResult
 
 out, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -35,17 +33,16 @@ def search_command(path: Path, changes: Sequence[str]) -> None:
         warnings.simplefilter("ignore")  # warnings are for developers
     with one_line(errors):
         recipe = read_search(path, changes)
-        folder = Path(recipe.search.output_dir)
-        check_writable("search.output_dir", folder)
+        recipe.check_writable()
         no_bars()
         with recipe.recipe_errors():
             result = recipe.load().search()
         for decision in result.decisions:
             tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
             out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
-        write_and_print(result, folder)
-        result.config.save_pretrained(str(folder))
-        out.print(f"[cyan]config[/]  {folder / 'adapter_config.json'}")
+        print_report(recipe, result)
+        result.config.save_pretrained(recipe.search.output_dir)
+        out.print(f"[cyan]config[/]  {Path(recipe.search.output_dir) / 'adapter_config.json'}")
 
 
 def report_command(path: Path, changes: Sequence[str]) -> None:
@@ -60,12 +57,8 @@ def report_command(path: Path, changes: Sequence[str]) -> None:
     """
     with one_line(errors):
         recipe = read_search(path, changes)
-        check_writable("search.output_dir", recipe.search.output_dir)
-        from hf_peft_ext.search import SearchResult
-
-        with recipe.recipe_errors():
-            result = SearchResult.load(recipe.search.storage, recipe.search.study_name)
-        write_and_print(result, Path(recipe.search.output_dir))
+        recipe.check_writable()
+        print_report(recipe, recipe.result())
 
 
 def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
@@ -77,8 +70,6 @@ def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
     return SearchRecipe.read(path, changes)
 
 
-def write_and_print(result: "SearchResult", folder: Path) -> None:
+def print_report(recipe: "SearchRecipe", result: Any) -> None:
     """Write the report and print its path."""
-    from hf_peft_ext.search import write_report
-
-    out.print(f"[cyan]report[/]  {escape(str(write_report(result, folder)))}")
+    out.print(f"[cyan]report[/]  {escape(str(recipe.write_report(result)))}")

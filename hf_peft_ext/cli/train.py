@@ -18,7 +18,6 @@ from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.recipes import Outcome, prepare, train
 from hf_peft_ext.recipes.progress import lines_for_bars, no_bars
 from hf_peft_ext.recipes.recipe import RECIPE_FILE, Recipe
-from hf_peft_ext.validation.writable import check_writable
 
 
 def train_command(path: Path, changes: Sequence[str], dry_run: bool) -> None:
@@ -39,7 +38,7 @@ def train_command(path: Path, changes: Sequence[str], dry_run: bool) -> None:
         warnings.simplefilter("default", CardWarning)
     with TemporaryDirectory() as unused, one_line(errors):
         recipe = Recipe.read(path, changes)
-        check_writable("training.output_dir", recipe.training.output_dir)
+        recipe.check_writable()
         if dry_run:  # a Trainer creates its folder, and its repository on the Hub, at once
             recipe.training.output_dir, recipe.training.push_to_hub = unused, False
         no_bars()

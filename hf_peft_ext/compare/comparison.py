@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.exceptions import OptunaError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from sqlalchemy.exc import SQLAlchemyError
 
 from hf_peft_ext.compare.halving import HalvingByMethod
 from hf_peft_ext.compare.methods import REFERENCE, method_named
@@ -61,11 +63,14 @@ def compare(
     Raises:
         ValueError: a value breaks a rule, a method cannot be attached or cannot meet the budget, there are no dev
             rows, or the study in the database has other settings. Nothing has been trained then.
-        RuntimeError: no run was finished.
+        RuntimeError: no run was finished, or the database fails.
     """
     args = CompareArguments(methods, budget, seeds, **options)
     read = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
-    return Comparing.of(read, args).run()
+    try:
+        return Comparing.of(read, args).run()
+    except (OptunaError, SQLAlchemyError) as error:
+        raise RuntimeError(f"`storage` (={args.database!r}) cannot be used: {error}") from error
 
 
 @dataclass
@@ -212,13 +217,12 @@ class Comparing:
 
     def settings(self) -> dict[str, Any]:
         """The settings that the report shows."""
-        args, budget = self.args, self.args.budget
-        split = args.dev_split
+        args, split = self.args, self.args.dev_split
         dev = f"the split {split}" if split else f"{args.dev_share:.0%} of the training rows, others for each seed"
         return {
             "model": self.recipe.model.model_name_or_path,
             "data": self.recipe.data.title,
-            "budget": "the methods' own sizes" if budget is None else f"{budget} trained parameters",
+            "budget": args.budget,
             "seeds": args.seeds,
             "rates": ", ".join(f"{rate:.3g}" for rate in args.rates) + " times each method's usual rate",
             "dev rows": dev,

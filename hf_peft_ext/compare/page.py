@@ -6,7 +6,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from hf_peft_ext.compare.result import MethodComparison
-from hf_peft_ext.compare.table import COLUMNS, cells
 from hf_peft_ext.hub_cards.figures import FAINT, INK
 from hf_peft_ext.search.figures import BEST, svg
 
@@ -21,8 +20,7 @@ def write_page(result: MethodComparison, folder: Path) -> Path:
     page = folder / COMPARE_PAGE
     text = environment.get_template("compare.html.jinja").render(
         result=result,
-        columns=COLUMNS,
-        rows=[(method, cells(method, result)) for method in result.methods],
+        rows=list(zip(result.methods, result.table(), strict=True)),
         figure=svg(score_figure(result), "compare scores") if any(m.scores for m in result.methods) else "",
     )
     page.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_peft_ext.compare.result import MethodScores
+from hf_peft_ext.compare.method_scores import MethodScores
 
 
 def recommend(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from hf_peft_ext.compare.methods import check_methods
 from hf_peft_ext.compare.sizes import Budget, check_budget
-from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
-from hf_peft_ext.validation.writable import check_writable
+from hf_peft_ext.validation.checks import check, check_count, check_positive, check_writable, is_number
 
 USUAL_METHODS = ("lora", "unipelt", "mam", "s4", "ia3", "bitfit", "full")
 USUAL_RATES = (1 / 3, 1.0, 3.0)

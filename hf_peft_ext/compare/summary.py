@@ -7,8 +7,9 @@ from statistics import fmean, median
 from typing import Any
 
 from hf_peft_ext.compare.inference import PairedTest, adjusted, mean_interval, paired_test, verdict
+from hf_peft_ext.compare.method_scores import MethodScores
 from hf_peft_ext.compare.recommend import recommend
-from hf_peft_ext.compare.result import MethodComparison, MethodScores
+from hf_peft_ext.compare.result import MethodComparison
 from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER
 from hf_peft_ext.compare.sizes import SizedMethod
 from hf_peft_ext.search.run_record import Record

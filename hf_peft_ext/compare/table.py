@@ -1,37 +1,36 @@
 """The table of a comparison as text, for the terminal and for the page."""
 
-from hf_peft_ext.compare.result import MethodComparison, MethodScores
+from hf_peft_ext.compare.method_scores import MethodScores
 from hf_peft_ext.hub_cards.markdown import BYTES, SECONDS, in_units
 
-COLUMNS = (
-    "method", "score", "against the reference", "p", "verdict", "parameters", "size", "step", "ratio", "memory",
-    "retention", "rate", "spent",
-)  # fmt: skip
 
+def cells(method: MethodScores, has_budget: bool) -> dict[str, str]:
+    """Column -> cell of a method's row; what was not measured is empty.
 
-def cells(method: MethodScores, result: MethodComparison) -> list[str]:
-    """The cells of a method's row, one for each of `COLUMNS`; what was not measured is empty."""
+    Args:
+        method: the results of the method.
+        has_budget: whether methods of fixed size are marked.
+    """
     against = "" if method.difference is None else f"{method.difference:+.3f}"
     if method.difference_interval is not None:
         low, high = method.difference_interval
         against += f" [{low:+.3f}, {high:+.3f}]"
-    own = method.is_fixed_size and "trained" in str(result.settings.get("budget"))
-    parameters = "" if method.parameters is None else f"{method.parameters:,}{' (fixed)' if own else ''}"
-    return [
-        method.title,
-        interval_text(method.mean, method.interval),
-        against,
-        "" if method.p_adjusted is None else f"{method.p_adjusted:.3f}",
-        method.verdict,
-        parameters,
-        "" if method.bytes is None else in_units(method.bytes, BYTES),
-        "" if method.step_seconds is None else in_units(method.step_seconds, SECONDS),
-        "" if method.step_ratio is None else f"{method.step_ratio:.2f}",
-        "" if method.memory is None else in_units(method.memory, BYTES),
-        retention_text(method),
-        "" if method.learning_rate is None else f"{method.learning_rate:.3g}",
-        in_units(method.seconds, SECONDS) if method.seconds else "",
-    ]
+    own = " (fixed)" if method.is_fixed_size and has_budget else ""
+    return {
+        "method": method.title,
+        "score": interval_text(method.mean, method.interval),
+        "against the reference": against,
+        "p": "" if method.p_adjusted is None else f"{method.p_adjusted:.3f}",
+        "verdict": method.verdict,
+        "parameters": "" if method.parameters is None else f"{method.parameters:,}{own}",
+        "size": "" if method.bytes is None else in_units(method.bytes, BYTES),
+        "step": "" if method.step_seconds is None else in_units(method.step_seconds, SECONDS),
+        "ratio": "" if method.step_ratio is None else f"{method.step_ratio:.2f}",
+        "memory": "" if method.memory is None else in_units(method.memory, BYTES),
+        "retention": retention_text(method),
+        "rate": "" if method.learning_rate is None else f"{method.learning_rate:.3g}",
+        "spent": in_units(method.seconds, SECONDS) if method.seconds else "",
+    }
 
 
 def interval_text(mean: float | None, interval: tuple[float, float] | None) -> str:

@@ -74,14 +74,16 @@ def attach_on_meta(
     Raises:
         ValueError: the config does not fit the model, or the adapter would allocate more than its file holds.
     """
-    known = {id(tensor) for tensor in before}
+    base_ids = {id(tensor) for tensor in before}
     with config_errors(model):
         with WithoutValues():
             adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
         paths, modules = zip(*adapted.named_modules(), strict=True)
-        state = {name: tensor for name, tensor in tensors_by_name(paths, modules).items() if id(tensor) not in known}
+        state = {
+            name: tensor for name, tensor in tensors_by_name(paths, modules).items() if id(tensor) not in base_ids
+        }
         expected = get_peft_model_state_dict(adapted, state, adapter_name, save_embedding_layers=False)
-    new = [tensor for tensor in tensors_of(modules) if id(tensor) not in known]
+    new = [tensor for tensor in tensors_of(modules) if id(tensor) not in base_ids]
     size, in_file = (sum(tensor.numel() for tensor in group) for group in (new, expected.values()))
     if size > 2 * in_file + SPARE:
         raise ValueError(f"The adapter would allocate {size} numbers, but its file must hold only {in_file}.")
@@ -137,7 +139,10 @@ def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cp
 
 
 class WithoutValues(DeviceContext):
-    """Like `torch.device("meta")`, but initialisation is skipped: it takes most of the time of building an adapter."""
+    """Like `torch.device("meta")`, but initialisation is skipped: it takes most of the time of building an adapter.
+
+    transformers' `no_init_weights` skips it too, but by changing `torch.nn.init` for all threads.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.device("meta"))

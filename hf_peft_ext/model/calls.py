@@ -11,41 +11,13 @@ import textwrap
 from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 # Attributes of a weight that are read without computing with it.
 FACTS = {"dtype", "device", "shape", "ndim", "is_cuda", "requires_grad"}
-
-
-class Code(NamedTuple):
-    """The names in the forward of a class and in the methods that it calls.
-
-    Args:
-        order: the attributes of the module, by their first use.
-        called: those that are called.
-        read: those whose `weight` is read without a call of the module.
-        picked: lists of modules of which each forward runs one, chosen by the caller: `self.adapters[i](x)` with an
-            `i` from outside. Zamba2's blocks have an adapter for every layer and run only their own.
-        words: all names in the code; empty if there is no source.
-    """
-
-    order: tuple[str, ...]
-    called: frozenset[str]
-    read: frozenset[str]
-    picked: frozenset[str]
-    words: frozenset[str]
-
-
-@cache
-def code_of(cls: type[nn.Module]) -> Code:
-    """The code of a class of modules; empty where there is no source, as for classes of a notebook."""
-    reader = Reader(cls)
-    reader.follow("forward")
-    names = (reader.called, reader.read, reader.picked, reader.words)
-    return Code(tuple(dict.fromkeys(reader.order)), *map(frozenset, names))
 
 
 def written(cls: type[nn.Module], name: str) -> FunctionType | None:
@@ -66,8 +38,8 @@ def parameters(module: nn.Module) -> set[str]:
     return set(inspect.signature(function or module.forward).parameters)
 
 
-class Reader(ast.NodeVisitor):
-    """Walks through a forward in the order of execution: arguments before the call.
+class Code(ast.NodeVisitor):
+    """The names in the forward of a class and in the methods that it calls, read in the order of execution.
 
     Args:
         cls: the class of the module.
@@ -75,14 +47,17 @@ class Reader(ast.NodeVisitor):
 
     def __init__(self, cls: type[nn.Module]):
         self.cls = cls
-        self.order: list[str] = []
-        self.called: set[str] = set()
-        self.read: set[str] = set()
+        self.order: dict[str, int] = {}  # the attributes of the module -> their places, by their first use
+        self.called: set[str] = set()  # those that are called
+        self.read: set[str] = set()  # those whose `weight` is read without a call of the module
+        # Lists of modules of which each forward runs one, chosen by the caller: `self.adapters[i](x)` with an `i` from
+        # outside. Zamba2's blocks have an adapter for every layer and run only their own.
         self.picked: set[str] = set()
-        self.words: set[str] = set()
+        self.words: set[str] = set()  # all names in the code; empty if there is no source
         self.followed: set[str] = set()
         self.owner = "self"
         self.looped: set[str] = set()  # variables of the current method that may change from call to call
+        self.follow("forward")
 
     def follow(self, name: str) -> None:
         """Read a method of the class, unless it was read before."""
@@ -139,7 +114,7 @@ class Reader(ast.NodeVisitor):
         if node.attr in FACTS and isinstance(inner, ast.Attribute) and inner.attr == "weight":
             return
         if name := self.own(node):
-            self.order.append(name)
+            self.order.setdefault(name, len(self.order))
             self.follow(name)
         elif node.attr == "weight" and (name := self.own(inner)):
             self.read.add(name)
@@ -151,6 +126,12 @@ class Reader(ast.NodeVisitor):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
             return None
         return node.attr if node.value.id == self.owner else None
+
+
+@cache
+def code_of(cls: type[nn.Module]) -> Code:
+    """The code of a class of modules; empty where there is no source, as for classes of a notebook."""
+    return Code(cls)
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -174,7 +155,7 @@ def own_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
 def in_order(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """`own_modules` in the order in which forwards use them; those that no forward names come first."""
     yield prefix, module
-    places = {name: place for place, name in enumerate(code_of(type(module)).order)}
+    places = code_of(type(module)).order
     for name, child in sorted(own_children(module).items(), key=lambda item: places.get(item[0], -1)):
         yield from in_order(child, f"{prefix}.{name}")
 
@@ -190,4 +171,4 @@ def ends_first(model: nn.Module, start: str, end: str) -> bool:
         return int(theirs[common]) < int(ours[common])
     order = code_of(type(parent)).order
     both = ours[common] in order and theirs[common] in order
-    return both and order.index(theirs[common]) < order.index(ours[common])
+    return both and order[theirs[common]] < order[ours[common]]

@@ -1,6 +1,6 @@
 """Layer groups: the number of layers in each group of a pattern, and each layer's share of the parameters."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Literal, get_args
@@ -140,14 +140,3 @@ def layer_shares(allocation: Allocation, num_layers: int) -> list[float]:
     check_count("num_layers", num_layers)
     slope = {"increasing": 1.0, "uniform": 0.0, "decreasing": -1.0}[allocation]
     return [1 + slope * (i / (num_layers - 1) - 0.5) if num_layers > 1 else 1.0 for i in range(num_layers)]
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Whole numbers as runs, such as "0 to 2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_peft_ext.model.block_sites import BlockSites
 from hf_peft_ext.model.calls import own_modules
-from hf_peft_ext.model.site import Act as Act
-from hf_peft_ext.model.site import Site as Site
+from hf_peft_ext.model.site import Act, Site
 from hf_peft_ext.model.structure import (
     innermost,
     is_bypassed,

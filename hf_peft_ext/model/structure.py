@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.model.calls import code_of, parameters
-from hf_peft_ext.model.calls import own_modules as own_modules
 
 # The role of a leaf of an attention module, by its name.
 LEAF_ROLES = {

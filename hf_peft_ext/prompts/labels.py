@@ -43,12 +43,10 @@ def label_list_template(
     check("labels", labels, len(set(labels)) == len(labels), "must not repeat a label")
     check("fields", fields, not isinstance(fields, str) and len(fields) > 0, "must be a list of at least one field")
     for field in fields:
-        check(
-            "fields", field, field.isidentifier(), "must be a name that Jinja can read; rename the column of the rows"
-        )
-    captions = (
-        fields if isinstance(fields, Mapping) else {field: field.replace("_", " ").capitalize() for field in fields}
-    )
+        rule = "must be a name that Jinja can read; rename the column of the rows"
+        check("fields", field, field.isidentifier(), rule)
+    named = {field: field.replace("_", " ").capitalize() for field in fields}
+    captions = fields if isinstance(fields, Mapping) else named
     label_lines = "".join(f"- {literal(label)}\n" for label in labels)
     field_lines = "".join(f"{literal(caption)}: {{{{ {field} | trim }}}}\n" for field, caption in captions.items())
     prompt = f"{literal(instruction)}\nPossible labels:\n{label_lines}\n{field_lines}Label:"

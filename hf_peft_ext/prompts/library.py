@@ -47,12 +47,7 @@ def load_templates(source: str | Path) -> list[PromptTemplate]:
             template is not valid. The message names file, template and key.
         FileNotFoundError: there is no such file.
     """
-    if Path(source).suffix in (".yaml", ".yml"):
-        return read(Path(source))
-    tasks = template_tasks()
-    rule = f"must be one of {', '.join(tasks)}, or the path of a file that ends in .yaml"
-    check("source", str(source), str(source) in tasks, rule)
-    return read(TASKS / f"{source}.yaml")
+    return read(path_of(source))
 
 
 def documented_fields(source: str | Path) -> dict[str, str]:
@@ -64,8 +59,17 @@ def documented_fields(source: str | Path) -> dict[str, str]:
     Raises:
         TypeError, ValueError, FileNotFoundError: see `load_templates`.
     """
-    path = Path(source) if Path(source).suffix in (".yaml", ".yml") else TASKS / f"{source}.yaml"
-    return dict(parsed(path).get("fields", {}))
+    return dict(parsed(path_of(source)).get("fields", {}))
+
+
+def path_of(source: str | Path) -> Path:
+    """The file of a task, or the path itself. Raises as `load_templates`."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        return Path(source)
+    tasks = template_tasks()
+    rule = f"must be one of {', '.join(tasks)}, or the path of a file that ends in .yaml"
+    check("source", str(source), str(source) in tasks, rule)
+    return TASKS / f"{source}.yaml"
 
 
 def read(path: Path) -> list[PromptTemplate]:

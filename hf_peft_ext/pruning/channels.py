@@ -23,17 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_peft_ext.model.sites import Site, find_sites
-from hf_peft_ext.model.structure import (
-    innermost,
-    is_attention,
-    is_norm,
-    layer_of,
-    layer_paths,
-    leaf_size,
-    own_modules,
-    stacks,
-)
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import innermost, is_attention, is_norm, layer_of, layer_paths, leaf_size, stacks
 from hf_peft_ext.pruning.sizes import HeadShape, head_shapes, refuse_pruning, sizes_of
 
 RESIDUAL = "residual"
@@ -120,7 +113,7 @@ class Weights:
         columns: along its input.
         rows: along its output, as are its bias and the scale of a norm.
         by_rows: whether the weight is stored as (rows, columns), as in `nn.Linear`, or the other way round.
-        query: whether the first run of its rows makes queries.
+        query: whether the first run of its rows computes queries.
     """
 
     columns: Dim
@@ -199,7 +192,7 @@ class ChannelFinder:
         return channels
 
     def of_sites(self, host: str, sites: list[Site]) -> Weights | None:
-        """The dimensions of a linear leaf of a block, which may make several things at once; None if it is no leaf."""
+        """The dimensions of a linear leaf of a block, which may be fused from several; None for other modules."""
         site = sites[0]
         cross = "cross_" if site.name.startswith("cross_") else ""
         dims = self.dims(f"{site.layer}.{cross}", site)
@@ -209,7 +202,7 @@ class ChannelFinder:
         if site.rows is not None:  # a fused projection
             parts = {s.name.removeprefix(cross): s for s in sites}
             if parts.keys() != {"query", "key", "value"}:
-                self.refuse(host, "makes keys and values from a latent vector")
+                self.refuse(host, "computes keys and values from a latent vector")
             stored = [parts[name].rows for name in ("query", "key", "value")]
             order = torch.cat([role for role in stored if role is not None])
             in_order = torch.equal(order, torch.arange(len(order), device="cpu"))

@@ -27,10 +27,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.modes import frozen
 from hf_peft_ext.model.quantization import keep_4bit_trainable, plain_weight
 from hf_peft_ext.model.sites import find_sites, input_embeddings
-from hf_peft_ext.model.structure import covers, innermost, leaf_size, own_modules
+from hf_peft_ext.model.structure import covers, innermost, leaf_size
 from hf_peft_ext.validation.checks import check
 
 Kind = Literal["fisher", "activation", "magnitude"]
@@ -83,7 +84,7 @@ def importance(
     "magnitude".
 
     Raises:
-        ValueError: `kind` is unknown, there is no example, labels are missing or are no indices, or the input of a
+        ValueError: `kind` is unknown, there is no example, labels are missing or are not indices, or the input of a
             leaf has no axis of examples (as in the experts of a mixture).
     """
     check("kind", kind, kind in get_args(Kind), f"must be one of {', '.join(get_args(Kind))}")
@@ -121,7 +122,7 @@ def log_likelihood_of_labels(model: PreTrainedModel, batch: Batch) -> Tensor:
     """log p(labels | inputs) of each example, shape: (batch,); a sum over the tokens where labels are tokens.
 
     Raises:
-        ValueError: the batch has no labels, or they are no indices.
+        ValueError: the batch has no labels, or they are not indices.
     """
     check("batches", sorted(batch), "labels" in batch, 'must have "labels", or `log_likelihood` must be given')
     labels = batch["labels"]

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.quantization import plain_weight
-from hf_peft_ext.model.structure import innermost, own_modules
+from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.pruning.channels import RESIDUAL, Channels, Dim, Kept, Weights, find_channels
 from hf_peft_ext.pruning.importance import Importance
 from hf_peft_ext.pruning.importance import importance as importance_of
@@ -242,9 +243,10 @@ def fill_pruned(
 
 
 def query_scale(large: PreTrainedModel, weights: Weights, into: Channels) -> float:
-    """The factor on the rows that make queries.
+    """The factor on the rows that compute queries.
 
-    Attention scores are divided by the square root of the width of a head: those of a narrower one would be too large.
+    Attention scores are divided by the square root of a head's width. Those of a narrower head would be too large
+    without the factor.
     """
     if not weights.query or not getattr(large.config, "scale_attn_weights", True):
         return 1.0
@@ -259,7 +261,7 @@ def sliced(weight: Tensor, weights: Weights, kept: Kept, query_scale: float) -> 
         weight: as it is stored.
         weights: its dimensions.
         kept: axis -> the kept units.
-        query_scale: the factor on rows that make queries.
+        query_scale: the factor on rows that compute queries.
     """
     dims = weights.dims(weight.ndim)
     part = weight if any(dims) else weight.clone()

@@ -7,7 +7,8 @@ from typing import NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_peft_ext.model.sites import Site, find_sites
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import key_shape, role_sizes
 
 

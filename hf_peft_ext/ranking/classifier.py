@@ -13,6 +13,7 @@ examples in a forward pass nor on the padding side.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -87,6 +88,7 @@ def score_choices(
     return scores
 
 
+@dataclass(repr=False, eq=False)
 class RankClassifier:
     """A language model as a classifier: it answers a prompt with the most probable choice.
 
@@ -97,19 +99,13 @@ class RankClassifier:
         normalization, separator, max_tokens, packed: see `score_choices`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        choices: Sequence[str] | None = None,
-        normalization: Normalization = "token",
-        separator: str = " ",
-        max_tokens: int = 2048,
-        packed: bool | None = None,
-    ):
-        self.model, self.tokenizer, self.choices = model, tokenizer, choices
-        self.normalization: Normalization = normalization
-        self.separator, self.max_tokens, self.packed = separator, max_tokens, packed
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    choices: Sequence[str] | None = None
+    normalization: Normalization = "token"
+    separator: str = " "
+    max_tokens: int = 2048
+    packed: bool | None = None
 
     def scores(self, prompts: Sequence[str], choices: Choices | None = None) -> list[Tensor]:
         """The scores of `score_choices`, a tensor of shape (choices,) for each prompt.
@@ -117,17 +113,8 @@ class RankClassifier:
         Raises:
             TypeError, ValueError: see `score_choices`; or there are neither choices nor default ones.
         """
-        choices = self.choices_or_default(choices)
-        return score_choices(
-            self.model,
-            self.tokenizer,
-            prompts,
-            choices,
-            normalization=self.normalization,
-            separator=self.separator,
-            max_tokens=self.max_tokens,
-            packed=self.packed,
-        )
+        settings = (self.normalization, self.separator, self.max_tokens, self.packed)
+        return score_choices(self.model, self.tokenizer, prompts, self.choices_or_default(choices), *settings)
 
     def predict(self, prompts: Sequence[str], choices: Choices | None = None) -> list[str]:
         """The best choice for each prompt; the first of equals.
@@ -217,11 +204,7 @@ def batches(examples: Sequence[Example], max_tokens: int, packed: bool) -> Itera
 
 def lengths(example: Example, texts: Sequence[str], normalization: Normalization) -> list[int]:
     """The length of each choice that divides its score."""
-    match normalization:
-        case "token":
-            return [len(choice) for choice in example.choices]
-        case "byte":
-            return [len(text.encode()) for text in texts]
-        case "character":
-            return [len(text) for text in texts]
-    return [1] * len(texts)
+    if normalization == "token":
+        return [len(choice) for choice in example.choices]
+    size = {"byte": lambda text: len(text.encode()), "character": len, "none": lambda text: 1}[normalization]
+    return [size(text) for text in texts]

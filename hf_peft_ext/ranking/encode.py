@@ -99,12 +99,8 @@ def first_ids(tokenizer: Any) -> list[int]:
         ValueError: the tokenizer has neither a BOS nor an EOS token.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    check(
-        "tokenizer",
-        type(tokenizer).__name__,
-        first is not None,
-        "has neither a BOS nor an EOS token for an empty prompt",
-    )
+    rule = "has neither a BOS nor an EOS token for an empty prompt"
+    check("tokenizer", type(tokenizer).__name__, first is not None, rule)
     return [first]
 
 

@@ -30,10 +30,7 @@ from hf_peft_ext.ranking.losses import IGNORED, TokenScores, token_scores
 from hf_peft_ext.validation.checks import check
 
 OWN_MASKS = {"gpt_neo", "moshi", "openai-gpt", "reformer", "xlm"}  # model types whose layers build their own masks
-FROM_ENCODER = (
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-)  # inputs of a decoder that are repeated for each choice
+FROM_ENCODER = ("encoder_hidden_states", "encoder_attention_mask")  # a decoder's inputs, repeated for each choice
 
 logger: Any = logging.get_logger(__name__)
 
@@ -94,9 +91,8 @@ def why_not_packed(model: nn.Module) -> str | None:
         return "activated LoRA begins at a different position in each text"
     if base.config.is_encoder_decoder:
         parameters = inspect.signature(base.get_decoder().forward).parameters
-        return (
-            None if all(name in parameters for name in FROM_ENCODER) else f"{name}'s decoder has no {FROM_ENCODER[1]}"
-        )
+        takes_both = all(argument in parameters for argument in FROM_ENCODER)
+        return None if takes_both else f"{name}'s decoder has no {FROM_ENCODER[1]}"
     if "position_ids" not in inspect.signature(type(base).forward).parameters or getattr(config, "alibi", False):
         return f"{name} derives positions from the order of the tokens"
     if config.model_type in OWN_MASKS:

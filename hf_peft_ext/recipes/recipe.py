@@ -19,6 +19,7 @@ from hf_peft_ext.recipes.recipe_schema import SECTIONS, ModelArguments, check_re
 from hf_peft_ext.recipes.recipe_source import RecipeSource, optional
 from hf_peft_ext.recipes.tasks import CONFIGS, RecipeTask, task_of
 from hf_peft_ext.trainers.restore import last_checkpoint, missing_files
+from hf_peft_ext.validation.checks import check_writable
 from hf_peft_ext.validation.suggestions import did_you_mean
 
 RECIPE_FILE = "recipe.yaml"
@@ -131,6 +132,14 @@ class Recipe:
         if path.exists() and not is_as_written(path) and RecipeSource.read(path).sections != self.written:
             rule = f"(={folder!r}) holds another {RECIPE_FILE}, which this one would replace"
             raise source.error("training.output_dir", f"{rule}; change that file, move it, or choose another folder")
+
+    def check_writable(self) -> None:
+        """Refuse an output folder that cannot be created or written.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        check_writable("training.output_dir", self.training.output_dir)
 
     def text(self) -> str:
         """The recipe as YAML."""

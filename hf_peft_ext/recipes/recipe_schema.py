@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
+from hf_peft_ext.hub_cards.redact import is_secret
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
 from hf_peft_ext.recipes.tasks import CONFIGS, RECIPE_TASKS, task_of
-from hf_peft_ext.trainers.redact import is_secret
 from hf_peft_ext.validation.config_schema import fits, type_hints, type_name
 from hf_peft_ext.validation.suggestions import did_you_mean, nearest
 

@@ -1,7 +1,7 @@
 """A recipe as it is written: YAML, with line numbers, and the changes of the command line. Knows no keys.
 
 PyYAML with the loader below is kept. TRL's TrlParser and transformers' HfArgumentParser have no sections and no line
-numbers. ruamel.yaml has both, but its values are wrappers that would have to be unwrapped, and save few lines.
+numbers. ruamel.yaml has both and reads YAML 1.2, but would save nine lines only, for a second YAML library.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hf_peft_ext.trainers.redact import is_secret, without_secrets
+from hf_peft_ext.hub_cards.redact import is_secret, without_secrets
 
 
 class RecipeError(ValueError):

@@ -20,7 +20,9 @@ from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_o
 from hf_peft_ext.recipes.run import find_model, load_model, loading
 from hf_peft_ext.recipes.tasks import RECIPE_TASKS, RecipeTask
 from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
-from hf_peft_ext.validation.checks import check, check_count
+from hf_peft_ext.search.report import write_report
+from hf_peft_ext.search.result import SearchResult
+from hf_peft_ext.validation.checks import check, check_count, check_writable
 from hf_peft_ext.validation.suggestions import did_you_mean
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,6 +145,27 @@ class SearchRecipe:
                 seed=settings.seed, heartbeat=settings.heartbeat, progress=progress,
                 pruner=LowestShare() if settings.early_stopping else None,
             )  # fmt: skip
+
+    def check_writable(self) -> None:
+        """Refuse an output folder that cannot be created or written.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        check_writable("search.output_dir", self.search.output_dir)
+
+    def result(self) -> SearchResult:
+        """The runs in the search's database.
+
+        Raises:
+            RecipeError: the database fails, or has no such search.
+        """
+        with self.recipe_errors():
+            return SearchResult.load(self.search.storage, self.search.study_name)
+
+    def write_report(self, result: SearchResult) -> Path:
+        """Write the report of a search into its folder; its path."""
+        return write_report(result, Path(self.search.output_dir))
 
     @contextmanager
     def recipe_errors(self) -> Iterator[None]:

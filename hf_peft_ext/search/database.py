@@ -9,8 +9,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from hf_peft_ext.validation.checks import check
-from hf_peft_ext.validation.writable import check_writable
+from hf_peft_ext.validation.checks import check, check_writable
 
 
 def connect(url: str, heartbeat: int, create: bool = True) -> RDBStorage:

@@ -1,6 +1,9 @@
 """Checks of values. Each raises a ValueError that names the field, its value and the rule."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from huggingface_hub.errors import HFValidationError
@@ -36,14 +39,13 @@ def check_dropout(name: str, value: object) -> None:
     check(name, value, is_number(value) and 0 <= cast(float, value) < 1, "must lie in [0, 1)")
 
 
-def check_names(name: str, value: Sequence[str], allowed: Sequence[str], empty: bool = False) -> list[str]:
+def check_names(name: str, value: Sequence[str], allowed: Sequence[str]) -> list[str]:
     """Check a list of names.
 
     Args:
         name: the field, for the error.
         value: the names.
         allowed: the valid names, each at most once.
-        empty: whether the list may be empty.
 
     Returns:
         The names as a list.
@@ -52,7 +54,7 @@ def check_names(name: str, value: Sequence[str], allowed: Sequence[str], empty: 
         ValueError: `value` is a single string or empty, or has an unknown or repeated name.
     """
     check(name, value, not isinstance(value, str), "must be a list of names, not a single string")
-    check(name, value, empty or len(value) > 0, "must hold at least one name")
+    check(name, value, len(value) > 0, "must hold at least one name")
     check(name, value, set(value) <= set(allowed), f"must hold {', '.join(allowed)} only")
     check(name, value, len(set(value)) == len(value), "must hold a name once")
     return list(value)
@@ -62,3 +64,27 @@ def check(name: str, value: object, holds: bool, rule: str) -> None:
     """Raise a ValueError that names the field, its value and the rule, unless the rule holds."""
     if not holds:
         raise ValueError(f"`{name}` (={value!r}) {rule}.")
+
+
+def check_writable(name: str, folder: str | Path, value: object = None) -> None:
+    """Check that a folder can be created and written, by doing so: permissions do not show a full or read-only disk.
+
+    Nothing is left behind.
+
+    Args:
+        name: the field that names the folder, for the error.
+        folder: the folder, which may not exist yet.
+        value: the field's value, if it is not the folder.
+
+    Raises:
+        ValueError: the folder cannot be created or written.
+    """
+    path = Path(os.path.abspath(folder))
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    reason = ""
+    try:
+        with TemporaryDirectory(dir=existing, prefix=".hf_peft_ext-") as probe:
+            Path(probe, path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{existing}: {error.strerror}"
+    check(name, value or str(folder), not reason, f"must lie where files can be written ({reason})")

@@ -28,15 +28,15 @@ IGNORED_FIELDS = ("runtime_config",)  # peft 0.21 drops it from a file and does 
 ANY_NUMBER = ("alpha", "lora_alpha")
 
 
-def read_json(path: str | Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file of at most `MAX_CONFIG_BYTES`.
 
     Raises:
         ValueError: it is not a regular file, too large, or not strict JSON (no NaN, infinity or duplicate key).
     """
-    content = read_start(path, limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{path} is longer than {limit} bytes.")
+    content = read_start(path, MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is longer than {MAX_CONFIG_BYTES} bytes.")
     return parse_json(content, str(path))
 
 

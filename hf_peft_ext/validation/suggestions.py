@@ -1,4 +1,4 @@
-"""Suggests the name that an unknown name was meant to be."""
+"""Words for messages: the name that an unknown name was meant to be, and numbers as runs."""
 
 import difflib
 from collections.abc import Iterable
@@ -45,3 +45,14 @@ def did_you_mean(name: object, names: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name: a question with the nearest valid name, or nothing."""
     near = nearest(name, names)
     return f"; did you mean `{prefix}{near}`?" if near else ""
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as runs, such as "0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -111,7 +111,7 @@ def compare(rows: list[Row]) -> None:
 PART = Part(
     f"Peak memory of a step, Llama-7B, {LENGTH} tokens, batch 1",
     "GiB (2^30 bytes) that torch has allocated at most, the model's weights among them. Weights, gradients and "
-    "AdamW's averages of full fine-tuning and of the thin copy are bf16. No checkpointing unless a row says so.",
+    "AdamW's averages of full fine-tuning and of the pruned copy are bf16. No checkpointing unless a row says so.",
     ("model", "method"),
     {SHAPE: [*STEPS, *STAGES]},
     measure,

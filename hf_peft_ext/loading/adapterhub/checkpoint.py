@@ -99,12 +99,8 @@ def methods(saved: dict[str, Any]) -> list[Settings]:
     members: list[Settings] = config["configs"] if config.get("architecture") == "union" else [config]
     for method in members:
         kind = method.get("architecture")
-        check(
-            "architecture",
-            kind,
-            kind in DEFAULT_ONLY,
-            "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'",
-        )
+        rule = "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'"
+        check("architecture", kind, kind in DEFAULT_ONLY, rule)
         for key, value in DEFAULT_ONLY[kind].items():
             check(key, method.get(key, value), method.get(key, value) == value, f"must be {value!r}")
         if is_ia3(method):

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from hf_peft_ext.attach.make_sublayer import build
 from hf_peft_ext.attach.placement import GatePooling, Placement
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, Settings
-from hf_peft_ext.model.sites import Site
+from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.validation.checks import check
 

@@ -14,7 +14,8 @@ from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, is_ia3
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, fill
 from hf_peft_ext.loading.adapterhub.stock import module_suffixes, stock_ia3, stock_lora
-from hf_peft_ext.model.sites import Site, find_sites
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.tuners import BottleneckConfig, ComposedConfig, LayerPrefixConfig, MAMConfig, UniPELTConfig
 from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.validation.checks import check

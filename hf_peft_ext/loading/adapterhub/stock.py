@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, Settings
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, kept, low_rank_sites
-from hf_peft_ext.model.sites import Site
+from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.validation.checks import check
 

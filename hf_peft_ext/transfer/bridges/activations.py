@@ -10,12 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.attach.forward_state import hidden_states
 from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.model.structure import CACHES, stacks
 from hf_peft_ext.pruning import PrunedModel
+from hf_peft_ext.pruning.channels import RESIDUAL
 from hf_peft_ext.ranking.losses import IGNORED
-from hf_peft_ext.transfer.map.projections import RESIDUAL
 from hf_peft_ext.validation.checks import check
 
 STACK_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -34,16 +34,16 @@ class Activations:
     Args:
         plugged: the large model with its adapters, which are disabled while it runs. It may be on the meta device,
             without weights, if all rows are cached.
-        thin: its pruned copy, not trained since; rows are cached at its channels, and for its weights.
+        pruned: its pruned copy, not trained since; rows are cached at its channels, and for its weights.
         folder: the cache, which several large models may share; None to compute the rows each time.
     """
 
-    def __init__(self, plugged: PeftModel, thin: PrunedModel, folder: str | Path | None = None):
-        self.plugged, self.kept = plugged, thin.kept[RESIDUAL]
+    def __init__(self, plugged: PeftModel, pruned: PrunedModel, folder: str | Path | None = None):
+        self.plugged, self.kept = plugged, pruned.kept[RESIDUAL]
         self.base: Any = plugged.get_base_model()
         self.stacks = [list(blocks) for _, blocks in stacks(self.base)]
         self.folder = None if folder is None else Path(folder)
-        self.large = fingerprint(self.base.config, thin)
+        self.large = fingerprint(self.base.config, pruned)
 
     def __call__(self, batch: Mapping[str, Any]) -> list[Tensor]:  # of each stack: (layers, batch, length, d)
         """The states of a batch, encoder before decoder.
@@ -183,21 +183,21 @@ def real_tokens(batch: Mapping[str, Any]) -> Tensor:  # shape: (batch, length), 
     return real | ~real.any(1, keepdim=True)
 
 
-def fingerprint(config: Any, thin: PrunedModel) -> bytes:
+def fingerprint(config: Any, pruned: PrunedModel) -> bytes:
     """The digest of a large model and of the cached channels.
 
-    It reads the config and the pruned copy, whose slices of the weights exist also where the large model's don't.
+    It is computed from the config and the pruned copy, so a large model on the meta device has one too.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in IRRELEVANT_FIELDS}
     hashed = hashlib.blake2b(repr(sorted(fields.items())).encode())
-    hashed.update(bytes_of(thin.kept[RESIDUAL]))
-    for parameter in thin.model.parameters():
+    hashed.update(bytes_of(pruned.kept[RESIDUAL]))
+    for parameter in pruned.model.parameters():
         hashed.update(bytes_of(parameter))
     return hashed.digest()
 
 
 def bytes_of(x: Tensor) -> bytes:
-    """The bytes of a tensor, which are the same on every device; a sum is not."""
+    """The bytes of a tensor, which are the same on every device, unlike a sum."""
     return x.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 

@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.model.structure import innermost, stacks
 from hf_peft_ext.pruning import PrunedModel
+from hf_peft_ext.pruning.channels import RESIDUAL
 from hf_peft_ext.transfer.bridges.activations import Activations
 from hf_peft_ext.transfer.map.adapter_tensors import AdapterTensors
 from hf_peft_ext.transfer.map.parametrize import Projected, parametrize
 from hf_peft_ext.transfer.map.plug import attach, steps
-from hf_peft_ext.transfer.map.projections import RESIDUAL, Init, Projections, Space
+from hf_peft_ext.transfer.map.projections import Init, Projections, Space
 from hf_peft_ext.tuners.ladder.forward import RUNNING, Steps
 from hf_peft_ext.tuners.ladder.network import SideBlock
 from hf_peft_ext.validation.checks import check
@@ -33,7 +34,7 @@ SPACES_ALONG = {
 
 def bridge(
     plugged: PeftModel,
-    thin: PrunedModel,
+    pruned: PrunedModel,
     init: Init = "slice",
     trainable: bool | None = None,
     train_bridge: bool = True,
@@ -56,20 +57,18 @@ def bridge(
 
     With a ladder, block i of the pruned copy reads g_i x_i + (1 - g_i) W_i b_i. b_i is the input of block i of the
     large model without its adapters (its embeddings, for the first) at the channels that the copy has. W_i begins as
-    the identity and g_i at 0.5. A copy that nothing was pruned from then gives the large model's logits; ladder
-    side-tuning, where b_i is the output of the large block, does not. In an encoder-decoder both stacks have side
-    blocks. A bridge with a ladder takes whole rows, one for each answer; it does not generate.
+    the identity and g_i at 0.5. With r = 1 it then gives the large model's logits. Ladder side-tuning does not: there
+    b_i is the output of the large block. In an encoder-decoder both stacks have side blocks. A bridge with a ladder
+    takes whole rows, one for each answer; it does not generate.
 
     Args:
         plugged: what `plug` returned, or any large model with LoRAs or adapters of this package.
-        thin: the pruned copy of its base model (`pruning.pruned_copy`).
-        init: how W_down begins: "slice" (the channels that the copy has of the large model) or "orthogonal" (at
-            random).
+        pruned: the pruned copy of its base model (`pruning.pruned_copy`).
+        init: how W_down begins: "slice" (the channels that the copy kept) or "orthogonal" (random).
         trainable: whether W_down is trained; None for True unless it is a slice.
         train_bridge: whether the pruned copy is trained with the adapters.
         ladder: whether the copy's blocks also read the inputs of the large model's blocks.
-        cache: folder for the large model's part of a ladder, so that it does not run twice on a row; None to run it
-            each time.
+        cache: folder for the large model's states, so that it runs once on each row; None to run it each time.
 
     Returns:
         The pruned copy with the adapters' tensors.
@@ -77,12 +76,12 @@ def bridge(
     Raises:
         ValueError: the pruned copy is not of this large model.
     """
-    return paper_bridge(AdapterTensors(plugged), thin, init, trainable, train_bridge, ladder, cache)
+    return paper_bridge(AdapterTensors(plugged), pruned, init, trainable, train_bridge, ladder, cache)
 
 
 def paper_bridge(
     source: AdapterTensors,
-    thin: PrunedModel,
+    pruned: PrunedModel,
     init: Init = "slice",
     trainable: bool | None = None,
     train_bridge: bool = True,
@@ -91,10 +90,12 @@ def paper_bridge(
 ) -> PeftModel:
     """As `bridge`, from tensors of the plugged model that were read already."""
     plugged = source.model
-    down = Projections(init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(thin))
-    activations = Activations(plugged, thin, cache) if ladder else None
-    model = pruned_bridge(source, thin, down).model
-    thin.model.train(plugged.training)
+    down = Projections(
+        init, trainable=init != "slice" if trainable is None else trainable, index=kept_channels(pruned)
+    )
+    activations = Activations(plugged, pruned, cache) if ladder else None
+    model = pruned_bridge(source, pruned, down).model
+    pruned.model.train(plugged.training)
     if train_bridge:
         train_copy(model, plugged)
     if activations is not None:
@@ -102,7 +103,7 @@ def paper_bridge(
     return model
 
 
-def pruned_bridge(source: AdapterTensors, thin: PrunedModel, down: Projections) -> AdapterTensors:
+def pruned_bridge(source: AdapterTensors, pruned: PrunedModel, down: Projections) -> AdapterTensors:
     """The pruned copy with the adapters of the large model, their tensors computed from those of `source`.
 
     Args:
@@ -112,17 +113,17 @@ def pruned_bridge(source: AdapterTensors, thin: PrunedModel, down: Projections) 
         ValueError: the pruned copy is not of this large model.
     """
     large = source.model.get_base_model()
-    same = type(large) is type(thin.model)
-    check("thin", type(thin.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
+    same = type(large) is type(pruned.model)
+    check("pruned", type(pruned.model).__name__, same, f"must be a copy of the large model, a {type(large).__name__}")
     of_large = source.by_key()
     hosts = (tensor.host for tensor in source if tensor.tensor == "A")
-    packed = any(isinstance(innermost(thin.model.get_submodule(host)), Conv1D) for host in hosts)
+    packed = any(isinstance(innermost(pruned.model.get_submodule(host)), Conv1D) for host in hosts)
     configs: dict[str, Any] = {name: deepcopy(source.model.peft_config[name]) for name in source.adapters}
     for config in configs.values():
         config.base_model_name_or_path, config.inference_mode = None, False
         if hasattr(config, "fan_in_fan_out"):  # quantized leaves of a large GPT-2 are transposed, the copy's are not
             config.fan_in_fan_out = packed
-    copy = AdapterTensors(attach(thin.model, configs))
+    copy = AdapterTensors(attach(pruned.model, configs))
     for tensor in copy:
         other = of_large[tensor.key]
         parametrize(tensor, other, steps(tensor, other, down), follow=True)
@@ -138,11 +139,11 @@ def train_copy(model: PeftModel, plugged: PeftModel) -> None:
             parameter.requires_grad = True
 
 
-def put_ladder(thin: nn.Module, activations: Activations) -> None:
-    """A side block in front of each block; before each forward it receives its part of the large model's states."""
-    first, d, names = next(thin.parameters()), len(activations.kept), list(inspect.signature(thin.forward).parameters)
+def put_ladder(copy: nn.Module, activations: Activations) -> None:
+    """Wrap each block in a side block, which receives the large model's states before each forward."""
+    first, d, names = next(copy.parameters()), len(activations.kept), list(inspect.signature(copy.forward).parameters)
     place = itertools.count()
-    for _, blocks in list(stacks(thin)):
+    for _, blocks in list(stacks(copy)):
         for i, block in enumerate(blocks):
             side = SideBlock(block, d, d, TEMPERATURE, next(place))
             nn.init.eye_(side.down.weight)
@@ -156,19 +157,19 @@ def put_ladder(thin: nn.Module, activations: Activations) -> None:
     def after(*_: Any) -> None:
         RUNNING.set(None)
 
-    thin.register_forward_pre_hook(before, with_kwargs=True)
-    thin.register_forward_hook(after, always_call=True)
+    copy.register_forward_pre_hook(before, with_kwargs=True)
+    copy.register_forward_hook(after, always_call=True)
 
 
-def kept_channels(thin: PrunedModel) -> dict[Space, Tensor]:
-    """Space -> the channels of it that the pruned copy has."""
+def kept_channels(pruned: PrunedModel) -> dict[Space, Tensor]:
+    """Space -> its channels that the pruned copy kept."""
     channels: dict[Space, Tensor] = {}
-    for axis, units in thin.kept.items():
+    for axis, units in pruned.kept.items():
         layer, _, name = axis.rpartition(".")
         cross, name = ("cross_" if name.startswith("cross_") else ""), name.removeprefix("cross_")
         if name in SPACES_ALONG and name.endswith("heads"):  # each of several channels
             inside = f"{layer}.{cross}head_dim"
-            units = (units[:, None] * thin.channels.sizes[inside] + thin.kept[inside]).flatten()
+            units = (units[:, None] * pruned.channels.sizes[inside] + pruned.kept[inside]).flatten()
         for space in SPACES_ALONG.get(name, ()):
             channels[cross + space, int(layer) if layer else None] = units
     return channels

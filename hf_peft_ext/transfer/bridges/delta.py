@@ -11,11 +11,11 @@ of the large model's own weights, and the adapters get their gradient through th
 `around` says what counts as no change:
 
     "plugged"  the large model with its adapters. x_ref is x itself, detached: the loss is that of the plugged model,
-               exactly and at every step; only its gradient takes the way through the copy.
+               exactly and at every step; only its gradient passes through the copy.
     "base"     the large model without its adapters. The copy carries their change in its values too, which drift away
                from the plugged model's as the adapters grow.
 
-The adapters read all channels that they read in the large model; of what they write, the copy has its own channels.
+The adapters read the same channels as in the large model. Of their output the copy has the kept channels.
 """
 
 from collections.abc import Iterator
@@ -27,23 +27,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.attach.forward_state import hidden_states
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.modes import preserve_requires_grad
-from hf_peft_ext.model.structure import covers, innermost, is_norm, leaf_size, own_modules
+from hf_peft_ext.model.structure import covers, innermost, is_norm, leaf_size
 from hf_peft_ext.pruning import PrunedModel
+from hf_peft_ext.pruning.channels import RESIDUAL
 from hf_peft_ext.transfer.bridges.activations import check_has_weights
 from hf_peft_ext.transfer.bridges.bridge import kept_channels, pruned_bridge
 from hf_peft_ext.transfer.bridges.held import HeldLeaf, HeldStates, WholeCode, WholeInput
 from hf_peft_ext.transfer.bridges.whole_norm import WholeNorm
 from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors
-from hf_peft_ext.transfer.map.projections import RESIDUAL, Projections
+from hf_peft_ext.transfer.map.projections import Projections
 from hf_peft_ext.validation.checks import check
 
 Around = Literal["plugged", "base"]
 
 
 @contextmanager
-def delta_bridge(plugged: PeftModel, thin: PrunedModel, around: Around = "plugged") -> Iterator[PeftModel]:
+def delta_bridge(plugged: PeftModel, pruned: PrunedModel, around: Around = "plugged") -> Iterator[PeftModel]:
     """The pruned copy with the plugged adapters, held to the large model. Training it trains the plugged ones.
 
         with delta_bridge(plugged, pruned_copy(large, 4)) as model:
@@ -56,28 +58,28 @@ def delta_bridge(plugged: PeftModel, thin: PrunedModel, around: Around = "plugge
     Args:
         plugged: what `plug` returned, or any large model with LoRAs or adapters of this package. Each forward of the
             bridge runs it, without gradients.
-        thin: the pruned copy of its base model (`pruning.pruned_copy`), not trained since.
+        pruned: the pruned copy of its base model (`pruning.pruned_copy`), not trained since.
         around: the large model with its adapters ("plugged") or without them ("base").
 
     Raises:
         ValueError: `around` is unknown, the pruned copy is not of this large model, or that has no weights.
     """
-    with hold(AdapterTensors(plugged), thin, around) as model:
+    with hold(AdapterTensors(plugged), pruned, around) as model:
         yield model
 
 
 @contextmanager
-def hold(source: AdapterTensors, thin: PrunedModel, around: Around) -> Iterator[PeftModel]:
+def hold(source: AdapterTensors, pruned: PrunedModel, around: Around) -> Iterator[PeftModel]:
     """As `delta_bridge`, from tensors of the plugged model that were read already."""
     check("around", around, around in get_args(Around), f"must be one of {', '.join(get_args(Around))}")
     large: Any = source.model.get_base_model()
     check_has_weights("plugged", large, "a delta bridge runs it")
-    copy = pruned_bridge(source, thin, Projections("slice", trainable=False, index=kept_channels(thin)))
-    if hasattr(thin.model, "model_dim"):  # T5 divides by its root in front of a tied head
-        thin.model.model_dim = large.model_dim  # pyright: ignore[reportArgumentType]
+    copy = pruned_bridge(source, pruned, Projections("slice", trainable=False, index=kept_channels(pruned)))
+    if hasattr(pruned.model, "model_dim"):  # T5 divides by its root in front of a tied head
+        pruned.model.model_dim = large.model_dim  # pyright: ignore[reportArgumentType]
     source.model.eval()
     copy.model.eval()
-    held = HeldCopy(source, copy, thin, around)
+    held = HeldCopy(source, copy, pruned, around)
     try:
         yield copy.model
     finally:
@@ -90,12 +92,12 @@ class HeldCopy:
     Args:
         source: tensors of the plugged model.
         copy: tensors of the pruned copy.
-        thin: the same copy, and the channels that it has.
-        around: see above.
+        pruned: the same copy and its kept channels.
+        around: see `delta_bridge`.
     """
 
-    def __init__(self, source: AdapterTensors, copy: AdapterTensors, thin: PrunedModel, around: Around):
-        self.plugged, self.model, self.thin, self.around = source.model, copy.model, thin, around
+    def __init__(self, source: AdapterTensors, copy: AdapterTensors, pruned: PrunedModel, around: Around):
+        self.plugged, self.model, self.pruned, self.around = source.model, copy.model, pruned, around
         self.large: Any = source.model.get_base_model()
         self.copy: Any = copy.model.get_base_model()
         self.states = HeldStates()
@@ -110,7 +112,7 @@ class HeldCopy:
             if not covers(trained, path):
                 self.hold_leaf(path, large_leaves[path], leaf)
         of_large, of_copy = source.by_key(), copy.by_key()
-        channels = kept_channels(thin)
+        channels = kept_channels(pruned)
         for key, own in of_copy.items():
             self.read_whole(of_large[key], own, of_copy, channels)
 
@@ -153,9 +155,9 @@ class HeldCopy:
 
     def hold_leaf(self, path: str, large: nn.Module, leaf: nn.Module) -> None:
         """Hold a linear leaf, or a norm along the residual stream, to the large model's."""
-        kept = self.thin.kept[RESIDUAL]
+        kept = self.pruned.kept[RESIDUAL]
         if leaf_size(leaf):
-            held = HeldLeaf(self.states, path, self.thin.rows_of(path))
+            held = HeldLeaf(self.states, path, self.pruned.rows_of(path))
             self.handles += [large.register_forward_hook(held.record), leaf.register_forward_hook(held.hold)]
         elif is_norm(leaf) and len(leaf.weight) == len(kept) < len(large.weight):  # pyright: ignore
             self.norms.append(WholeNorm(large, leaf, kept))
@@ -163,8 +165,8 @@ class HeldCopy:
     def read_whole(
         self, source: AdapterTensor, own: AdapterTensor, of_copy: dict[Any, AdapterTensor], channels: dict[Any, Tensor]
     ) -> None:
-        """Let a tensor that reads the model read all channels of the large model."""
-        axis = next((axis for axis in own.axes if axis.side == "read"), None)
+        """Let a tensor with an input axis read all channels of the large model."""
+        axis = next((axis for axis in own.axes if axis.side == "in"), None)
         if axis is None:
             return
         if own.site is None:  # LoRA's A, a head: leaves that are called
@@ -185,8 +187,8 @@ class HeldCopy:
 
     def read_whole_input(self, source: AdapterTensor, own: AdapterTensor) -> None:
         """Hold a leaf of an adapter to the whole input of its host."""
-        writes = any(axis.side == "write" for axis in own.axes)  # the dense layer in front of a classifier
-        whole = WholeInput(self.states, source, self.thin.kept[RESIDUAL] if writes else None)
+        has_output = any(axis.side == "out" for axis in own.axes)  # the dense layer in front of a classifier
+        whole = WholeInput(self.states, source, self.pruned.kept[RESIDUAL] if has_output else None)
         self.handles.append(own.owner.register_forward_hook(whole.hold))
         for model, record in ((self.large, whole.record), (self.copy, whole.record_reference)):
             for module in called_with_input(model, own):

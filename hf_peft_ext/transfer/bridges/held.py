@@ -62,7 +62,7 @@ class WholeInput:
 
     Args:
         source: the leaf's weight A in the large model; A' is the copy's.
-        rows: the rows of A that the copy has, where the leaf also writes the residual stream; None for all.
+        rows: the rows of A that the copy has, where the leaf's output is the residual stream; None for all.
     """
 
     def __init__(self, states: HeldStates, source: AdapterTensor, rows: Tensor | None):
@@ -104,13 +104,13 @@ class WholeCode:
         self.states.large[self.path] = x
 
     def unseen(self) -> Tensor:  # shape: (batch, length, r)
-        """The part of the code that comes from channels which the copy lacks."""
+        """The part of A x_large from the channels that the copy lacks."""
         weight, own, x = self.source.value, self.own.value, self.states.large[self.path]
         kept = x[..., self.kept.to(x.device)]
         return F.linear(x.to(weight.dtype), weight) - F.linear(kept.to(own.dtype), own)
 
     def widen(self, _: nn.Module, args: Any, bias: Tensor) -> Tensor:  # shape: (batch, length, r)
-        """Hook of the computed bias of a bottleneck or a gate: each token has a bias of its own."""
+        """Hook of the computed bias of a bottleneck or a gate: each token has its own bias."""
         return bias + self.unseen()
 
     def project(

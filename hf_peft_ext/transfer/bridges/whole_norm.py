@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class WholeNorm:
-    """A norm over all channels of the large model's residual stream, of which the pruned copy has and changes some.
+    """A norm over all channels of the large model's residual stream; the pruned copy has and changes some of them.
 
     With c = x - mu over the kept channels, and R_1, R_2 the sums of c and c^2 over the others in the large model:
     y = gain (c - m) / sqrt((sum c^2 + R_2) / d - m^2 + eps) + bias, m = (sum c + R_1) / d. An RMS norm has mu = m = 0.
@@ -16,26 +16,26 @@ class WholeNorm:
     call uses the statistics recorded by the large model's n-th call, or its last.
 
     Args:
-        large, thin: the norm in the large model and in the copy.
+        large, copy: the norm in the large model and in the copy.
         kept: the channels that the copy has.
     """
 
-    def __init__(self, large: Any, thin: Any, kept: Tensor):
-        self.large, self.thin, self.d, self.kept, self.eps = large, thin, len(large.weight), kept, eps_of(large)
+    def __init__(self, large: Any, copy: Any, kept: Tensor):
+        self.large, self.copy, self.d, self.kept, self.eps = large, copy, len(large.weight), kept, eps_of(large)
         self.centred = isinstance(large, nn.LayerNorm)
         self.statistics: list[tuple[Tensor, Tensor, Tensor]] = []
         self.calls = 0
         if self.centred:
-            self.gain, self.bias = thin.weight, thin.bias
+            self.gain, self.bias = copy.weight, copy.bias
         else:  # some add one to their weight; their output for ones is the gain
             with torch.no_grad():
-                self.gain, self.bias = thin(torch.ones_like(thin.weight)) * (1 + self.eps) ** 0.5, None
+                self.gain, self.bias = copy(torch.ones_like(copy.weight)) * (1 + self.eps) ** 0.5, None
         self.large_forward = large.forward
-        large.forward, thin.forward = self.measure, self.divide
+        large.forward, copy.forward = self.measure, self.divide
 
     def remove(self) -> None:
         """Give both norms their own forward again."""
-        del self.large.forward, self.thin.forward
+        del self.large.forward, self.copy.forward
 
     def measure(self, x: Tensor) -> Tensor:
         """The large norm; mu, R_1 and R_2 of each token are recorded, shapes: (*batch, 1)."""
@@ -59,5 +59,5 @@ class WholeNorm:
 
 
 def eps_of(norm: Any) -> float:
-    """The epsilon of a norm, by whatever name its class has for it."""
+    """The epsilon of a norm; its name depends on the class."""
     return next(getattr(norm, name) for name in ("eps", "variance_epsilon", "layer_norm_eps") if hasattr(norm, name))

@@ -12,16 +12,18 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.tuner import tuner_layers
-from hf_peft_ext.model.sites import Site, find_sites
-from hf_peft_ext.model.structure import own_modules
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.pruning.channels import RESIDUAL
 from hf_peft_ext.sublayers import Bottleneck, LowRank, Prefix, ProjectedPrefix
-from hf_peft_ext.transfer.map.projections import RESIDUAL, Side
+from hf_peft_ext.transfer.map.projections import Side
 from hf_peft_ext.validation.checks import check
 
 HEAD = -1  # the layer of a module that is trained outside the blocks
 # The space of a leaf's input, and of its output, where it is not the residual stream.
-READS = {"attention_output": "heads", "ffn_output": "ffn"}
-WRITES = {"query": "query", "key": "key", "value": "value", "ffn_input": "ffn", "ffn_gate": "ffn"}
+INPUT_SPACES = {"attention_output": "heads", "ffn_output": "ffn"}
+OUTPUT_SPACES = {"query": "query", "key": "key", "value": "value", "ffn_input": "ffn", "ffn_gate": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Axis:
 
     Args:
         dim: which dimension; None for the heads of a prefix: (heads, n, d) runs along heads x d.
-        side: whether the tensor reads from the model along it or writes to the model.
+        side: "in" if the sub-layer's input has this dimension, "out" if its output has it.
         rows: space -> its indices along this dimension; None for all of them.
     """
 
@@ -54,7 +56,7 @@ class AdapterTensor:
         tensor: its name in the sub-layer.
         owner, name: the module and the attribute that hold it.
         axes: its dimensions that run along the model.
-        host: path of the module that the sub-layer sits at.
+        host: path of the module at which the sub-layer acts.
         site: its site, for sub-layers of this package.
     """
 
@@ -87,7 +89,7 @@ class AdapterTensor:
 class AdapterTensors:
     """The tensors of all active adapters of a model. Read them once for a model, and hand them on.
 
-    They stay valid while tensors are parametrized and merged, not when adapters are added, removed or activated.
+    They stay valid when tensors are parametrized or merged, but not when adapters are added, removed or activated.
 
     Args:
         model: a model with LoRAs, or with adapters of this package without biases and reparameterised prefixes.
@@ -111,11 +113,11 @@ class AdapterTensors:
         return {tensor.key: tensor for tensor in self}
 
     def added(self) -> list[AdapterTensor]:
-        """The tensors in the blocks that are a factor of what their sub-layer adds: LoRA's B, up-projections."""
+        """The tensors in the blocks that multiply the whole output of a sub-layer: LoRA's B, up-projections."""
         return [
             tensor
             for tensor in self
-            if tensor.layer != HEAD and any(axis.side == "write" and axis.dim is not None for axis in tensor.axes)
+            if tensor.layer != HEAD and any(axis.side == "out" and axis.dim is not None for axis in tensor.axes)
         ]
 
     @property
@@ -153,15 +155,17 @@ def lora_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
     sites = leaf_sites(base)
     for path, module in own_modules(base):
         if isinstance(module, LoraLayer) and adapter in module.r:
-            check("target_modules", path, path in sites and adapter in module.lora_A, "is no leaf of a block")
+            check(
+                "target_modules", path, path in sites and adapter in module.lora_A, "must be a linear leaf of a block"
+            )
             here = sites[path]
-            reads: dict[str, Tensor | None] = {space_of(here[0], "read"): None}
-            writes = {space_of(site, "write"): site.rows for site in here}
+            inputs: dict[str, Tensor | None] = {space_of(here[0], "in"): None}
+            outputs = {space_of(site, "out"): site.rows for site in here}
             layer, names = here[0].layer, frozenset(site.name for site in here)
             assert layer is not None
             for tensor, owner, axis in (
-                ("A", module.lora_A[adapter], Axis(1, "read", reads)),
-                ("B", module.lora_B[adapter], Axis(0, "write", writes)),
+                ("A", module.lora_A[adapter], Axis(1, "in", inputs)),
+                ("B", module.lora_B[adapter], Axis(0, "out", outputs)),
             ):
                 yield AdapterTensor(adapter, layer, names, tensor, owner, "weight", (axis,), path)
 
@@ -171,7 +175,7 @@ def leaf_sites(model: nn.Module) -> dict[str, list[Site]]:
     sites: dict[str, list[Site]] = {}
     for site in find_sites(model):
         name = site.name.removeprefix("cross_")
-        if site.act == "input" and site.layer is not None and name in {*READS, *WRITES}:
+        if site.act == "input" and site.layer is not None and name in {*INPUT_SPACES, *OUTPUT_SPACES}:
             sites.setdefault(site.host, []).append(site)
     return sites
 
@@ -198,18 +202,18 @@ def placed_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
 
 def axes_of(site: Site) -> dict[str, tuple[Axis, ...]]:
     """Tensor of a sub-layer at this site -> its dimensions that run along the model; others have none."""
-    reads: dict[str, Tensor | None] = {space_of(site, "read"): None}
-    writes: dict[str, Tensor | None] = {space_of(site, "write"): None}
+    inputs: dict[str, Tensor | None] = {space_of(site, "in"): None}
+    outputs: dict[str, Tensor | None] = {space_of(site, "out"): None}
     cross = "cross_" if site.name.startswith("cross_") else ""
     return {
-        "A": (Axis(1, "read", reads),),
-        "B": (Axis(0, "write", writes),),
-        "down.weight": (Axis(1, "read", reads),),
-        "up.weight": (Axis(0, "write", writes),),
-        "up.bias": (Axis(0, "write", writes),),
-        "gate.weight": (Axis(1, "read", reads),),
-        "P_K": (Axis(None, "write", {f"{cross}key": None}),),
-        "P_V": (Axis(None, "write", {f"{cross}value": None}),),
+        "A": (Axis(1, "in", inputs),),
+        "B": (Axis(0, "out", outputs),),
+        "down.weight": (Axis(1, "in", inputs),),
+        "up.weight": (Axis(0, "out", outputs),),
+        "up.bias": (Axis(0, "out", outputs),),
+        "gate.weight": (Axis(1, "in", inputs),),
+        "P_K": (Axis(None, "out", {f"{cross}key": None}),),
+        "P_V": (Axis(None, "out", {f"{cross}value": None}),),
     }
 
 
@@ -226,14 +230,14 @@ def tensor_names(module: nn.Module, path: str = "") -> Iterator[str]:
 
 
 def space_of(site: Site, side: Side) -> str:
-    """The space that a sub-layer at this site reads or writes."""
+    """The space of the input or of the output of a sub-layer at this site."""
     cross = "cross_" if site.name.startswith("cross_") else ""
-    name = (READS if side == "read" else WRITES).get(site.name.removeprefix("cross_"))
+    name = (INPUT_SPACES if side == "in" else OUTPUT_SPACES).get(site.name.removeprefix("cross_"))
     return cross + name if name else RESIDUAL
 
 
 def head_tensors(base: Any, adapter: str) -> Iterator[AdapterTensor]:
-    """The tensors of modules that are trained whole, such as a classification head; it reads the residual stream."""
+    """The tensors of modules that are trained whole, such as a classification head on the residual stream."""
     d = base.config.get_text_config().hidden_size
     for path, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
@@ -242,7 +246,7 @@ def head_tensors(base: Any, adapter: str) -> Iterator[AdapterTensor]:
                 owner, _, name = tensor.rpartition(".")
                 whole = head.get_submodule(owner)
                 axes = tuple(
-                    Axis(dim, "read" if dim else "write", {RESIDUAL: None})
+                    Axis(dim, "in" if dim else "out", {RESIDUAL: None})
                     for dim, size in enumerate(getattr(whole, name).shape)
                     if size == d
                 )

@@ -8,12 +8,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_peft_ext.attach.layer import hidden_states
+from hf_peft_ext.attach.forward_state import hidden_states
 from hf_peft_ext.model.modes import preserve_requires_grad
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.model.structure import stacks
-from hf_peft_ext.transfer.map.adapter_tensors import READS, WRITES, space_of
-from hf_peft_ext.transfer.map.projections import RESIDUAL, Dense, Projections, Side, Space, key_of, least_squares
+from hf_peft_ext.pruning.channels import RESIDUAL
+from hf_peft_ext.transfer.map.adapter_tensors import INPUT_SPACES, OUTPUT_SPACES, space_of
+from hf_peft_ext.transfer.map.projections import Dense, Projections, Side, Space, key_of, least_squares
 from hf_peft_ext.validation.checks import check
 
 States = dict[Space, list[Tensor]]  # space of a layer -> shape of each: (tokens, d)
@@ -26,7 +27,7 @@ def align(
     layers: list[int],
     batches: Iterable[Mapping[str, Any]],
 ) -> None:
-    """Fit the projections in place: W x_small to x_large on the write side, W^T x_large to x_small on the read side.
+    """Fit the projections in place: W x_small to x_large for outputs, W^T x_large to x_small for inputs.
 
     States of the residual stream are the inputs of the blocks, all layers together. States of other spaces are the
     inputs or outputs of a layer's own leaves. Adapters are disabled. A good fit does not make a good adapter, see
@@ -45,7 +46,7 @@ def align(
     for batch in batches:
         for model, states in ((small, of_small), (large, of_large)):
             record_states(model, batch, states)
-    check("batches", len(of_large), bool(of_large), "must hold at least one, to begin W_plug by least squares")
+    check("batches", len(of_large), bool(of_large), "must hold at least one batch, to fit W_plug by least squares")
     pairs: defaultdict[Space, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for (name, layer), states in of_large.items():
         assert layer is not None
@@ -53,7 +54,7 @@ def align(
         pairs[space] += zip(of_small[name, layers[layer]], states, strict=True)
     for space, of_space in pairs.items():
         x_small, x_large = (torch.cat(states) for states in zip(*of_space, strict=True))
-        for side in ("read", "write"):
+        for side in ("in", "out"):
             fill_projection(projections, space, side, x_small, x_large)
 
 
@@ -69,8 +70,8 @@ def fill_projection(
     name = key_of(space, side)
     dense = projections.of[name] if name in projections.of else None
     if isinstance(dense, Dense):
-        reads = side == "read"
-        dense.weight.copy_(least_squares(x_large, x_small).T if reads else least_squares(x_small, x_large))
+        weight = least_squares(x_large, x_small).T if side == "in" else least_squares(x_small, x_large)
+        dense.weight.copy_(weight)
 
 
 def record_states(model: PeftModel, batch: Mapping[str, Any], states: States) -> None:
@@ -85,15 +86,15 @@ def record_states(model: PeftModel, batch: Mapping[str, Any], states: States) ->
         handles.append(block.register_forward_pre_hook(stream, with_kwargs=True))
     for site in find_sites(base):
         name = site.name.removeprefix("cross_")
-        if site.act != "input" or site.layer is None or name not in {*READS, *WRITES}:
+        if site.act != "input" or site.layer is None or name not in {*INPUT_SPACES, *OUTPUT_SPACES}:
             continue
 
         def leaf(_: nn.Module, args: Any, output: Tensor, site: Any = site, name: str = name) -> None:
-            if name in READS:
-                states[space_of(site, "read"), site.layer].append(args[0].flatten(0, -2))
-            if name in WRITES:
+            if name in INPUT_SPACES:
+                states[space_of(site, "in"), site.layer].append(args[0].flatten(0, -2))
+            if name in OUTPUT_SPACES:
                 rows = output if site.rows is None else output[..., site.rows.to(output.device)]
-                states[space_of(site, "write"), site.layer].append(rows.flatten(0, -2))
+                states[space_of(site, "out"), site.layer].append(rows.flatten(0, -2))
 
         handles.append(base.get_submodule(site.host).register_forward_hook(leaf))
     try:

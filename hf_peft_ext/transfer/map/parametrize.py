@@ -67,10 +67,10 @@ class Projected(nn.Module):
 
 
 class Followed(Projected):
-    """The same of a tensor of another model, which is read each time and trained with this one.
+    """P_n ... P_1 x, x being a tensor of another model, which is read each time and trained with this model.
 
     Args:
-        source: that tensor. Its owner becomes a child, so that its parameters are this model's too.
+        source: that tensor. Its owner becomes a child, so its parameters belong to this model too.
     """
 
     def __init__(self, steps: list[Step], heads: int, source: AdapterTensor):
@@ -78,7 +78,7 @@ class Followed(Projected):
         self.owner, self.name = source.owner, source.name
 
     def right_inverse(self, value: Tensor) -> tuple[()]:
-        """No original of its own."""
+        """There is no original: each forward reads the source."""
         return ()
 
     def forward(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,7 +92,7 @@ def parametrize(target: AdapterTensor, source: AdapterTensor, steps: list[Step],
         follow: whether `source` itself is read each time and trained; otherwise a copy of it, in the target's type.
 
     Raises:
-        ValueError: the result has not the shape of the target.
+        ValueError: the result has another shape than the target.
     """
     owner, name, value = target.owner, target.name, target.value
     device = source.value.device if value.is_meta else value.device  # a model on the meta device has no weights
@@ -107,13 +107,13 @@ def parametrize(target: AdapterTensor, source: AdapterTensor, steps: list[Step],
 
 
 def is_projected(module: nn.Module) -> bool:
-    """Whether a module has tensors that `parametrize` made."""
+    """Whether `parametrize` has replaced a tensor of a module."""
     lists: Any = module._modules.get("parametrizations", {})  # peft's wrappers give attributes of the module inside
     return any(isinstance(lists[name][0], Projected) for name in lists)
 
 
 def remove_parametrization(owner: Any) -> None:
-    """Make trained parameters of a module's computed tensors."""
+    """Replace a module's computed tensors by trainable parameters with the same values."""
     # a deep copy shares its class with the module that it was copied from, and torch deletes properties of the class
     owner.__class__ = type(type(owner).__name__, type(owner).__bases__, dict(vars(type(owner))))
     for name in list(owner.parametrizations):

@@ -12,12 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.attach.config import PlacedConfig
-from hf_peft_ext.model.structure import innermost, own_modules, stacks
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.structure import innermost, stacks
+from hf_peft_ext.pruning.channels import RESIDUAL
 from hf_peft_ext.transfer.bridges.activations import check_has_weights
 from hf_peft_ext.transfer.map.adapter_tensors import HEAD, AdapterTensor, AdapterTensors, Axis, leaf_sites
 from hf_peft_ext.transfer.map.alignment import align
 from hf_peft_ext.transfer.map.parametrize import Block, Step, parametrize
-from hf_peft_ext.transfer.map.projections import RESIDUAL, Order, Projections, Space, layer_map
+from hf_peft_ext.transfer.map.projections import Order, Projections, Space, layer_map
 from hf_peft_ext.validation.checks import check
 
 
@@ -42,8 +44,8 @@ def plug(
         large: a model, whose own parameters are frozen. It may be one without weights, built in
             `with torch.device("meta")`, to be trained in a `bridge` and loaded onto the real one when it is merged.
         projections: W_plug; None for random orthogonal ones that are trained.
-        order: which layer comes from which where depths differ, see `projections.layer_map`.
-        batches: inputs of both models without padding, for projections that begin by least squares.
+        order: which layer corresponds to which where depths differ, see `projections.layer_map`.
+        batches: inputs of both models without padding, for projections that are fitted by least squares.
 
     Returns:
         The large model with the adapters.
@@ -65,7 +67,7 @@ def plug_tensors(
     batches: Iterable[Mapping[str, Any]] | None,
 ) -> AdapterTensors:
     """As `plug`, from tensors of the small model that were read already; returns those of the large one."""
-    rule = "are needed by projections that begin by least squares, and by no others"
+    rule = "must be passed for projections that are fitted by least squares, and for no others"
     check("batches", batches, (batches is not None) == (projections.init == "least_squares"), rule)
     if batches is not None:
         check_has_weights("large", large, "least squares run it")
@@ -97,11 +99,11 @@ def parametrize_all(
         layer = tensor.layer if tensor.layer == HEAD else layers[tensor.layer]
         other = next((other for other in source if tensor.corresponds_to(other, layer)), None)
         if other is None:
-            raise ValueError(f"`small` (={small!r}) has nothing to plug in at {tensor.host}.")
+            raise ValueError(f"`small` (={small!r}) has no adapter tensor for {tensor.host} of the large model.")
         used.add(other.key)
         parametrize(tensor, other, steps(tensor, other, projections))
     left = sorted({other.host for other in source if other.key not in used and other.layer in {HEAD, *layers}})
-    check("large", large, not left, f"has no place for what sits at {', '.join(left[:3])}")
+    check("large", large, not left, f"has no module for the adapter at {', '.join(left[:3])}")
 
 
 def check_no_adapter(large: nn.Module) -> None:
@@ -160,7 +162,7 @@ def lora_config_for(
     """A LoRA config with the ranks and alphas of the small model's layers.
 
     Args:
-        hosts: leaf of the large model -> the A that it gets.
+        hosts: leaf of the large model -> A of the corresponding leaf of the small one.
     """
     adapted: Any = copy(config)
     others = [path for path, _ in own_modules(large) if path not in hosts]
@@ -183,7 +185,7 @@ def bottleneck_size(tensors: Sequence[AdapterTensor]) -> int | None:
 
 
 def lora_hosts(large: nn.Module, tensors: Sequence[AdapterTensor], layers: list[int]) -> dict[str, AdapterTensor]:
-    """The large model's leaves that correspond to leaves of the small one with LoRA, each with the A that it gets."""
+    """The large model's leaves that correspond to leaves of the small one with LoRA, each with its LoRA's A."""
     hosts: dict[str, AdapterTensor] = {}
     for host, sites in leaf_sites(large).items():
         layer, names = sites[0].layer, {site.name for site in sites}
@@ -196,16 +198,16 @@ def lora_hosts(large: nn.Module, tensors: Sequence[AdapterTensor], layers: list[
 
 
 def steps(target: AdapterTensor, source: AdapterTensor, projections: Projections) -> list[Step]:
-    """The projections from `source` to `target`: one step for each dimension along the model."""
-    found: list[Step] = []
+    """The projections from `source` to `target`: one step for each axis."""
+    projected: list[Step] = []
     for axis, before in zip(target.axes, source.axes, strict=True):
         blocks: list[Block] = []
         for name, rows in axis.rows.items():
             d_from, d_to = space_width(source, before, name), space_width(target, axis, name)
             space: Space = (name, None if name == RESIDUAL else target.layer)
             blocks.append(Block(projections.between(space, axis.side, d_from, d_to), before.rows[name], rows))
-        found.append(Step(axis.dim, axis.size(target.value), blocks))
-    return found
+        projected.append(Step(axis.dim, axis.size(target.value), blocks))
+    return projected
 
 
 def space_width(tensor: AdapterTensor, axis: Axis, space: str) -> int:

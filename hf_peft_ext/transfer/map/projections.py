@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_peft_ext.pruning.channels import RESIDUAL as RESIDUAL
 from hf_peft_ext.validation.checks import check, check_count
 
-Side = Literal["read", "write"]
+Side = Literal["in", "out"]
 Init = Literal["orthogonal", "slice", "least_squares"]
 Order = Literal["interleaved", "tiled"]
 Space = tuple[str, int | None]  # "residual" and None, or a space inside a layer ("query", "ffn") and the layer
@@ -43,7 +42,7 @@ class Slice(nn.Module):
         index: the channels of the wider one that the narrower one has; None for the first.
 
     Raises:
-        ValueError: `index` has not the length of the narrower one.
+        ValueError: `index` has another length than the narrower one.
     """
 
     index: Tensor
@@ -69,16 +68,16 @@ class Projections(nn.Module):
     """One projection for each side of each space.
 
     The residual stream is one space through all layers. The channels inside a layer (of its queries, of its FFN) are
-    spaces of that layer. A tensor of an adapter has a side: LoRA's A reads the residual stream, its B writes to the
-    queries. From small to large, W reads by x_small = W^T x_large and writes by x_large = W x_small. With
-    orthonormal columns and the same W on both sides the result is the small model's delta:
-    (W B)(A W^T) (W x) = W B A x.
+    spaces of that layer. The input of LoRA's A is the residual stream (side "in"),
+    the output of its B are, for example, queries (side "out"). From small to large, W projects inputs by
+    x_small = W^T x_large and outputs by x_large = W x_small. With orthonormal columns and the same W on both sides the
+    result is the small model's delta: (W B)(A W^T) (W x) = W B A x.
 
     Args:
-        init: "orthogonal" (random, the same for read and write), "slice" (the small model's channels are channels of
+        init: "orthogonal" (random, the same on both sides), "slice" (the small model's channels are channels of
             the large one: those of `index`, or the first) or "least_squares" (fitted to states of both models on the
             batches of `plug`; in a first trial a good fit of states did not make a useful adapter).
-        sides: which sides have this projection: "both", "read" or "write"; the other one is a slice.
+        sides: which sides have this projection: "both", "in" or "out"; the other one is a slice.
         trainable: whether the projections are trained with the adapter.
         index: for slices, space -> the channels of the wider model that the narrower one has.
 
@@ -89,13 +88,13 @@ class Projections(nn.Module):
     def __init__(
         self,
         init: Init = "orthogonal",
-        sides: Literal["both", "read", "write"] = "both",
+        sides: Literal["both", "in", "out"] = "both",
         trainable: bool = True,
         index: Mapping[Space, Tensor] | None = None,
     ):
         super().__init__()
         check("init", init, init in get_args(Init), f"must be one of {', '.join(get_args(Init))}")
-        check("sides", sides, sides in ("both", "read", "write"), "must be one of both, read, write")
+        check("sides", sides, sides in ("both", "in", "out"), "must be one of both, in, out")
         self.init, self.sides, self.trainable, self.index = init, sides, trainable, index or {}
         self.of = nn.ModuleDict()
 
@@ -110,7 +109,7 @@ class Projections(nn.Module):
         if self.init == "slice" or self.sides not in ("both", side):
             return Slice(d_from, d_to, self.index.get(space))
         dense = Dense(d_from, d_to)
-        other = key_of(space, "write" if side == "read" else "read")
+        other = key_of(space, "out" if side == "in" else "in")
         if isinstance(twin := self.of[other] if other in self.of else None, Dense):
             dense.weight.data.copy_(twin.weight)
         return dense.requires_grad_(self.trainable)
@@ -151,7 +150,7 @@ def layer_map(small: list[int], large: list[int], order: Order = "interleaved") 
         ValueError: the models have different numbers of stacks, or `order` is unknown.
     """
     check("order", order, order in get_args(Order), f"must be one of {', '.join(get_args(Order))}")
-    rule = f"must be as many stacks of layers as the large model has, {len(large)}"
+    rule = f"must have as many stacks of layers as the large model, {len(large)}"
     check("small", small, len(small) == len(large), rule)
     layers: list[int] = []
     for first, (n_small, n_large) in zip(first_layers(small), zip(small, large, strict=True), strict=True):

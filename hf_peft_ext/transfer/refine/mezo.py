@@ -139,10 +139,10 @@ def add_layer_scales(tensors: AdapterTensors) -> list[nn.Parameter]:
     model.requires_grad_(False)
     scales: dict[int, Scale] = {}
     for tensor in tensors:
-        written = [axis for axis in tensor.axes if axis.side == "write"]
-        if written and tensor.layer != HEAD and not tensor.tensor.endswith("P_K"):
+        outputs = [axis for axis in tensor.axes if axis.side == "out"]
+        if outputs and tensor.layer != HEAD and not tensor.tensor.endswith("P_K"):
             scale = scales.setdefault(tensor.layer, Scale())
-            step = Step(written[0].dim, written[0].size(tensor.value), [Block(scale, None, None)])
+            step = Step(outputs[0].dim, outputs[0].size(tensor.value), [Block(scale, None, None)])
             parametrize(tensor, tensor, [step])
             tensor.owner.parametrizations[tensor.name].original.requires_grad_(False)  # pyright: ignore
     return [scales[layer].s for layer in sorted(scales)]

@@ -13,7 +13,7 @@ from hf_peft_ext.transfer.run.task import Row, Task
 
 @contextmanager
 def at_scale(tensors: AdapterTensors, scale: float) -> Iterator[None]:
-    """The model with what its adapters add times `scale`; 0 is the model without them, head included.
+    """Multiply what the adapters add by `scale`, within the context; 0 disables the adapters, head included.
 
     LoRA and bottlenecks can be scaled. A prefix is present (1) or not (0).
     """

@@ -1,4 +1,4 @@
-"""Trains what a stage of plug-in transfer trains: by gradients, or by MeZO's forward passes."""
+"""Training in one stage of plug-in transfer: by gradients, or by MeZO's forward passes."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

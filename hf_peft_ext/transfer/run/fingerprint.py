@@ -1,4 +1,4 @@
-"""The inputs of a run by their digests, so that a call with other rows or models does not continue another run."""
+"""Digests of a run's inputs, so that a call with other rows or models does not continue the run."""
 
 import hashlib
 import json

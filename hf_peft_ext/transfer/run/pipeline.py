@@ -75,9 +75,9 @@ class Stages:
         """These rows with the small model's probabilities as targets."""
         path, s = self.folder / "decisions.json", self.settings
         if not path.exists():
-            asked = [{name: row[name] for name in self.task.asks} for row in unlabelled]
+            unanswered = [{name: row[name] for name in self.task.asks} for row in unlabelled]
             with self.bar("decisions", 1) as advance:
-                text = json.dumps(decide(self.task, tuned, asked, s.temperature), indent=1, ensure_ascii=False)
+                text = json.dumps(decide(self.task, tuned, unanswered, s.temperature), indent=1, ensure_ascii=False)
                 advance()
             write(path, lambda where: where.write_text(text + "\n", encoding="utf-8"))
         return json.loads(path.read_text(encoding="utf-8"))
@@ -87,30 +87,30 @@ class Stages:
         path, s = self.folder / "plugged", self.settings
         if path.exists():
             return AdapterTensors(PeftModel.from_pretrained(large, path, is_trainable=True).eval())
-        thin = None if s.bridge == "none" else pruned_copy(large, s.r, s.reduce, self.importance(large))
+        pruned = None if s.bridge == "none" else pruned_copy(large, s.r, s.reduce, self.importance(large))
         torch.manual_seed(s.seed)
         batches = self.batches(large, 1) if s.init == "least_squares" else None
         tensors = plug_tensors(tuned, large, Projections(s.init, s.sides, s.train_projections), s.order, batches)
         tensors.model.eval()
-        if thin is not None:
-            self.train_in_bridge(tensors, thin)
+        if pruned is not None:
+            self.train_in_bridge(tensors, pruned)
         write(path, lambda folder: save_adapter(merge_projections(tensors.model), folder))
         return tensors
 
-    def train_in_bridge(self, plugged: AdapterTensors, thin: PrunedModel) -> None:
+    def train_in_bridge(self, plugged: AdapterTensors, pruned: PrunedModel) -> None:
         """Train the plugged adapter in the bridge of the settings."""
         s, rows = self.settings, self.training_rows
         steps = s.bridge_steps, s.bridge_lr, s.batch_size, s.seed, False
         with self.bar(f"{s.bridge} bridge", s.bridge_steps) as advance:
             if s.bridge == "paper":
                 cache = self.folder / "activations" if s.ladder else None
-                fit(paper_bridge(plugged, thin, ladder=s.ladder, cache=cache), self.task, rows, *steps, advance)
+                fit(paper_bridge(plugged, pruned, ladder=s.ladder, cache=cache), self.task, rows, *steps, advance)
             else:
-                with hold(plugged, thin, s.around) as held:
+                with hold(plugged, pruned, s.around) as held:
                     fit(held, self.task, rows, *steps, advance)
 
     def importance(self, large: PreTrainedModel) -> Importance:
-        """The scores that the bridge's channels are chosen by."""
+        """The scores that choose the bridge's channels."""
         path, s = self.folder / "importance.safetensors", self.settings
         if not path.exists():
             with self.bar("importance", 1) as advance:
@@ -131,7 +131,7 @@ class Stages:
         return (self.task.batch(large, rows[i : i + size]) for i in range(0, len(rows), size))
 
     def refined(self, tensors: AdapterTensors) -> AdapterTensors:
-        """The same after MeZO."""
+        """The adapter after MeZO."""
         path, s, model = self.folder / "refined", self.settings, tensors.model
         if path.exists():
             large: Any = model.unload()  # pyright: ignore[reportCallIssue]

@@ -62,10 +62,10 @@ def plug_in(
         large: the large model; none of its parameters is trained.
         tokenizer: of both models, which need the same vocabulary.
         train: rows with `prompt`, `choices` and `answer`, or with `text` and `label`.
-        test: at least two rows, on which the gain is measured; nothing is chosen by them.
+        test: at least two rows, which measure the gain and choose nothing.
         folder: for the artefacts.
         peft_config: the config of the small model's adapter.
-        dev: rows that the scale is chosen by; None for a fifth of `train`, held out.
+        dev: rows that choose the scale; None for a fifth of `train`, held out.
         settings: the length of each stage, and the choices that the paper leaves open.
         progress: whether bars are shown.
         unlabelled: rows like those of `train`, whose answers are not read. The tuned small model gives each answer a

@@ -76,13 +76,13 @@ def log_odds(score: Tensor, index: int) -> float:
 
 @dataclass
 class PlugInResult:
-    """The untouched large model and the plugged one on the same held-back rows.
+    """The untouched large model and the plugged one on the same test rows.
 
     Args:
         base: the large model without the adapter.
         plugged: with it, at `scale`.
-        scale: the factor of the adapter, chosen on other rows; 0 is always among the choices.
-        tried: scale -> accuracy on those rows.
+        scale: the factor of the adapter, chosen on the dev rows; 0 is always among the choices.
+        tried: scale -> accuracy on the dev rows.
         low, high: the 95 % interval of the gain, by a BCa bootstrap over rows, paired.
     """
 
@@ -117,7 +117,7 @@ class PlugInResult:
 
     def __str__(self) -> str:
         if self.scale == 0:
-            return "no gain: scale 0, the untouched large model, was the best on the rows to choose by"
+            return "no gain: scale 0, the untouched large model, was the best on the dev rows"
         verdict = "gain" if self.gains else "no gain"
         a, b = self.base, self.plugged
         return (

@@ -44,7 +44,7 @@ class PlugInSettings:
     ladder: bool = False
     order: Order = "interleaved"
     init: Init = "orthogonal"
-    sides: Literal["both", "read", "write"] = "both"
+    sides: Literal["both", "in", "out"] = "both"
     train_projections: bool = True
     refine: Literal["none", "scales", "module"] = "none"
     temperature: float = 1.0

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_peft_ext.attach.changed_config import asked_by, become
 from hf_peft_ext.attach.config import NamedFields, layer_list
 from hf_peft_ext.attach.resolve import check_layers, excluded, layer_count, no_site_message, saved_whole
-from hf_peft_ext.model.sites import Site, find_sites, override_sites
-from hf_peft_ext.model.structure import innermost, layer_paths, own_modules
-from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites, override_sites
+from hf_peft_ext.model.structure import innermost, layer_paths
 from hf_peft_ext.tuners.ia3.target_modules import module_names
 from hf_peft_ext.validation.checks import check, check_names
 
@@ -53,7 +54,6 @@ class TFewConfig(NamedFields, IA3Config):
     sites: dict[str, list[str] | str] | None = field(default=None, metadata={"help": "Target -> modules."})
 
     def __post_init__(self) -> None:
-        extend_peft()
         targets = (*TFEW_TARGETS, "cross_key", "cross_value")
         self.targets = check_names("targets", self.targets, targets)
         for name in ("target_modules", "feedforward_modules"):

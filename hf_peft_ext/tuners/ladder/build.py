@@ -18,8 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.sites import input_embeddings
-from hf_peft_ext.model.structure import covers, own_modules, stacks
+from hf_peft_ext.model.structure import covers, stacks
 from hf_peft_ext.pruning import Importance, pruned_config, pruned_copy
 from hf_peft_ext.pruning.sizes import refuse_pruning
 from hf_peft_ext.tuners.ladder.forward import check_forward

@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from hf_peft_ext.model.structure import own_modules, stacks
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.structure import stacks
 from hf_peft_ext.tuners.ladder.forward import running_steps
 
 INDICES = {"layer_idx", "layer_id"}  # names of a block's index in its modules, under which they find their cache

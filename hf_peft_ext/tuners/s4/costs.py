@@ -14,8 +14,10 @@ from hf_peft_ext.attach.config import ComposedConfig
 from hf_peft_ext.attach.make_sublayer import build
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.attach.resolve import layer_count, resolve
-from hf_peft_ext.model.sites import Site, find_sites, override_sites
-from hf_peft_ext.model.structure import innermost, leaf_size, own_modules, stacks
+from hf_peft_ext.model.calls import own_modules
+from hf_peft_ext.model.site import Site
+from hf_peft_ext.model.sites import find_sites, override_sites
+from hf_peft_ext.model.structure import innermost, leaf_size, stacks
 from hf_peft_ext.validation.checks import check
 
 Stack = Literal["joint", "separate"]

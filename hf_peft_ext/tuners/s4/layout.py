@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_peft_ext.attach.placement import Placement
-from hf_peft_ext.model.layer_groups import ranges
 from hf_peft_ext.tuners.s4.costs import SIZES, STRATEGIES, Costs, sizes_in
+from hf_peft_ext.validation.suggestions import ranges
 
 
 @dataclass(frozen=True)

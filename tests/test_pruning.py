@@ -1,5 +1,6 @@
-"""Thin copies: r = 1 against the large model itself; what is kept and what is cut against loops, over axes written out
-by hand for each family; saved copies against what transformers loads; and the errors.
+"""Pruned copies: r = 1 against the large model; kept and dropped units against loops over axes written out by hand.
+
+Saved copies are compared with what transformers loads. The errors are at the end.
 """
 
 import math
@@ -63,10 +64,10 @@ def build(name):
 @pytest.mark.parametrize("reduce", ["width", "parameters"])
 def test_nothing_dropped_is_the_model(name, reduce):
     model, inputs = build(name), FAMILIES[name].inputs()
-    thin = pruned_copy(model, 1, reduce).model
-    assert type(thin) is type(model)
-    assert torch.equal(output(thin, inputs), output(model, inputs))
-    assert thin.state_dict().keys() == model.state_dict().keys()
+    pruned = pruned_copy(model, 1, reduce).model
+    assert type(pruned) is type(model)
+    assert torch.equal(output(pruned, inputs), output(model, inputs))
+    assert pruned.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(("name", "head"), [(name, head) for name, heads in HEADS.items() for head in heads])
@@ -140,16 +141,16 @@ def matrix(model, path):
     return leaf.weight if isinstance(leaf, nn.Linear) else leaf.weight.T
 
 
-def kept_channels(thin, axis, prefix, head_dim, heads):
+def kept_channels(pruned, axis, prefix, head_dim, heads):
     """The kept channels of one dimension, by loops."""
     if axis == "fused":
-        parts = [kept_channels(thin, "heads", prefix, head_dim, heads) for _ in range(3)]
+        parts = [kept_channels(pruned, "heads", prefix, head_dim, heads) for _ in range(3)]
         return [channel + part * heads * head_dim for part in range(3) for channel in parts[part]]
-    kept = thin.kept[axis if axis == "residual" else prefix + axis].tolist()
+    kept = pruned.kept[axis if axis == "residual" else prefix + axis].tolist()
     if not axis.endswith("heads"):
         return kept
     cross = "cross_" if axis.startswith("cross_") else ""
-    return [head * head_dim + i for head in kept for i in thin.kept[f"{prefix}{cross}head_dim"].tolist()]
+    return [head * head_dim + i for head in kept for i in pruned.kept[f"{prefix}{cross}head_dim"].tolist()]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -157,14 +158,14 @@ def kept_channels(thin, axis, prefix, head_dim, heads):
 def test_weights_are_cut_as_a_loop_cuts_them(name, r):
     """Every projection, bias and norm of the blocks holds the large model's at the kept rows and columns."""
     model = build(name)
-    thin, sizes = pruned_copy(model, r), sizes_of(model)
-    narrow = math.sqrt(sizes_of(thin.model).head_dim / sizes.head_dim)
+    pruned, sizes = pruned_copy(model, r), sizes_of(model)
+    narrow = math.sqrt(sizes_of(pruned.model).head_dim / sizes.head_dim)
     assert (narrow < 1) == (r == 7 and name in ("bert", "gpt2"))  # the others have a head width of their own
     for path, (rows, columns), prefix in BLOCKS[name]:
-        at = [kept_channels(thin, axis, prefix, sizes.head_dim, sizes.heads) for axis in (rows, columns)]
-        assert thin.rows_of(path).tolist() == at[0]
-        assert thin.columns_of(path).tolist() == at[1]
-        large, cut = matrix(model, path).tolist(), matrix(thin.model, path).detach()
+        at = [kept_channels(pruned, axis, prefix, sizes.head_dim, sizes.heads) for axis in (rows, columns)]
+        assert pruned.rows_of(path).tolist() == at[0]
+        assert pruned.columns_of(path).tolist() == at[1]
+        large, cut = matrix(model, path).tolist(), matrix(pruned.model, path).detach()
         queries = len(at[0]) // 3 if rows == "fused" else len(at[0]) if path.endswith(("query", "q_proj", "q")) else 0
         scale = [narrow if i < queries else 1.0 for i in range(len(at[0]))]
         expected = [[large[row][column] * scale[i] for column in at[1]] for i, row in enumerate(at[0])]
@@ -172,13 +173,13 @@ def test_weights_are_cut_as_a_loop_cuts_them(name, r):
         bias = getattr(model.get_submodule(path), "bias", None)
         if bias is not None:
             expected = [bias[row].item() * scale[i] for i, row in enumerate(at[0])]
-            torch.testing.assert_close(thin.model.get_submodule(path).bias.detach(), torch.tensor(expected))
+            torch.testing.assert_close(pruned.model.get_submodule(path).bias.detach(), torch.tensor(expected))
     for path, module in model.named_modules():
         if "norm" in type(module).__name__.lower():
-            expected = [module.weight[i].item() for i in thin.kept["residual"]]
-            assert thin.model.get_submodule(path).weight.tolist() == expected
-    words = [[row[i] for i in thin.kept["residual"]] for row in model.get_input_embeddings().weight.tolist()]
-    assert thin.model.get_input_embeddings().weight.tolist() == words
+            expected = [module.weight[i].item() for i in pruned.kept["residual"]]
+            assert pruned.model.get_submodule(path).weight.tolist() == expected
+    words = [[row[i] for i in pruned.kept["residual"]] for row in model.get_input_embeddings().weight.tolist()]
+    assert pruned.model.get_input_embeddings().weight.tolist() == words
 
 
 def shares(matrix, dim):
@@ -197,7 +198,7 @@ def test_what_is_kept_is_what_scores_highest(name):
     weight counted as one; the same residual channels in all layers.
     """
     model = build(name)
-    thin, sizes = pruned_copy(model, 2), sizes_of(model)
+    pruned, sizes = pruned_copy(model, 2), sizes_of(model)
     scores = {}
 
     def vote(axis, parts):
@@ -215,22 +216,22 @@ def test_what_is_kept_is_what_scores_highest(name):
     def best(values, n):
         return sorted(sorted(range(len(values)), key=lambda i: -values[i])[:n])
 
-    assert thin.kept["residual"].tolist() == best(scores["residual"], D // 2)
-    assert thin.kept["1.ffn"].tolist() == best(scores["1.ffn"], 32)
+    assert pruned.kept["residual"].tolist() == best(scores["residual"], D // 2)
+    assert pruned.kept["1.ffn"].tolist() == best(scores["1.ffn"], 32)
     if name == "llama":  # one of two keys, with its two queries
         both = [k + sum(scores["1.heads"][2 * i : 2 * i + 2]) for i, k in enumerate(scores["1.kv_heads"])]
-        assert thin.kept["1.kv_heads"].tolist() == best(both, 1)
-        assert thin.kept["1.heads"].tolist() == [2 * both.index(max(both)), 2 * both.index(max(both)) + 1]
+        assert pruned.kept["1.kv_heads"].tolist() == best(both, 1)
+        assert pruned.kept["1.heads"].tolist() == [2 * both.index(max(both)), 2 * both.index(max(both)) + 1]
     elif name == "bert":
         both = [a + b for a, b in zip(scores["1.heads"], scores["1.kv_heads"], strict=True)]
-        assert thin.kept["1.heads"].tolist() == thin.kept["1.kv_heads"].tolist() == best(both, 2)
+        assert pruned.kept["1.heads"].tolist() == pruned.kept["1.kv_heads"].tolist() == best(both, 2)
     else:  # one position bias for all layers of the decoder
         both = [
             sum(scores[f"{i}.{axis}"][head] for i in (2, 3) for axis in ("heads", "kv_heads")) for head in range(4)
         ]
-        assert thin.kept["2.heads"].tolist() == thin.kept["3.heads"].tolist() == best(both, 2)
+        assert pruned.kept["2.heads"].tolist() == pruned.kept["3.heads"].tolist() == best(both, 2)
         bias = model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-        cut = thin.model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        cut = pruned.model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
         assert torch.equal(cut, bias[:, best(both, 2)])
 
 
@@ -251,16 +252,16 @@ def test_given_scores_decide():
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
 def test_saved_and_loaded(name, tmp_path):
-    """A thin copy is a model like any other: saved, loaded and, if it can, generating the same."""
+    """A pruned copy is a model like any other: saved, loaded and, if it can, generating the same."""
     model, inputs = build(name), FAMILIES[name].inputs()
-    thin = pruned_copy(model, 3).model
-    thin.save_pretrained(tmp_path)
+    pruned = pruned_copy(model, 3).model
+    pruned.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(again, inputs), output(thin, inputs))
+    assert torch.equal(output(again, inputs), output(pruned, inputs))
     assert again.config.hidden_size < model.config.hidden_size
     if model.can_generate():
         ids = {key: inputs[key][:1] for key in ("input_ids", "attention_mask")}
-        tokens = [m.generate(**ids, max_new_tokens=4, do_sample=False) for m in (thin, again)]
+        tokens = [m.generate(**ids, max_new_tokens=4, do_sample=False) for m in (pruned, again)]
         assert torch.equal(*tokens)
 
 
@@ -268,12 +269,12 @@ def test_leaves_everything_as_it_was():
     """The large model, its config and the random numbers are those of before; the copy shares no memory with it."""
     model, inputs = build("llama"), FAMILIES["llama"].inputs()
     before, config, state = output(model, inputs), model.config.to_dict(), torch.get_rng_state()
-    thin = pruned_copy(model.train(), 1).model
+    pruned = pruned_copy(model.train(), 1).model
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.to_dict() == config
-    assert thin.training
+    assert pruned.training
     with torch.no_grad():
-        for parameter in thin.parameters():
+        for parameter in pruned.parameters():
             parameter.zero_()
     assert torch.equal(output(model.eval(), inputs), before)
 
@@ -281,9 +282,9 @@ def test_leaves_everything_as_it_was():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype):
     model, inputs = build("llama").to(dtype), FAMILIES["llama"].inputs()
-    thin = pruned_copy(model, 1).model
-    assert thin.dtype == dtype
-    assert torch.equal(output(thin, inputs), output(model, inputs))
+    pruned = pruned_copy(model, 1).model
+    assert pruned.dtype == dtype
+    assert torch.equal(output(pruned, inputs), output(model, inputs))
 
 
 def test_inside_adapters():
@@ -336,9 +337,9 @@ def test_fused_rows_in_an_order_of_their_own():
 
 def test_a_second_stack_of_another_inner_width():
     """Each stack keeps its own share."""
-    thin = pruned_copy(BACKBONES["bart"].build(decoder_ffn_dim=48), 2)
-    assert [len(thin.kept[f"{layer}.ffn"]) for layer in range(4)] == [32, 32, 24, 24]
-    assert thin.model.config.decoder_ffn_dim == 24
+    pruned = pruned_copy(BACKBONES["bart"].build(decoder_ffn_dim=48), 2)
+    assert [len(pruned.kept[f"{layer}.ffn"]) for layer in range(4)] == [32, 32, 24, 24]
+    assert pruned.model.config.decoder_ffn_dim == 24
 
 
 def test_a_second_stack_of_other_heads():
@@ -350,11 +351,11 @@ def test_a_second_stack_of_other_heads():
 def test_embeddings_scaled_by_the_width(name, options, tmp_path):
     """The copy scales by the large model's width; loaded it would not, so it is not saved."""
     model = lively(BACKBONES[name].build(**options))
-    thin = pruned_copy(model, 2)
-    for module in (model, thin.model):
+    pruned = pruned_copy(model, 2)
+    for module in (model, pruned.model):
         assert {round(float(m.embed_scale), 3) for m in module.modules() if hasattr(m, "embed_scale")} == {5.657}
     with pytest.raises(ValueError, match="scales its embeddings by the large model's width, which is lost on saving"):
-        thin.save_pretrained(tmp_path)
+        pruned.save_pretrained(tmp_path)
 
 
 def test_a_weight_along_no_axis_is_named():

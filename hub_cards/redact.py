@@ -1,10 +1,12 @@
-"""Shortens absolute paths in published texts: the folders of a machine can name its user."""
+"""Removes what must not be published: tokens, passwords and keys, and absolute paths, which can name a user."""
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from huggingface_hub import get_token
 from huggingface_hub.utils import yaml_dump
 
 PART = r"[^\s/\\'\",;:=()\[\]{}<>|]+"
@@ -13,15 +15,53 @@ POSIX = re.compile(rf"(?<![\w/\\.~}}\]>-])(?:~[\w.-]*[/\\]|/(?=\w{PART}/))(?:{PA
 WINDOWS = re.compile(rf"(?<![\w/\\])(?:[A-Za-z]:[/\\]|\\\\(?={PART}\\))(?:{PART}[/\\])*(?:{PART})?")
 FILE_URL = re.compile(r"\b(file|sqlite(?:\+\w+)?):///+(?=\S)")  # what follows is a path
 WHOLE = re.compile(r"(--?[\w.-]+=|[\w.-]+=)?(?:~[\w.-]*/|/|[A-Za-z]:[/\\]|\\\\)")
+SECRET = re.compile(r"(^|[_.-])(token|api_?key|password|passwd|secret|credentials?)$", re.IGNORECASE)
+NOT_SECRET = re.compile(r"(^|[_.-])(bos|eos|pad|unk|sep|cls|mask|image|audio|video)_token$", re.IGNORECASE)
+VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+HIDDEN = "<hidden>"
+
+
+def map_texts(value: Any, change: Callable[[str], str], keep: Callable[[str], bool] = lambda key: True) -> Any:
+    """A copy of JSON-like data with other texts.
+
+    Args:
+        value: dictionaries, lists, text, numbers.
+        change: of each text, keys included.
+        keep: which keys of dictionaries are kept.
+    """
+    if isinstance(value, dict):
+        return {map_texts(k, change): map_texts(item, change, keep) for k, item in value.items() if keep(str(k))}
+    if isinstance(value, (list, tuple, set)):
+        return [map_texts(item, change, keep) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting with this name holds a secret: `hub_token` does, `eos_token` does not."""
+    plain = name.lstrip("-").replace("-", "_")
+    return bool(SECRET.search(plain)) and not NOT_SECRET.search(plain)
+
+
+def without_secrets(value: Any, *tokens: str | None) -> Any:
+    """A copy of JSON-like data without secrets.
+
+    Args:
+        value: dictionaries, lists, text, numbers.
+        tokens: secret texts, replaced wherever they occur; the Hub's token of this machine is one of them.
+    """
+    secrets = [token for token in (*tokens, get_token()) if token]
+
+    def hide(text: str) -> str:
+        for token in secrets:
+            text = text.replace(token, HIDDEN)
+        return VALUE.sub(HIDDEN, text)
+
+    return map_texts(value, hide, keep=lambda key: not is_secret(key))
 
 
 def without_places(value: Any) -> Any:
     """A copy of JSON-like data whose absolute paths are relative to the working directory; others are last parts."""
-    if isinstance(value, dict):
-        return {without_places(key): without_places(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_places(item) for item in value]
-    return in_text(value) if isinstance(value, str) else value
+    return map_texts(value, in_text)
 
 
 def shared_recipe(recipe: Any) -> bytes:

@@ -1,6 +1,4 @@
-"""Sizes of thin models from configs alone, against those of thin copies, against counts by hand, and as the benchmark
-prints them beside the plug-in paper's.
-"""
+"""Sizes of pruned models from configs alone, against pruned copies, counts by hand, and the plug-in paper's sizes."""
 
 import pytest
 from transformers import AutoConfig
@@ -8,24 +6,24 @@ from transformers import AutoConfig
 from hf_peft_ext.pruning import pruned_config, pruned_copy, pruned_sizes
 
 from .test_benchmarks import rows, run
-from .test_thin import build, every_family
+from .test_pruning import build, every_family
 
 
 @every_family
 @pytest.mark.parametrize(("r", "reduce"), [(5, "width"), (16, "parameters")])
 def test_sizes_from_the_config_are_those_of_the_copy(name, r, reduce):
     model = build(name)
-    thin = pruned_copy(model, r, reduce).model
+    pruned = pruned_copy(model, r, reduce).model
     found = pruned_sizes(model.config, r, reduce, type(model))
-    assert found.parameters == thin.num_parameters()
-    assert found.config.to_dict() == thin.config.to_dict()
+    assert found.parameters == pruned.num_parameters()
+    assert found.config.to_dict() == pruned.config.to_dict()
     names = "embed_tokens embed_positions embed_in embed_out _embed wte wpe shared lm_head.weight".split()
-    words = [p.numel() for n, p in thin.named_parameters() if any(name in n for name in names) and "norm" not in n]
+    words = [p.numel() for n, p in pruned.named_parameters() if any(name in n for name in names) and "norm" not in n]
     assert found.embeddings == sum(words)
 
 
 def test_sizes_of_models_too_large_for_this_machine():
-    """Nothing is built: T5-11B's thin copy is counted by hand."""
+    """Nothing is built: T5-11B's pruned copy is counted by hand."""
     config = AutoConfig.for_model("t5", d_model=1024, d_kv=128, d_ff=65536, num_heads=128, num_layers=24)
     found = pruned_sizes(config, 16, "parameters")
     attention, ffn, norm = 4 * 256 * 32 * 128, 2 * 256 * 16384, 256
@@ -48,10 +46,10 @@ def test_sizes_of_models_too_large_for_this_machine():
 def test_grouped_heads_are_rounded_together(heads, kv_heads, r, expected):
     config = AutoConfig.for_model("llama", hidden_size=72 * heads, num_attention_heads=heads, head_dim=64,
                                   num_key_value_heads=kv_heads, intermediate_size=100)  # fmt: skip
-    thin = pruned_config(config, r)
-    assert (thin.num_attention_heads, thin.num_key_value_heads) == expected
-    assert thin.head_dim == 64
-    assert thin.hidden_size % thin.num_attention_heads == 0
+    pruned = pruned_config(config, r)
+    assert (pruned.num_attention_heads, pruned.num_key_value_heads) == expected
+    assert pruned.head_dim == 64
+    assert pruned.hidden_size % pruned.num_attention_heads == 0
 
 
 def test_the_benchmark_prints_both_readings(capsys):
