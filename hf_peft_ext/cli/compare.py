@@ -7,14 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hf_peft_ext.cli.failures import one_line
-from hf_peft_ext.recipes.progress import no_bars
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any],
             optional(module, "search", "A comparison")
         from hf_peft_ext.compare import compare
 
-        no_bars()
-        transformers.logging.set_verbosity_error()  # each run would report its new head
         options["rates"] = factors(options["rates"])
         result = compare(path, overrides=changes, **options)
     if as_json:

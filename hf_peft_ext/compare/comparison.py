@@ -19,7 +19,7 @@ from hf_peft_ext.compare.result import MethodComparison
 from hf_peft_ext.compare.retention import read_texts
 from hf_peft_ext.compare.rows import ComparedRows
 from hf_peft_ext.compare.run_recipe import run_recipe, score_name
-from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER, MethodRuns
+from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER, MethodRuns, silent_libraries
 from hf_peft_ext.compare.settings import USUAL_METHODS, CompareArguments
 from hf_peft_ext.compare.sizes import Budget, SizedMethod, empty_model, size_methods
 from hf_peft_ext.compare.summary import Summary, best_rates
@@ -68,7 +68,8 @@ def compare(
     args = CompareArguments(methods, budget, seeds, **options)
     read = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
     try:
-        return Comparing.of(read, args).run()
+        with silent_libraries():
+            return Comparing.of(read, args).run()
     except (OptunaError, SQLAlchemyError) as error:
         raise RuntimeError(f"`storage` (={args.database!r}) cannot be used: {error}") from error
 

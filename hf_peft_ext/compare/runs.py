@@ -1,15 +1,18 @@
 """Runs of a comparison: each trains one method at one learning rate and seed, through the recipe's trainer."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import optuna
 import torch
+import transformers
 from optuna.trial import Trial
 from transformers import PrinterCallback, ProgressCallback
 
@@ -122,6 +125,24 @@ class MethodRuns:
         trial.set_user_attr("measures", {key.removeprefix("eval_"): value for key, value in tested.items()})
         trial.set_user_attr("seconds", round(time.perf_counter() - start, 3))
         return fmean(tested.values()) if tested else 0.0
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Without the bars and reports of loading and tokenization, which would be those of every run."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    had_bars = not datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if had_bars:
+            datasets.enable_progress_bars()
 
 
 def prepare_quietly(recipe: Recipe, rows: RowsAndLabels | None = None) -> Any:
