@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -21,10 +22,13 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS, method_named
 from hf_peft_ext.compare.recommend import listing, recommend
 from hf_peft_ext.compare.retention import GENERAL_TEXT, read_texts, text_loss
 from hf_peft_ext.compare.rows import ComparedRows
+from hf_peft_ext.compare.runs import RATES
 from hf_peft_ext.compare.settings import CompareArguments
-from hf_peft_ext.compare.sizes import check_budget, empty_model, parameters_of, size_methods
+from hf_peft_ext.compare.sizes import SizedMethod, check_budget, empty_model, parameters_of, size_methods
+from hf_peft_ext.compare.summary import Summary, best_rates
 from hf_peft_ext.recipes import Recipe
 from hf_peft_ext.recipes.tasks import CONFIGS
+from hf_peft_ext.search.run_record import Record, Run
 from hf_peft_ext.search.search import adapter_parameters
 from hf_peft_ext.tuners.s4.costs import base_parameters
 
@@ -152,6 +156,25 @@ def test_recommendation_by_loss():
     assert recommend(methods, "lora", "loss", False, 10)[0] == "s4"
     assert listing(["a"]) == "a"
     assert listing(["a", "b", "c"]) == "a, b and c"
+
+
+def test_note_on_rates_at_the_end():
+    """A best rate that is the largest or smallest of three is noted; one in the middle, or one of two, is not."""
+
+    def record(name, rate, score):
+        run = Run(RATES, name, 0, 0, {"learning_rate": rate, "peft": {}})
+        return Record(run, 0, "done", {"dev": score})
+
+    records = [record("lora", rate, rate) for rate in (1, 2, 3)]
+    records += [record("mam", rate, -abs(rate - 2)) for rate in (1, 2, 3)]
+    records += [record("s4", rate, rate) for rate in (1, 2)]
+    methods = {name: SizedMethod(COMPARED_METHODS[name], {}, None) for name in ("lora", "mam", "s4")}
+    rates = best_rates(records)
+    assert rates == {"lora": 3, "mam": 2, "s4": 2}
+    summary = Summary(methods, "lora", "accuracy", rates, records, {"train": 9, "dev": 3}, {}, [], Path())
+    end = "at the end of those tried; others (`--rates`) may be better"
+    assert summary.rate_notes() == [f"The best learning rate is {end}: LoRA."]
+    assert "no scores" in summary.result().recommendation
 
 
 # Sizes

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_peft_ext.compare.inference import PairedTest, adjusted, mean_interval, paired_test, verdict
 from hf_peft_ext.compare.method_scores import MethodScores
-from hf_peft_ext.compare.recommend import recommend
+from hf_peft_ext.compare.recommend import listing, recommend
 from hf_peft_ext.compare.result import MethodComparison
 from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER
 from hf_peft_ext.compare.sizes import SizedMethod
@@ -54,7 +54,7 @@ class Summary:
         winner, sentence = recommend(methods, self.reference, self.score, self.higher_is_better, self.rows["train"])
         trained = next(iter(self.of(WINNER, winner)), None) if winner else None
         is_trained = trained is not None and trained.state == "done"
-        notes = list(self.notes)
+        notes = [*self.notes, *self.rate_notes()]
         if trained is not None and trained.error:
             notes.append(f"The winner was not trained: {trained.error}")
         return MethodComparison(
@@ -70,6 +70,16 @@ class Summary:
             folder=str(self.folder / WINNER) if is_trained else None,
             test_score=trained.measures.get(self.score) if trained and is_trained else None,
         )
+
+    def rate_notes(self) -> list[str]:
+        """Names the methods whose best learning rate has no worse one on both sides."""
+        titles = []
+        for name, chosen in self.rates.items():
+            tried = {r.run.config["learning_rate"] for r in self.of(RATES, name)}
+            if len(tried) > 2 and chosen in (min(tried), max(tried)):
+                titles.append(self.methods[name].method.title)
+        end = "at the end of those tried; others (`--rates`) may be better"
+        return [f"The best learning rate is {end}: {listing(titles)}."] if titles else []
 
     def of(self, stage: str, name: str) -> list[Record]:
         """The runs of a method in a stage."""
