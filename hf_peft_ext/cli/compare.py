@@ -31,7 +31,8 @@ def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any],
     Raises:
         typer.Exit: an error was printed.
     """
-    out, errors = (Console(stderr=e, soft_wrap=True, highlight=False) for e in (False, True))
+    # a terminal wraps the table's long lines; rich would squeeze its columns
+    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # warnings are for developers
     with one_line(errors):
