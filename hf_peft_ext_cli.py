@@ -89,6 +89,27 @@ to continue: all results are in the database of `storage`.
 """
 
 
+COMPARE_HELP = """Which method for my data? Compare methods on a recipe's model and rows.
+
+Each method tries a few learning rates by successive halving on dev rows, then
+trains with several seeds at the best one. The result is a table, an HTML page
+and a recommendation, with the recommended adapter trained and saved. The
+recipe's eval_split is read once, at the end, to score that adapter.
+
+Methods: lora, dora, unipelt, mam, s4, pfeiffer, houlsby, prefix,
+prefix_tuning, prompt_tuning, ladder, ia3, tfew, bitfit, full (all weights),
+none (the head only).
+
+Each command is a worker. Start several to share the work, or start one again
+to continue: all runs are in the database.
+
+\b
+  hf-peft-ext compare examples/recipes/unipelt.yaml
+  hf-peft-ext compare RECIPE --methods lora,unipelt,full --budget 0.5% --seeds 5
+  hf-peft-ext compare RECIPE --dev-split validation num_train_epochs=5
+"""
+
+
 def show_version(wanted: bool) -> None:
     """Print the versions that a bug report should name, and exit."""
     if wanted:
@@ -130,6 +151,50 @@ def train(
     from hf_peft_ext.cli.train import train_command
 
     train_command(recipe, changes or (), dry_run)
+
+
+@app.command(help=COMPARE_HELP)
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas. LoRA is the reference.")
+    ] = "lora,unipelt,mam,s4,ia3,bitfit,full",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Trained parameters of each method: a share of the model (0.5%) or a number.",
+            show_default="the methods' own sizes",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method at its best learning rate.")] = 3,
+    rates: Annotated[
+        str, typer.Option(help="Factors on each method's usual learning rate, to choose from.")
+    ] = "1/3,1,3",
+    dev_split: Annotated[
+        str | None, typer.Option(help="The split to choose by.", show_default="held-out training rows")
+    ] = None,
+    dev_share: Annotated[float, typer.Option(help="Share of the training rows to hold out.")] = 0.2,
+    general_text: Annotated[
+        str | None,
+        typer.Option(help="A file of texts, one a line, to measure retention on.", show_default="a few sentences"),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder of the results.")] = Path("compare"),
+    storage: Annotated[
+        str | None, typer.Option(help="URL of the database.", show_default="a SQLite file in the folder")
+    ] = None,
+    study_name: Annotated[str, typer.Option(help="The comparison's name in the database.")] = "compare",
+    train_winner: Annotated[bool, typer.Option(help="Train and save the recommended method.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.compare import compare_command
+
+    options = {"methods": [name.strip() for name in methods.split(",")], "budget": budget, "seeds": seeds}
+    options |= {"rates": rates, "dev_split": dev_split, "dev_share": dev_share, "general_text": general_text}
+    options |= {"output_dir": output_dir, "storage": storage, "study_name": study_name, "train_winner": train_winner}
+    compare_command(recipe, changes or (), options, json)
 
 
 search_app = typer.Typer(help=SEARCH_HELP, invoke_without_command=True, rich_markup_mode="rich")

@@ -84,7 +84,6 @@ METHODS = {
         ),
         starts_as_base=False,
     ),
-    "scaled_prefix": Method(lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, prefix_form="scaled", **kw)),
     "bitfit": Method(BitFitConfig, mergeable=True),
     "unipelt": Method(lambda **kw: UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, **kw)),
     "unipelt_paper": Method(

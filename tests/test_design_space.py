@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from hf_peft_ext import S4Config
 from hf_peft_ext.model.layer_groups import relations
-from hf_peft_ext.search import DesignSpace, compare
+from hf_peft_ext.search import DesignSpace, compare_constraints
 from hf_peft_ext.tuners.s4.costs import STRATEGIES, Cost, Costs, sizes_in
 
 from .backbones import BACKBONES
@@ -335,7 +335,7 @@ scores = st.lists(st.floats(0, 100).map(lambda score: round(score, 2)), min_size
 @given(st.dictionaries(st.sampled_from("abcde"), scores, min_size=2))
 def test_comparison(found):
     """The winner has the highest mean; it is a tie unless Welch's test says otherwise at 0.05."""
-    compared = compare(found)
+    compared = compare_constraints(found)
     means = {name: mean(values) for name, values in found.items()}
     assert compared.means == pytest.approx(means)
     assert means[compared.winner] == max(means.values())
@@ -355,24 +355,24 @@ def test_a_clear_winner_and_a_tie():
     """
     around = [-2.0, -1.0, 0.0, 1.0, 2.0]
     close = {"adapter+prefix": [78.30 + x for x in around], "all": [78.25 + x for x in around]}
-    compared = compare(close)
+    compared = compare_constraints(close)
     assert (compared.winner, compared.runner_up, compared.tie) == ("adapter+prefix", "all", True)
     assert compared.runs == {"adapter+prefix": 5, "all": 5}
     assert compared.spreads["all"] == pytest.approx(math.sqrt(2.5))
-    clear = compare({"spindle": [73.3 + x for x in around], "decreasing": [60.0 + x for x in around]})
+    clear = compare_constraints({"spindle": [73.3 + x for x in around], "decreasing": [60.0 + x for x in around]})
     assert not clear.tie
     assert clear.p_value < 1e-4
 
 
 def test_runs_that_failed():
     """NaN is left out; a constraint without a run cannot win; one run has no spread, and decides nothing."""
-    compared = compare({"a": [math.nan, 1.0], "b": [math.nan], "c": [0.5, 0.6, math.nan]})
+    compared = compare_constraints({"a": [math.nan, 1.0], "b": [math.nan], "c": [0.5, 0.6, math.nan]})
     assert compared.winner == "a"
     assert compared.runs == {"a": 1, "b": 0, "c": 2}
     assert math.isnan(compared.means["b"])
     assert math.isnan(compared.spreads["a"])
     assert (compared.p_value, compared.tie) == (None, True)
-    alone = compare({"any": [1.0, 2.0]})
+    alone = compare_constraints({"any": [1.0, 2.0]})
     assert (alone.winner, alone.runner_up, alone.p_value, alone.tie) == ("any", None, None, False)
     with pytest.raises(ValueError, match="`scores`"):
-        compare({"a": [math.nan]})
+        compare_constraints({"a": [math.nan]})

@@ -32,7 +32,6 @@ BAD_CONFIGS = [
     (lambda: UniPELTConfig(methods=("bitfit",)), "`gated` (=True) needs a sub-layer that can be gated"),
     (lambda: UniPELTConfig(gate_pooling="max"), "`gate_pooling` (='max') must be"),
     (lambda: UniPELTConfig(init="zero"), "`init` (='zero') must be one of base, paper."),
-    (lambda: LayerPrefixConfig(prefix_form="own"), "`prefix_form` (='own') must be None or one of separate, scaled,"),
     (
         lambda: UniPELTConfig(gate_init={"loar": 1.0}),
         "`gate_init` (={'loar': 1.0}) must have the keys adapter, prefix,",
@@ -48,7 +47,7 @@ BAD_CONFIGS = [
     (lambda: Placement("prefix", "attention", options={"form": "own"}), "`form` (='own') must be one of separate,"),
     (
         lambda: Placement("prefix", "attention", options={"shift_positions": True}),
-        "`shift_positions` (=True) needs the form 'joint' or 'scaled'.",
+        "`shift_positions` (=True) needs `form='joint'`.",
     ),
     (lambda: UniPELTConfig(lora_targets=("quary",)), "`lora_targets` (=('quary',)) must hold query, key, value,"),
     (lambda: UniPELTConfig(bias="all"), "`bias` (='all') must be \"none\"; BitFitConfig trains biases."),

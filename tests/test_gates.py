@@ -70,12 +70,12 @@ def test_a_mean_gate_is_the_mean_of_the_token_gates_without_padding():
         torch.testing.assert_close(mean, (tokens[name] * mask).sum(1) / mask.sum(1))
 
 
-@pytest.mark.parametrize("form", ["separate", "scaled", "joint"])
-def test_a_closed_token_gate_removes_the_prefix(form):
+@pytest.mark.parametrize("init", ["base", "paper"])
+def test_a_closed_token_gate_removes_the_prefix(init):
     """As g falls to 0 the model is the base model again, which scaled keys would not give."""
     family = BACKBONES["llama"]
     inputs = family.inputs(padding="none")
-    model = get_peft_model(family.build(), UniPELTConfig(methods=("prefix",), prefix_form=form))
+    model = get_peft_model(family.build(), UniPELTConfig(methods=("prefix",), init=init))
     randomise(model)
     with torch.no_grad():
         base = output(family.build(), inputs)

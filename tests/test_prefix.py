@@ -213,7 +213,7 @@ def test_through_the_cache_without_a_mask(gated):
     torch.testing.assert_close(torch.cat(parts, dim=1)[:, :4], full[:, :4], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["projected_prefix", "scaled_prefix", "unipelt", "unipelt_paper", "mam"])
+@pytest.mark.parametrize("method", ["projected_prefix", "unipelt", "unipelt_paper", "mam"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_eager_and_sdpa_agree(method, backbone):
     family = BACKBONES[backbone]
@@ -260,7 +260,7 @@ def test_left_padding_changes_nothing_in_decoders(method, backbone, attention):
     torch.testing.assert_close(wide, narrow, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["projected_prefix", "scaled_prefix", "unipelt", "unipelt_paper"])
+@pytest.mark.parametrize("method", ["projected_prefix", "unipelt", "unipelt_paper"])
 @pytest.mark.parametrize("backbone", ["llama", "gpt2", "gemma2", "mistral"])
 def test_static_cache_and_sampling(method, backbone):
     """The static cache, and sampling from the same seed, give the tokens of the dynamic cache and of none."""

@@ -203,10 +203,9 @@ def test_projected_prefix_folds_to_the_same_vectors():
     plain = module.to_plain()
     assert not plain.shift_positions
     gate = Gate(D)
-    options = {"form": "scaled", "gate": gate, "shift_positions": True, "groups": 3}
+    options = {"form": "joint", "gate": gate, "shift_positions": True}
     other = ProjectedPrefix(2, 3, 4, 5, Projection(3, D, 7), **options).double().eval().to_plain()
-    assert (other.form, other.groups) == ("scaled", 3)
-    assert other.root_c.dtype == torch.float64
+    assert other.form == "joint"
     assert other.shift_positions
     assert other.gate is gate
     assert not other.training
@@ -243,7 +242,7 @@ def test_initial_values():
     normal = {
         "gate": (Gate(d).weight, 0.02),
         "keys": (Prefix(4, 50, d, 30, "joint").vectors()[0], 0.02),
-        "values": (Prefix(4, 50, 30, d, "scaled").vectors()[1], 0.02),
+        "values": (Prefix(4, 50, 30, d, "joint").vectors()[1], 0.02),
         "separate keys": (Prefix(4, 50, d, 30).vectors()[0], 1.0),
         "down": (Bottleneck(d, r, init=0.02).down.weight, 0.02),
         "up": (Bottleneck(d, r, init=0.5).up.weight, 0.5),
@@ -313,7 +312,7 @@ def test_dropout_in_add(gated):
 def test_separate_prefix(pooling):
     """g softmax(q P_K^T / sqrt(d_k)) P_V, head by head; query heads share the key head of their group."""
     gate = None if pooling is None else Gate(D, pooling)
-    prefix = filled(Prefix(2, 3, 4, 5, gate=gate, groups=2))
+    prefix = filled(Prefix(2, 3, 4, 5, gate=gate))
     x, q = torch.randn(BATCH, LENGTH, D), torch.randn(BATCH, LENGTH, 2 * 2 * 4)
     ours = prefix.attend(q, x, VISIBLE)
     assert ours.shape == (BATCH, LENGTH, 2 * 2 * 5)
@@ -322,21 +321,3 @@ def test_separate_prefix(pooling):
         share = torch.softmax(q[..., 4 * head : 4 * head + 4] @ prefix.P_K[head // 2].T / 2, dim=-1)
         expected = g * (share @ prefix.P_V[head // 2])
         torch.testing.assert_close(ours[..., 5 * head : 5 * head + 5], expected)
-
-
-@pytest.mark.parametrize("pooling", [None, "mean", "token"])
-def test_scores_of_a_scaled_prefix(pooling):
-    """log c of each query head, and log g; the vectors are not scaled. Neither is infinite where c or g is 0."""
-    gate = None if pooling is None else Gate(D, pooling)
-    prefix = filled(Prefix(2, 3, 4, 5, "scaled", gate=gate, groups=2))
-    x = torch.randn(BATCH, LENGTH, D)
-    p_k, p_v, scores = prefix(x, VISIBLE)
-    torch.testing.assert_close(p_k[0], prefix.P_K)
-    torch.testing.assert_close(p_v[0], prefix.P_V)
-    expected = prefix.root_c.square().log()[[0, 0, 1, 1]].view(1, 4, 1, 1)
-    if gate is not None:
-        expected = expected + gate_of(gate, x, VISIBLE).log().unsqueeze(1)
-    torch.testing.assert_close(scores, expected.expand_as(scores))
-    with torch.no_grad():
-        prefix.root_c.zero_()
-    assert prefix(x, VISIBLE)[2].isfinite().all()

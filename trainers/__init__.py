@@ -1,5 +1,6 @@
 """Trainers that save and push adapters only, and record the run for the adapter's card."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_peft_ext.trainers.bridge import BridgeTrainer as BridgeTrainer
@@ -19,4 +20,6 @@ def __getattr__(name: str) -> Any:
         from hf_peft_ext.trainers.sft import AdapterSFTTrainer
 
         return AdapterSFTTrainer
+    if name == "compare":  # above the trainers, which it uses; its name is handed on for users
+        return importlib.import_module("hf_peft_ext.compare").compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

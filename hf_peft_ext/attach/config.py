@@ -193,8 +193,6 @@ class PrefixedConfig(InitConfig, PlacedConfig):
     """Base of the configs with a prefix.
 
     Args:
-        prefix_form: how attention sees the prefix (`sublayers.Prefix`): "separate", "scaled" or "joint"; None for
-            "separate", or for "joint" with `init="paper"`.
         num_virtual_tokens: number of prefix vectors in a layer.
         prefix_projection: train the prefixes as the output of a network (Li and Liang 2021, section 4.3). The network
             is dropped when the adapter is saved (see `merge_prefix_projections`), so training can be resumed from the
@@ -202,7 +200,6 @@ class PrefixedConfig(InitConfig, PlacedConfig):
         encoder_hidden_size: width of that network.
     """
 
-    prefix_form: PrefixForm | None = field(default=None, metadata={"help": "separate, scaled or joint."})
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prefix vectors in a layer."})
     prefix_projection: bool = field(default=False, metadata={"help": "Reparameterise the prefixes in training."})
     encoder_hidden_size: int = field(default=512, metadata={"help": "Width of the reparameterisation."})
@@ -210,16 +207,13 @@ class PrefixedConfig(InitConfig, PlacedConfig):
     def __post_init__(self) -> None:
         check_count("num_virtual_tokens", self.num_virtual_tokens)
         check_count("encoder_hidden_size", self.encoder_hidden_size)
-        forms = get_args(PrefixForm)
-        rule = f"must be None or one of {', '.join(forms)}"
-        check("prefix_form", self.prefix_form, self.prefix_form is None or self.prefix_form in forms, rule)
         super().__post_init__()
 
     def prefix(self, **gate: Any) -> Placement:
         """The placement of the prefix."""
         hidden = self.encoder_hidden_size if self.prefix_projection else None
         options = {"num_virtual_tokens": self.num_virtual_tokens, "encoder_hidden_size": hidden}
-        options["form"] = self.prefix_form or PREFIX_FORMS[self.init]
+        options["form"] = PREFIX_FORMS[self.init]
         return Placement("prefix", "attention", options=options, **gate)
 
     def stored(self) -> PlacedConfig:

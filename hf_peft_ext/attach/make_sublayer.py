@@ -52,10 +52,9 @@ def prefix(
     **options: Any,
 ) -> Prefix:
     shape = (site.heads, num_virtual_tokens, site.d_k, site.d_v)
-    options |= {"gate": gate, "groups": site.groups}
     if encoder_hidden_size is None:
-        return Prefix(*shape, **options)
+        return Prefix(*shape, gate=gate, **options)
     key = (num_virtual_tokens, site.d_in, encoder_hidden_size)
     if key not in projections:
         projections[key] = Projection(*key)
-    return ProjectedPrefix(*shape, projections[key], **options)
+    return ProjectedPrefix(*shape, projections[key], gate=gate, **options)

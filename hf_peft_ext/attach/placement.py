@@ -57,8 +57,8 @@ class Placement:
         gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
-            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate",
-            "scaled" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
+            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate"
+            or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
             relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it).
 
     Raises:
@@ -113,7 +113,7 @@ class Placement:
         if "shift_positions" in o:
             shift, separate = o["shift_positions"], o.get("form", "separate") == "separate"
             check("shift_positions", shift, isinstance(shift, bool), "must be True or False")
-            check("shift_positions", shift, not (shift and separate), "needs the form 'joint' or 'scaled'")
+            check("shift_positions", shift, not (shift and separate), "needs `form='joint'`")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')

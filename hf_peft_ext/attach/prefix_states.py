@@ -13,7 +13,7 @@ class PrefixStates(NamedTuple):
     Attributes:
         p_k: P_K, shape (batch or 1, heads, n_tokens, d_k).
         p_v: P_V, shape (batch or 1, heads, n_tokens, d_v).
-        u: a factor of each query, shape (batch or 1, query heads or 1, length or 1, m).
+        u: a factor of each query, shape (batch or 1, 1, length or 1, m).
         v: a factor of each prefix vector, shape (1 or batch, 1, n_tokens, m); None for ones, with m = 1.
     """
 
@@ -27,7 +27,7 @@ class PrefixStates(NamedTuple):
         """Number of prefix vectors."""
         return self.p_k.shape[2]
 
-    def scores(self) -> Tensor | None:  # shape: (batch or 1, query heads or 1, length or 1, n_tokens)
+    def scores(self) -> Tensor | None:  # shape: (batch or 1, 1, length or 1, n_tokens)
         """U V^T."""
         if self.u is None:
             return None
@@ -48,7 +48,7 @@ def joined(parts: Sequence[PrefixStates], batch: int) -> PrefixStates:
             v[..., start:end, column] = 1.0
             column += 1
         start = end
-    return PrefixStates(p_k, p_v, torch.cat(torch.broadcast_tensors(*gated), dim=-1), v)
+    return PrefixStates(p_k, p_v, torch.cat(gated, dim=-1), v)
 
 
 def by_row(parts: Sequence[tuple[Tensor, PrefixStates]], batch: int, length: int) -> PrefixStates:
@@ -64,8 +64,7 @@ def by_row(parts: Sequence[tuple[Tensor, PrefixStates]], batch: int, length: int
     p_v = like.new_zeros(batch, like.shape[1], n_tokens, parts[0][1].p_v.shape[3])
     # two factors: the gate of the row's own adapter, and what hides the padding
     hidden = torch.full_like(p_k[:, :1, :1, :1], torch.finfo(like.dtype).min / 4)  # finite with other scores added
-    heads = max(1 if part.u is None else part.u.shape[1] for _, part in parts)
-    u = torch.cat([torch.zeros_like(hidden), hidden], dim=-1).repeat(1, heads, length, 1)  # (batch, heads, length, 2)
+    u = torch.cat([torch.zeros_like(hidden), hidden], dim=-1).repeat(1, 1, length, 1)  # (batch, 1, length, 2)
     v = like.new_tensor([0.0, 1.0]).repeat(batch, 1, n_tokens, 1)  # (batch, 1, n_tokens, 2)
     for rows, part in parts:
         n = part.n_tokens

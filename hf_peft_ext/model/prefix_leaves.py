@@ -43,7 +43,7 @@ def prefix_leaves(
     n_rows = width if rows is None else len(rows)
     if not groups or n_rows != groups * heads * d_k or d_out != groups * heads * d_v:
         return {}
-    return {"query": query, "d_query": d, "query_rows": rows, "output": output, "groups": groups}
+    return {"query": query, "d_query": d, "query_rows": rows, "output": output}
 
 
 def query_rows(

@@ -30,7 +30,6 @@ class Site:
         query, d_query, query_rows, output: in attention the leaf that projects to the queries, its input width, the
             rows of the queries if it is fused, and the leaf that reads the heads' outputs; "" if there is no room
             between them.
-        groups: in attention, number of query heads that share a key head.
         tokens: layout of the tokens: one example in each row, all examples in one sequence without an axis for them
             ("packed", as in the vision towers of Qwen2-VL), or a window of an example in each row (Swin).
     """
@@ -54,7 +53,6 @@ class Site:
     d_query: int = 0
     query_rows: Tensor | None = None
     output: str = ""
-    groups: int = 1
     tokens: Literal["examples", "packed", "windows"] = "examples"
 
     def serves(self, site: str) -> bool:

@@ -130,7 +130,7 @@ def user_attention(name: str, path: str, attention: nn.Module, common: dict[str,
     ends: dict[str, Any] = {}
     if heads and {"query", "output"} <= leaves.keys():
         ends = {role: f"{path}.{leaves[role]}" for role in ("query", "output")}
-        ends |= {"d_query": sizes["query"][0], "groups": sizes["query"][1] // (heads * d_k)}
+        ends["d_query"] = sizes["query"][0]
     if not heads or (act == "leaves" and not ends):
         raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which takes no prefix: it neither uses "
                          "transformers' AttentionInterface nor has a query and an output leaf.")  # fmt: skip

@@ -1,5 +1,6 @@
 """A recipe: one training run, from model to metrics, with the names of the Python arguments; checked when read."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -95,6 +96,20 @@ class Recipe:
         recipe = cls(**_build(source), resume_from_checkpoint=checkpoint, written=source.sections)
         recipe._check_output_dir(source)
         return recipe
+
+    def with_sections(self, **sections: Any) -> "Recipe":
+        """A recipe with other sections in place of this one's.
+
+        Args:
+            sections: section -> its keys and values, as in the file.
+
+        Raises:
+            RecipeError: as `read`.
+        """
+        source = RecipeSource({**copy.deepcopy(self.written), **copy.deepcopy(sections)}, {})
+        check_recipe(source)
+        checkpoint = _pop_checkpoint(source)
+        return Recipe(**_build(source), resume_from_checkpoint=checkpoint, written=source.sections)
 
     @property
     def task(self) -> RecipeTask:

@@ -46,8 +46,13 @@ class Outcome:
     seconds: float
 
 
-def prepare(recipe: Recipe) -> Any:
+def prepare(recipe: Recipe, rows_and_labels: tuple[Any, Any, list[str]] | None = None) -> Any:
     """Load data and model, and create the trainer. The trainer creates its folder and writes nothing yet.
+
+    Args:
+        recipe: the recipe.
+        rows_and_labels: rows to train and to evaluate on, and the names of the classes, in place of those that
+            `recipe.data.load` returns.
 
     Raises:
         RecipeError: data or model cannot be loaded, the adapter does not fit the model, or several processes were
@@ -61,7 +66,7 @@ def prepare(recipe: Recipe) -> Any:
         )
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
-        *rows, labels = data.load(args.seed)
+        *rows, labels = rows_and_labels or data.load(args.seed)
     source = find_model(recipe)
     with loading(source):
         names = recipe.model

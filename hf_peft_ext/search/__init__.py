@@ -1,7 +1,7 @@
 """Design spaces of S4, and a search: sample architectures, train and compare them, narrow the space."""
 
-from hf_peft_ext.search.compare import Comparison as Comparison
-from hf_peft_ext.search.compare import compare as compare
+from hf_peft_ext.search.constraints import ConstraintComparison as ConstraintComparison
+from hf_peft_ext.search.constraints import compare_constraints as compare_constraints
 from hf_peft_ext.search.space import DesignSpace as DesignSpace
 
 try:

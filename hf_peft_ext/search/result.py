@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType
 
-from hf_peft_ext.search.compare import Comparison
+from hf_peft_ext.search.constraints import ConstraintComparison
 from hf_peft_ext.search.run_record import Record
 from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.validation.checks import check
@@ -49,7 +49,7 @@ class Decision:
 
     @classmethod
     def of(
-        cls, stage: str, compared: Comparison, records: Sequence[Record], left_out: Mapping[str, str]
+        cls, stage: str, compared: ConstraintComparison, records: Sequence[Record], left_out: Mapping[str, str]
     ) -> "Decision":
         """The decision from the comparison of a stage's scores and from the stage's records."""
         failed = [record.run.constraint for record in records if record.state == "failed"]

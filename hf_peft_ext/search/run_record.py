@@ -54,6 +54,7 @@ class Record:
         seconds: time spent on it.
         error: why it failed.
         worker: host and process that carried it out.
+        measures: other numbers of the run, by name.
     """
 
     run: Run
@@ -64,6 +65,7 @@ class Record:
     seconds: float | None = None
     error: str | None = None
     worker: str | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_trial(cls, trial: FrozenTrial) -> "Record":
@@ -71,7 +73,8 @@ class Record:
         attrs = trial.user_attrs
         results = {name: attrs.get(name) for name in ("parameters", "seconds", "error", "worker")}
         state = "lost" if trial.state is TrialState.FAIL and "error" not in attrs else TRIAL_STATES[trial.state]
-        return cls(Run(**attrs["run"]), trial.number, state, attrs.get("scores", {}), **results)
+        measures = attrs.get("measures", {})
+        return cls(Run(**attrs["run"]), trial.number, state, attrs.get("scores", {}), **results, measures=measures)
 
     def retry_attrs(self) -> dict[str, Any]:
         """User attributes of the trial that continues this run: the run and its results so far."""

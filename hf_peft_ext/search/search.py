@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from torch import nn
 
 from hf_peft_ext.model.structure import layer_paths
-from hf_peft_ext.search import compare
+from hf_peft_ext.search.constraints import compare_constraints
 from hf_peft_ext.search.fingerprint import check_same
 from hf_peft_ext.search.progress import SearchLines
 from hf_peft_ext.search.result import DECISION, RESULT, Decision, SearchResult, config_from_values, scores_of
@@ -113,12 +113,7 @@ class DesignSpaceSearch:
         protocol = {"model": Path(name).name, "layers": len(layer_paths(model)), "tasks": list(self.tasks)}
         protocol |= {"rows": {name: task.digest() for name, task in self.tasks.items()}, "early_stopping": stopping}
         protocol |= {"n_models": self.n_models, "seed": self.seed, **asdict(self.args)}
-        earlier = self.queue.get_attr("protocol")
-        if earlier is None:
-            self.queue.set_attr("protocol", protocol)
-        for name, value in (earlier or {}).items():
-            rule = f"is {value!r} in the study {self.queue.study.study_name!r}; choose another `study_name`"
-            check(name, protocol.get(name), protocol.get(name) == value, rule)
+        self.queue.check_protocol(protocol)
         models = {name: task.fingerprint() for name, task in self.tasks.items()}
         if (earlier_models := self.queue.get_attr(MODELS)) is None:
             self.queue.set_attr(MODELS, models)
@@ -230,7 +225,7 @@ class DesignSpaceSearch:
         if not scores:
             error = next((record.error for record in records if record.error), "no model was sampled")
             raise RuntimeError(f"No run of stage {space.stage!r} was finished; the first error: {error}")
-        decision = Decision.of(space.stage, compare(scores), records, getattr(space, "left_out", {}))
+        decision = Decision.of(space.stage, compare_constraints(scores), records, getattr(space, "left_out", {}))
         self.queue.set_attr(f"{DECISION}{space.stage}", asdict(decision))
         return decision
 

@@ -12,7 +12,7 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -188,6 +188,22 @@ class Queue:
         self.storage.engine.dispose()
 
     # What belongs to the search as a whole
+
+    def check_protocol(self, protocol: Mapping[str, Any]) -> None:
+        """Save the settings that all runs share; a study that has others is refused.
+
+        Args:
+            protocol: setting -> its value, which JSON can hold.
+
+        Raises:
+            ValueError: a setting has another value in the study.
+        """
+        earlier = self.get_attr("protocol")
+        if earlier is None:
+            self.set_attr("protocol", protocol)
+        for name, value in (earlier or {}).items():
+            rule = f"is {value!r} in the study {self.study.study_name!r}; choose another `study_name`"
+            check(name, protocol.get(name), protocol.get(name) == value, rule)
 
     def set_attr(self, name: str, value: Any) -> None:
         """Save a JSON value beside the runs."""

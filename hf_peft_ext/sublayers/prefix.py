@@ -8,22 +8,19 @@ from torch import Tensor, nn
 
 from hf_peft_ext.sublayers.gate import Gate, cast, gate_factor
 
-PrefixForm = Literal["separate", "scaled", "joint"]
-SHARE = 1e-3  # sqrt(c) of a "scaled" prefix at the start: its share of the softmax is about a millionth
+PrefixForm = Literal["separate", "joint"]
 
 
 class Prefix(nn.Module):
     """P_K: (heads, n_tokens, d_k) and P_V: (heads, n_tokens, d_v), further keys and values of an attention module.
 
-    There are three forms. Q, K and V are those of the base model; a gate g is 1 if there is none.
+    There are two forms. Q, K and V are those of the base model; a gate g is 1 if there is none.
 
     - `"joint"`: softmax(Q [P_K, K]^T) [P_V, V], one softmax over both. Prefix-tuning, Li and Liang 2021
       (https://arxiv.org/abs/2101.00190), Eq. 3. An untrained prefix already takes its share of the softmax: ten
       vectors with scores near 0 take much of it over a short text. A mean gate scales the vectors, g P_K and g P_V:
       UniPELT's form (Mao et al. 2022, section 3.2). A gate per token adds log g to the scores of the prefix, which
       vanishes as g falls to 0.
-    - `"scaled"`: the joint softmax, with log c added to the scores of the prefix: a learned c >= 0 for each head,
-      almost 0 at the start. The model starts as the base model. Any gate adds log g.
     - `"separate"`: softmax(Q K^T) V + g softmax(Q P_K^T) P_V, a softmax for each. LLaMA-Adapter's zero-init attention,
       Zhang et al. 2023 (https://arxiv.org/abs/2303.16199), Eq. 8 to 10, with P_V zero at the start, as LoRA's B, in
       place of the paper's tanh(g) with g zero. The model starts as the base model, the base attention and its kernel
@@ -38,7 +35,6 @@ class Prefix(nn.Module):
         gate: g, of the width of x; None for none.
         shift_positions: whether relative positions (T5's) count the prefix, which moves all keys by n_tokens, as in
             AdapterHub's library. Not for `"separate"`.
-        groups: number of query heads that share a key head.
     """
 
     def __init__(
@@ -50,15 +46,12 @@ class Prefix(nn.Module):
         form: PrefixForm = "separate",
         gate: Gate | None = None,
         shift_positions: bool = False,
-        groups: int = 1,
     ):
         super().__init__()
         self.form: PrefixForm = form
         self.shift_positions = shift_positions
-        self.groups = groups
         self.P_K = nn.Parameter(torch.empty(heads, n_tokens, d_k))
         self.P_V = nn.Parameter(torch.zeros(heads, n_tokens, d_v))
-        self.root_c = nn.Parameter(torch.full((heads,), SHARE)) if form == "scaled" else None
         self.gate = gate
         if form == "separate":
             nn.init.normal_(self.P_K)
@@ -72,10 +65,10 @@ class Prefix(nn.Module):
 
     def attend(
         self,
-        q: Tensor,  # shape: (*batch, heads * groups * d_k)
+        q: Tensor,  # shape: (*batch, query heads * d_k)
         x: Tensor,  # shape: (batch, length, d)
         token_mask: Tensor | None = None,  # shape: (batch, length)
-    ) -> Tensor:  # shape: (*batch, heads * groups * d_v)
+    ) -> Tensor:  # shape: (*batch, query heads * d_v)
         """g softmax(Q P_K^T / sqrt(d_k)) P_V: what a separate prefix adds to the output of attention.
 
         Args:
@@ -85,9 +78,10 @@ class Prefix(nn.Module):
         """
         p_k, p_v = self.vectors()
         heads, _, d_k = p_k.shape
-        q = cast(q, p_k).reshape(-1, heads, self.groups, d_k).transpose(0, 1).flatten(1, 2)  # (heads, queries, d_k)
+        groups = q.shape[-1] // (heads * d_k)  # query heads that share a key head
+        q = cast(q, p_k).reshape(-1, heads, groups, d_k).transpose(0, 1).flatten(1, 2)  # (heads, queries, d_k)
         scores = torch.softmax(q @ (p_k * d_k**-0.5).transpose(1, 2), dim=-1)  # (heads, queries, n_tokens)
-        o = (scores @ p_v).unflatten(1, (-1, self.groups)).transpose(0, 1)  # (tokens, heads, groups, d_v)
+        o = (scores @ p_v).unflatten(1, (-1, groups)).transpose(0, 1)  # (tokens, heads, groups, d_v)
         return gate_factor(self.gate, x, token_mask) * o.reshape(*x.shape[:-1], -1)
 
     def forward(
@@ -96,25 +90,18 @@ class Prefix(nn.Module):
         token_mask: Tensor | None = None,  # shape: (batch, length)
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The keys and values of a joint softmax: P_K and P_V, shape (batch or 1, heads, n_tokens, d), scaled by a
-        mean gate; and what is added to the scores of all prefix vectors, log c + log g, shape (batch or 1, query heads
-        or 1, length or 1, 1), or None.
+        mean gate; log g of a token gate, shape (batch, 1, length, 1), which is added to the scores of all prefix
+        vectors, else None.
         """
         p_k, p_v = self.vectors()
-        p_k, p_v, scores = p_k.unsqueeze(0), p_v.unsqueeze(0), None
-        if self.root_c is not None:
-            scores = log(self.root_c.square()).repeat_interleave(self.groups).view(1, -1, 1, 1)
+        p_k, p_v = p_k.unsqueeze(0), p_v.unsqueeze(0)
         if self.gate is None:
-            return p_k, p_v, scores
+            return p_k, p_v, None
         score = F.linear(x.to(self.gate.weight.dtype), self.gate.weight)  # (batch, length, 1)
         g = self.gate(score, token_mask).unsqueeze(1)  # (batch, 1, length or 1, 1)
-        if self.gate.pooling != "token" and scores is None:
+        if self.gate.pooling != "token":
             return g * p_k, g * p_v, None
-        return p_k, p_v, log(g) if scores is None else log(g) + scores
-
-
-def log(share: Tensor) -> Tensor:
-    """The logarithm of a share of the softmax, finite at 0."""
-    return share.clamp_min(torch.finfo(share.dtype).tiny).log()
+        return p_k, p_v, g.clamp_min(torch.finfo(g.dtype).tiny).log()
 
 
 class Projection(nn.Module):
@@ -180,9 +167,8 @@ class ProjectedPrefix(Prefix):
     def to_plain(self) -> Prefix:
         """The plain prefix with the same vectors, on the same device and in the same type."""
         weight = self.last.weight
-        prefix = Prefix(*self.shape, self.form, self.gate, self.shift_positions, self.groups)
+        prefix = Prefix(*self.shape, self.form, self.gate, self.shift_positions)
         prefix = prefix.to(weight.device, weight.dtype)
-        prefix.root_c = self.root_c
         with torch.no_grad():
             for parameter, value in zip((prefix.P_K, prefix.P_V), self.vectors(), strict=True):
                 parameter.copy_(value)

@@ -12,7 +12,7 @@ from hf_peft_ext.validation.checks import check
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ConstraintComparison:
     """The scores of a stage, compared.
 
     Args:
@@ -34,7 +34,7 @@ class Comparison:
     tie: bool
 
 
-def compare(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Comparison:
+def compare_constraints(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> ConstraintComparison:
     """Find the constraint with the highest mean, and test whether it is significantly above the next.
 
     The p-value is for a single comparison. Winner and runner-up were picked from several constraints by the same
@@ -53,7 +53,7 @@ def compare(scores: Mapping[str, Sequence[float]], alpha: float = 0.05) -> Compa
     check("scores", dict(scores), bool(ranked), "must hold the score of at least one run")
     winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
     p_value = None if runner_up is None else welch(finished[winner], finished[runner_up])
-    return Comparison(
+    return ConstraintComparison(
         winner=winner,
         runner_up=runner_up,
         means=means,

@@ -1,0 +1,88 @@
+"""`hf-peft-ext compare`: which method for a recipe's model and rows."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.recipes.recipe_source import optional
+
+if TYPE_CHECKING:
+    from hf_peft_ext.compare import MethodComparison
+
+
+def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any], as_json: bool) -> None:
+    """Compare methods, print the table and the recommendation.
+
+    Args:
+        path: the recipe's YAML file.
+        changes: each `section.key=value`.
+        options: arguments of `compare`; the rates as text.
+        as_json: whether to print JSON in place of the table.
+
+    Raises:
+        typer.Exit: an error was printed.
+    """
+    # a terminal wraps the table's long lines; rich would squeeze its columns
+    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # warnings are for developers
+    with one_line(errors):
+        for module in ("optuna", "matplotlib"):
+            optional(module, "search", "A comparison")
+        from hf_peft_ext.compare import compare
+
+        options["rates"] = factors(options["rates"])
+        result = compare(path, overrides=changes, **options)
+    if as_json:
+        print(result.to_json())
+    else:
+        print_result(out, result, Path(options["output_dir"]))
+
+
+def factors(text: str) -> list[float]:
+    """The factors of an option: "1/3,1,3".
+
+    Raises:
+        ValueError: one is not a number.
+    """
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"`rates` (={text!r}) must be numbers, separated by commas, such as 1/3,1,3.") from error
+
+
+def print_result(out: Console, result: "MethodComparison", folder: Path) -> None:
+    """Print the table, the recommendation, and the paths of the files."""
+    out.print(compare_table(result))
+    for note in result.notes:
+        out.print(f"[dim]{escape(note)}[/]")
+    for method in result.methods:
+        if method.error:
+            out.print(f"[red]{escape(method.title)}[/]: {escape(method.error)}")
+    out.print(f"\n[bold]{escape(result.recommendation)}[/]\n")
+    if result.test_score is not None:
+        out.print(f"[cyan]test[/]     {result.score} {result.test_score:.3f}, on rows that nothing was chosen by")
+    if result.folder is not None:
+        out.print(f"[cyan]winner[/]   {escape(result.folder)}")
+    out.print(f"[cyan]page[/]     {escape(str(folder / 'compare.html'))}")
+    out.print(f"[cyan]numbers[/]  {escape(str(folder / 'compare.json'))}")
+
+
+def compare_table(result: "MethodComparison") -> Table:
+    """The table for the terminal; columns without a value are left out."""
+    rows = result.table()
+    shown = [column for column in rows[0] if any(row[column] for row in rows)]
+    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False)
+    for method, row in zip(result.methods, rows, strict=True):
+        style = "bold cyan" if method.name == result.winner else "red" if method.verdict == "failed" else None
+        table.add_row(*(escape(row[column]) for column in shown), style=style)
+    return table

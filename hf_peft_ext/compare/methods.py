@@ -1,0 +1,106 @@
+"""The methods that can be compared: their configs, the sizes that a budget changes, their usual learning rates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.suggestions import did_you_mean
+
+REFERENCE = "lora"
+# peft's name for an adapter without layers: it has only the modules in `modules_to_save`
+NO_LAYERS = "dummy-target-modules"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model.
+
+    Args:
+        title: its name in tables.
+        config: the `peft` section of a recipe, without `task_type`; what is left out has the config's default.
+        learning_rate: its usual learning rate, for AdamW. `--rates` are factors on it.
+        sizes: the fields that a budget changes, with their defaults; empty if the size of the method is fixed.
+        follows: field -> (a field of `sizes`, factor): it is that size times the factor.
+        trains_base: whether all parameters of the base model are trained.
+    """
+
+    title: str
+    config: Mapping[str, Any]
+    learning_rate: float
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    follows: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    trains_base: bool = False
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether a budget changes the size; S4 solves its own."""
+        return bool(self.sizes) or self.config["peft_type"] == "S4"
+
+    def sized(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """The `peft` section with these sizes."""
+        followers = {name: sizes[size] * factor for name, (size, factor) in self.follows.items() if size in sizes}
+        return {**self.config, **sizes, **followers}
+
+
+ALPHA = {"lora_alpha": ("r", 2)}  # keeps LoRA's scaling at 2 for every rank
+
+# The rates are those that were usually best for MiniLM on 100 to 500 rows; a larger model likes smaller ones.
+COMPARED_METHODS = {
+    "lora": Method("LoRA", {"peft_type": "LORA", "lora_alpha": 16}, 2e-3, {"r": 8}, ALPHA),
+    "dora": Method("DoRA", {"peft_type": "LORA", "use_dora": True, "lora_alpha": 16}, 2e-3, {"r": 8}, ALPHA),
+    "unipelt": Method(
+        "UniPELT", {"peft_type": "UNIPELT"}, 2e-3, {"bottleneck_size": 48, "r": 8, "num_virtual_tokens": 10}, ALPHA
+    ),
+    "mam": Method("MAM", {"peft_type": "MAM"}, 1e-3, {"bottleneck_size": 512, "num_virtual_tokens": 30}),
+    "s4": Method("S4", {"peft_type": "S4"}, 2e-3),
+    "pfeiffer": Method("Pfeiffer adapter", {"peft_type": "BOTTLENECK", "style": "pfeiffer"}, 2e-3, {"r": 48}),
+    "houlsby": Method("Houlsby adapter", {"peft_type": "BOTTLENECK", "style": "houlsby"}, 2e-3, {"r": 64}),
+    "prefix": Method("prefix in attention", {"peft_type": "LAYER_PREFIX"}, 1e-2, {"num_virtual_tokens": 10}),
+    "prefix_tuning": Method(
+        "peft's prefix tuning",
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10},
+        1e-2,
+        {"num_virtual_tokens": 10},
+    ),
+    "prompt_tuning": Method(
+        "prompt tuning", {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}, 3e-2, {"num_virtual_tokens": 20}
+    ),
+    "ladder": Method("ladder side-tuning", {"peft_type": "LADDER"}, 1e-3),
+    "ia3": Method("(IA)³", {"peft_type": "IA3"}, 5e-3),
+    "tfew": Method("T-Few's (IA)³", {"peft_type": "TFEW"}, 5e-3),
+    "bitfit": Method("BitFit", {"peft_type": "BITFIT"}, 5e-3),
+    "full": Method("full fine-tuning", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-4, trains_base=True),
+    "none": Method("head only", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-2),
+}
+
+
+def check_methods(names: Sequence[str]) -> list[str]:
+    """Check the names of methods.
+
+    Raises:
+        ValueError: a name is unknown or repeated, or there are fewer than two.
+    """
+    check("methods", names, not isinstance(names, str), "must be a list of names, not a single string")
+    for name in names:
+        if name not in COMPARED_METHODS:
+            hint = did_you_mean(str(name).lower(), COMPARED_METHODS) or "."
+            raise ValueError(f"`methods` (={name!r}) must be one of {', '.join(COMPARED_METHODS)}{hint}")
+    check("methods", list(names), len(set(names)) == len(names), "must hold a name once")
+    check("methods", list(names), len(names) > 1, "must hold at least two methods to compare")
+    return list(names)
+
+
+def method_named(name: str, recipe_peft: Mapping[str, Any]) -> Method:
+    """A method; the fields of the recipe's own `peft` section count if that has the method's type.
+
+    Args:
+        name: the method.
+        recipe_peft: the `peft` section of the recipe.
+    """
+    method = COMPARED_METHODS[name]
+    written = {key: value for key, value in recipe_peft.items() if key not in ("peft_type", "task_type")}
+    is_recipes = recipe_peft.get("peft_type") == method.config["peft_type"] and NO_LAYERS not in method.config.values()
+    kept = written if is_recipes else {key: value for key, value in written.items() if key == "modules_to_save"}
+    sizes = {size: kept.get(size, default) for size, default in method.sizes.items()}
+    return replace(method, config={**method.config, **kept}, sizes=sizes)
