@@ -10,7 +10,7 @@ from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix
 from hf_peft_ext.validation.checks import check, check_positive
 
 # Kind of parameters -> the modules that own them. A gate is inside its sub-layer, and comes after it.
-KINDS: dict[str, type[nn.Module]] = {
+OWNERS: dict[str, type[nn.Module]] = {
     "bottleneck": Bottleneck,
     "prefix": Prefix,
     "low_rank": LowRank,
@@ -70,7 +70,7 @@ def split_groups(
 
 def check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Refuse learning rates that are not positive, or of kinds of parameters that the model does not train."""
-    check("learning rates", [*rates], rates.keys() <= KINDS.keys(), f"must be of {', '.join(KINDS)} only")
+    check("learning rates", [*rates], rates.keys() <= OWNERS.keys(), f"must be of {', '.join(OWNERS)} only")
     trained = {kind for parameter, kind in parameter_kinds(model).items() if parameter.requires_grad}
     for kind, rate in rates.items():
         check_positive(kind, rate)
@@ -79,9 +79,9 @@ def check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
 
 
 def parameter_kinds(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameter -> its kind (see `KINDS`); other parameters are left out."""
+    """Parameter -> its kind (see `OWNERS`); other parameters are left out."""
     kinds: dict[nn.Parameter, str] = {}
-    for kind, owner in KINDS.items():
+    for kind, owner in OWNERS.items():
         for module in model.modules():
             if isinstance(module, owner):
                 kinds |= dict.fromkeys(module.parameters(), kind)
