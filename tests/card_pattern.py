@@ -40,7 +40,7 @@ model-index:
 
 # UniPELT adapter for `acme/tiny-bert`
 
-A [peft](https://github.com/huggingface/peft) adapter: 3,507 parameters (19.3 KiB) that change [`acme/tiny-bert`](https://huggingface.co/acme/tiny-bert), trained on [`nyu-mll/glue`](https://huggingface.co/datasets/nyu-mll/glue).
+A [peft](https://github.com/huggingface/peft) adapter: 3,507 parameters (19.4 KiB) that change [`acme/tiny-bert`](https://huggingface.co/acme/tiny-bert), trained on [`nyu-mll/glue`](https://huggingface.co/datasets/nyu-mll/glue).
 
 ## Use
 

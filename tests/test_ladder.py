@@ -52,9 +52,10 @@ def mixed(side_block, h, b):
     return gate * h + (1 - gate) * (b @ side_block.down.weight.T + side_block.down.bias)
 
 
-def test_formula_of_a_decoder():
-    """GPT-2, all side_blocks: h_s <- g h_s + (1 - g) W b before each block; then norm, W_up and the frozen head."""
-    model, inputs = laddered("gpt2")
+@pytest.mark.parametrize("init", ["base", "paper"])
+def test_formula_of_a_decoder(init):
+    """GPT-2: h_s <- g h_s + (1 - g) W b before each block; then norm, W_up, the sum with b, and the frozen head."""
+    model, inputs = laddered("gpt2", LadderConfig(r=4, init=init))
     base = model.get_base_model()
     side = base.transformer.h[0].ladder.side_of["default"]
     found = seen(base.transformer.h)
@@ -64,13 +65,15 @@ def test_formula_of_a_decoder():
         h = side.stack.wte.down(base.transformer.wte(ids)) + side.stack.wpe.weight[: ids.shape[1]]
         for side_block, b in zip(side.side_blocks, found, strict=True):
             h = side_block.block(mixed(side_block, h, b))
-        expected = base.lm_head(side.up(side.stack.ln_f(h)))
+        last = base.transformer.ln_f(found[-1]) if init == "base" else 0.0
+        expected = base.lm_head(last + side.up(side.stack.ln_f(h)))
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_formula_of_an_encoder_decoder():
+@pytest.mark.parametrize("init", ["base", "paper"])
+def test_formula_of_an_encoder_decoder(init):
     """T5 without its first encoder block: the side decoder reads the side encoder, the base decoder the base one."""
-    model, inputs = laddered("t5", LadderConfig(r=4, layers_to_keep=[1, 2, 3]))
+    model, inputs = laddered("t5", LadderConfig(r=4, layers_to_keep=[1, 2, 3], init=init))
     base = model.get_base_model()
     encoder, decoder = (stack.block[0].ladder.side_of["default"] for stack in (base.encoder, base.decoder))
     shown, read = seen(base.encoder.block), seen(base.decoder.block)
@@ -90,7 +93,8 @@ def test_formula_of_an_encoder_decoder():
         for side_block, b in zip(decoder.side_blocks, read, strict=True):
             h, bias, _ = side_block.block(mixed(side_block, h, b), future, bias, memory)
         scale = 32**-0.5 if base.config.scale_decoder_outputs else 1.0  # T5's own, where its head is the embedding
-        expected = base.lm_head(decoder.up(decoder.stack.final_layer_norm(h)) * scale)
+        last = base.decoder.final_layer_norm(read[-1]) if init == "base" else 0.0
+        expected = base.lm_head((last + decoder.up(decoder.stack.final_layer_norm(h))) * scale)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -185,7 +189,7 @@ def test_gradient_checkpointing(family, reentrant):
 def test_starts_as_the_pruned_backbone():
     """At r = 1, with nothing taken in (g = 1) and both projections the identity, it is the backbone itself."""
     for family in FAMILIES:
-        model = get_peft_model(BACKBONES[family].build(), LadderConfig(r=1)).eval()
+        model = get_peft_model(BACKBONES[family].build(), LadderConfig(r=1, init="paper")).eval()
         with torch.no_grad():
             for side in sides(model):
                 for side_block in side.side_blocks:

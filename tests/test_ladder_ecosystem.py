@@ -143,6 +143,7 @@ def test_trained_tokens_and_pooler(tmp_path):
     extra = {"llama": {"trainable_token_indices": [3, 4]}, "bert": {"modules_to_save": ["pooler"]}}
     for family, fields in extra.items():
         model = get_peft_model(BACKBONES[family].build(), LadderConfig(r=4, **fields)).eval()
+        randomise(model)
         inputs = BACKBONES[family].inputs()
         inputs["input_ids"][0, :2] = torch.tensor([3, 4])
         found = gradients(model, inputs)

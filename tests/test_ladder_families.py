@@ -66,7 +66,8 @@ def sides(model):
 @every_family
 def test_a_side_network_of_full_width_is_the_backbone(name):
     """At r = 1, with closed gates and identities as projections: every weight is where it belongs."""
-    model, inputs = get_peft_model(FAMILIES[name].build(), LadderConfig(r=1)).eval(), FAMILIES[name].inputs()
+    model = get_peft_model(FAMILIES[name].build(), LadderConfig(r=1, init="paper")).eval()
+    inputs = FAMILIES[name].inputs()
     with torch.no_grad():
         for side in sides(model):
             for block in side.side_blocks:
@@ -85,6 +86,7 @@ def test_one_step_changes_only_its_own_parameters(name):
     with torch.no_grad():
         expected = output(base, inputs)
     model = get_peft_model(base, LadderConfig(r=4))
+    randomise(model)
     before = {parameter: p.clone() for parameter, p in model.named_parameters()}
     found = gradients(model.train(), inputs)
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()

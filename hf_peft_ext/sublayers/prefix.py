@@ -80,8 +80,9 @@ class Prefix(nn.Module):
         heads, _, d_k = p_k.shape
         groups = q.shape[-1] // (heads * d_k)  # query heads that share a key head
         q = cast(q, p_k).reshape(-1, heads, groups, d_k).transpose(0, 1).flatten(1, 2)  # (heads, queries, d_k)
-        scores = torch.softmax(q @ (p_k * d_k**-0.5).transpose(1, 2), dim=-1)  # (heads, queries, n_tokens)
-        o = (scores @ p_v).unflatten(1, (-1, groups)).transpose(0, 1)  # (tokens, heads, groups, d_v)
+        scores = q @ (p_k * d_k**-0.5).transpose(1, 2)  # (heads, queries, n_tokens)
+        share = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        o = (share @ p_v).unflatten(1, (-1, groups)).transpose(0, 1)  # (tokens, heads, groups, d_v)
         return gate_factor(self.gate, x, token_mask) * o.reshape(*x.shape[:-1], -1)
 
     def forward(
