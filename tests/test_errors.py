@@ -46,8 +46,8 @@ BAD_CONFIGS = [
     (lambda: Placement("low_rank", "query", gate_init="x"), "`gate_init` (='x') must be a number."),
     (lambda: Placement("prefix", "attention", options={"form": "own"}), "`form` (='own') must be one of separate,"),
     (
-        lambda: Placement("prefix", "attention", options={"shift_positions": True}),
-        "`shift_positions` (=True) needs `form='joint'`.",
+        lambda: Placement("prefix", "attention", options={"form": "separate", "shift_positions": True}),
+        "`form` (='separate') must be 'joint' with `shift_positions`.",
     ),
     (lambda: UniPELTConfig(lora_targets=("quary",)), "`lora_targets` (=('quary',)) must hold query, key, value,"),
     (lambda: UniPELTConfig(bias="all"), "`bias` (='all') must be \"none\"; BitFitConfig trains biases."),

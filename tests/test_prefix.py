@@ -328,7 +328,7 @@ def test_kernels_that_cannot_take_a_prefix(implementation):
 
 def counting(layers=None):
     """A prefix that T5's relative positions count."""
-    options = {"num_virtual_tokens": 3, "form": "joint", "shift_positions": True}
+    options = {"num_virtual_tokens": 3, "shift_positions": True}
     return ComposedConfig(placements=[Placement("prefix", "attention", layers=layers, options=options)])
 
 

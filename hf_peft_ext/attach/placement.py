@@ -59,7 +59,8 @@ class Placement:
             `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
             `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate"
             or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
-            relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it).
+            relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it,
+            and the form is "joint").
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
@@ -92,6 +93,8 @@ class Placement:
                 f"`options` of `{self.sublayer}` has no {', '.join(f'`{key}`' for key in sorted(unknown))}; "
                 f"it has {', '.join(OPTIONS[self.sublayer]) or 'none'}."
             )
+        if self.options.get("shift_positions"):
+            self.options = {"form": "joint", **self.options}
         self._check_options()
 
     def _check_options(self) -> None:
@@ -111,9 +114,9 @@ class Placement:
             forms = get_args(PrefixForm)
             check("form", o["form"], o["form"] in forms, f"must be one of {', '.join(forms)}")
         if "shift_positions" in o:
-            shift, separate = o["shift_positions"], o.get("form", "separate") == "separate"
+            shift = o["shift_positions"]
             check("shift_positions", shift, isinstance(shift, bool), "must be True or False")
-            check("shift_positions", shift, not (shift and separate), "needs `form='joint'`")
+            check("form", o.get("form"), not shift or o["form"] == "joint", "must be 'joint' with `shift_positions`")
         if "scaling" in o:
             number = is_number(o["scaling"])
             check("scaling", o["scaling"], number or o["scaling"] == "learned", 'must be a number or "learned"')
