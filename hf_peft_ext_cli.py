@@ -126,6 +126,12 @@ def installed(name: str) -> str:
         return "0+unknown" if name == "hf_peft_ext" else "is not installed"
 
 
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
+]
+
+
 @app.callback()
 def main(
     version: Annotated[
@@ -140,10 +146,8 @@ def main(
 
 @app.command(help=TRAIN_HELP)
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
-    ] = None,
+    recipe: RecipeFile,
+    changes: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load model and data and print the plan; train and write nothing.")
     ] = False,
@@ -155,10 +159,8 @@ def train(
 
 @app.command(help=COMPARE_HELP)
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
-    ] = None,
+    recipe: RecipeFile,
+    changes: Overrides = None,
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas. LoRA is the reference.")
     ] = "lora,unipelt,mam,s4,ia3,bitfit,full",

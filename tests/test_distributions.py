@@ -63,7 +63,8 @@ def test_contents(built):
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_peft_ext", "hf_peft_ext_cli.py"}
     data = {name for name in names if not name.endswith(".py") and "dist-info" not in name}
     tasks = {f"hf_peft_ext/prompts/tasks/{file.name}" for file in (ROOT / "hf_peft_ext/prompts/tasks").glob("*.yaml")}
-    templates = {"hf_peft_ext/hub_cards/card.md.jinja", "hf_peft_ext/search/report.html.jinja"}
+    pages = ("hub_cards/card.md.jinja", "search/report.html.jinja", "compare/compare.html.jinja")
+    templates = {f"hf_peft_ext/{page}" for page in pages}
     tables = {"hf_peft_ext/hub_cards/hub_values.yaml", "hf_peft_ext/papers.bib"}
     assert data == tasks | templates | tables | {"hf_peft_ext/py.typed"}
     for folder in ("trainers", "hub_cards"):

@@ -142,7 +142,7 @@ def by_hand(models, tmp_path):
 
 
 def test_a_recipe_beside_its_adapter_keeps_its_comments(models, tmp_path):
-    """Trained twice, it is as it was written; with changes it is an error, before anything is trained or written."""
+    """Trained again, the saved recipe is unchanged; another one in the same folder is refused before training."""
     path = by_hand(models, tmp_path)
     text = path.read_text()
     result = run(path, "max_steps=1")

@@ -22,6 +22,7 @@ from .hub_server import STRANGER
 from .methods import METHODS, randomise
 from .saved_adapters import (
     CONFIG,
+    EXPECTED_WARNINGS,
     STOCK_METHODS,
     WEIGHTS,
     Largest,
@@ -33,12 +34,7 @@ from .saved_adapters import (
     saved,
 )
 
-# peft's advice on settings that are as they should be here
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    # 2026-11: peft 0.21's prefix tuning calls models by the name that transformers 5.24 gave up
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = EXPECTED_WARNINGS
 
 
 @pytest.mark.parametrize("backbone", ["bert", "llama", "t5"])

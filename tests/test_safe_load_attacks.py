@@ -18,14 +18,20 @@ from hf_peft_ext.validation.module_patterns import matching
 
 from .backbones import BACKBONES, output
 from .methods import METHODS
-from .saved_adapters import CONFIG, STOCK_METHODS, WEIGHTS, Largest, fingerprint, refused, reweigh, rewrite, saved
+from .saved_adapters import (
+    CONFIG,
+    EXPECTED_WARNINGS,
+    STOCK_METHODS,
+    WEIGHTS,
+    Largest,
+    fingerprint,
+    refused,
+    reweigh,
+    rewrite,
+    saved,
+)
 
-# peft's advice on settings that are as they should be here
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    # 2026-11: peft 0.21's prefix tuning calls models by the name that transformers 5.24 gave up
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = EXPECTED_WARNINGS
 # The attacks: stock peft lets them through
 
 

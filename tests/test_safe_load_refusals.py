@@ -18,6 +18,7 @@ from .backbones import BACKBONES
 from .methods import METHODS, OTHERS
 from .saved_adapters import (
     CONFIG,
+    EXPECTED_WARNINGS,
     STOCK_METHODS,
     WEIGHTS,
     assert_equal_to_stock,
@@ -28,12 +29,7 @@ from .saved_adapters import (
     saved,
 )
 
-# peft's advice on settings that are as they should be here
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    # 2026-11: peft 0.21's prefix tuning calls models by the name that transformers 5.24 gave up
-    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
-]
+pytestmark = EXPECTED_WARNINGS
 # Further refusals
 
 FORBIDDEN = {

@@ -63,7 +63,7 @@ def test_accumulated_batches_equal_one_batch(backbone, cls, tmp_path):
 
 
 def test_asking_for_the_loss_leaves_no_trace(tmp_path):
-    """With an own loss that accumulates, training is Trainer's with the scale declared: to the bit, with dropout."""
+    """With a custom loss and accumulated batches, training equals Trainer's with its scale declared, bit for bit."""
     accumulating = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 4}
     asked = trainer(tmp_path, cls=MeanLossTrainer, **accumulating)
     asked.train()

@@ -121,7 +121,7 @@ def test_settings_without_defaults(tmp_path, monkeypatch):
 
 
 def test_each_evaluated_set_has_its_results(tmp_path):
-    """Sets of one trainer go by their names, however they are evaluated; others without a name are numbered."""
+    """Evaluation sets of a trainer keep their names in the record; unnamed sets from elsewhere are numbered."""
     made = trainer(tmp_path)
     sets = {"easy": rows(16), "hard": rows(24)}
     made.eval_dataset = sets

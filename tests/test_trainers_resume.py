@@ -33,7 +33,7 @@ FAST = ("between two logs", "several adapters", "prefixes of a network")
     "case", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
 )
 def test_resumed_training_equals_uninterrupted(case, tmp_path):
-    """Stopped and resumed in a new model, every later loss and every weight is the same, to the bit."""
+    """A run that is stopped and resumed in a new model repeats later losses and weights bit for bit."""
     build, kwargs = RESUMED[case]
     build = build or (lambda: None)
     whole = trainer(tmp_path / "whole", model=build(), **kwargs)
@@ -71,7 +71,7 @@ def test_what_is_not_complete_is_not_resumed(tmp_path):
 
 
 def test_another_adapters_checkpoint_is_refused(tmp_path):
-    """A checkpoint that does not fit the adapter is an error, and the model stays as it was."""
+    """A checkpoint that does not fit the adapter raises an error, and the model is unchanged."""
     trainer(tmp_path, max_steps=3, save_steps=3).train()
     other = trainer(tmp_path, UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4, task_type="SEQ_CLS"))
     before = trained(other.model)

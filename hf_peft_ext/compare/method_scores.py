@@ -26,7 +26,7 @@ class MethodScores:
         verdict: better or worse than the reference, or a tie.
         parameters: number of trained parameters, without the head.
         is_fixed_size: whether a budget cannot change it.
-        bytes: size of what is saved for a task, with the head.
+        bytes: size of the weights that are saved for a task, with the head.
         step_seconds: median time of a training step.
         step_ratio: over that of the reference.
         memory: peak bytes of a training step.
