@@ -5,6 +5,7 @@
     kernels    which attention kernels work with each method: sdpa's, flash, flex
     nf4        NF4 with double quantisation: each method trains, evaluates, trains, saves and reloads
     memory     peak of a step at the shape of Llama-7B: LoRA, QLoRA, UniPELT, ladder, stages of plug-in transfer, full
+    precisions  each method at the shape of Llama-7B in float32, bf16, 8 bits, NF4, NF4 with double quantization
     speed      forward pass and training step in bf16 at the shapes of BERT-base, Qwen2-0.5B and Llama-7B
     compiled   the same with torch.compile, fewer layers
 

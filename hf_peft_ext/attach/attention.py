@@ -40,7 +40,7 @@ class PrefixLayer(TunerLayer):
         """The prefixes of the active adapters, one behind the other; None if there are none."""
         if FORWARD.row_adapters is not None:
             return self.states_by_row(x)
-        token_mask, parts = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder], []
+        token_mask, parts = FORWARD.values.get(self._mask_key, UNMASKED)[self._mask_index], []
         for sublayer in self.active_here.values():
             parts.append(PrefixStates(*sublayer(x, token_mask)))
         return joined(parts, x.shape[0]) if len(parts) > 1 else parts[0] if parts else None

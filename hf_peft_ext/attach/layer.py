@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
+from hf_peft_ext.attach.hook_order import move_first
 from hf_peft_ext.attach.masks import UNMASKED, block_of, record_padding
 from hf_peft_ext.attach.merge import merge_sublayer
 from hf_peft_ext.model.site import Site
@@ -49,6 +50,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         paths = (site.attention, block_of(model, site.attention)) if site.attention else ()
         self._attention = tuple(model.get_submodule(path) for path in paths)
         self._mask_key: str | None = None  # key of the padding masks in `FORWARD.values`, if a gate needs one
+        self._mask_index = int(site.of_encoder)  # torch.compile indexes by no bool before torch 2.12
         self._handles: list[RemovableHandle] = self.hooks(model)
 
     @abstractmethod
@@ -120,7 +122,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """y + the outputs of the active sub-layers on x."""
         if FORWARD.row_adapters is not None:
             return self.add_by_row(y, x)
-        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self._mask_index]
         for sublayer in self.active_here.values():
             y = sublayer.add(y, x, token_mask)
         return y
@@ -134,7 +136,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def token_mask(self, rows: Tensor, batch: int) -> Tensor | None:  # shape: (rows, keys)
         """False where a key of these rows is padding; None if no gate needs it, or nothing is padding."""
-        mask = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder]
+        mask = FORWARD.values.get(self._mask_key, UNMASKED)[self._mask_index]
         return mask.expand(batch, -1)[rows] if isinstance(mask, Tensor) else mask
 
     def rows_by_adapter(self, batch: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -190,8 +192,10 @@ class AddToOutput(TunerLayer):
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         # Before the other hooks of the host: a bias belongs to the host, and what a block returns is recorded by hooks
         # of transformers (hidden states), which must see what the next block reads.
-        first = self.site.name in ("bias", "after_residual")
-        return [self.host.register_forward_hook(partial(add_to_output, self.name), prepend=first)]
+        handle = self.host.register_forward_hook(partial(add_to_output, self.name))
+        if self.site.name in ("bias", "after_residual"):
+            move_first(self.host._forward_hooks, handle)
+        return [handle]
 
 
 def add_to_output(name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, cached_tokens, new_key
+from hf_peft_ext.attach.hook_order import move_first
 
 UNMASKED = (None, None)  # no padding, see `PaddingRecorder`
 
@@ -82,8 +83,10 @@ def record_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[Re
         if isinstance(hook, PaddingRecorder):
             return hook.key, []
     recorder = PaddingRecorder(attention)
+    handle = attention.register_forward_pre_hook(recorder, with_kwargs=True)
+    move_first(attention._forward_pre_hooks, handle)
     return recorder.key, [
-        attention.register_forward_pre_hook(recorder, prepend=True, with_kwargs=True),
+        handle,
         block.register_forward_hook(partial(forget_padding, recorder.key), always_call=True),
     ]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
+from hf_peft_ext.attach.hook_order import move_last
 from hf_peft_ext.attach.layer import TunerLayer
 from hf_peft_ext.attach.masks import UNMASKED
 
@@ -29,14 +30,13 @@ class SeparatePrefix(TunerLayer):
         rows = self.site.query_rows
         self._span = contiguous(rows)
         self.register_buffer("rows", None if self._span else rows, persistent=False)
-        query_hook = self.host.register_forward_hook(partial(attend_to_prefix, key, self.name), with_kwargs=True)
-        self._query_hook = query_hook.id
-        return [query_hook, output.register_forward_pre_hook(partial(add_prefix, key))]
+        attend = partial(attend_to_prefix, key, self.name)
+        self._query_hook = self.host.register_forward_hook(attend, with_kwargs=True)
+        return [self._query_hook, output.register_forward_pre_hook(partial(add_prefix, key))]
 
     def run_last(self) -> None:
         """Let the hook of the query leaf run after those of low-rank branches and biases, which change the queries."""
-        hooks: Any = self.host._forward_hooks  # an OrderedDict
-        hooks.move_to_end(self._query_hook)
+        move_last(self.host._forward_hooks, self._query_hook)
 
     def attended(
         self,
@@ -47,7 +47,7 @@ class SeparatePrefix(TunerLayer):
         q = q[..., self._span or self.rows.to(q.device)]
         if FORWARD.row_adapters is not None:
             return self.attended_by_row(x, q)
-        token_mask, total = FORWARD.values.get(self._mask_key, UNMASKED)[self.site.of_encoder], None
+        token_mask, total = FORWARD.values.get(self._mask_key, UNMASKED)[self._mask_index], None
         for sublayer in self.active_here.values():
             o = sublayer.attend(q, x, token_mask)
             total = o if total is None else total + o

@@ -8,7 +8,7 @@ from tables import Row
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .models import FULL, LORA, METHODS, TINY, adapted, trained
+from .models import FULL, LORA, METHODS, PAPER, TINY, adapted, trained
 from .models import SHAPES as MODELS
 from .part import NO_CUDA, Part, Setting
 
@@ -20,7 +20,7 @@ BACKENDS = {
 }
 EVERYWHERE = ("eager", "sdpa", "sdpa, math")
 KERNELS = (*EVERYWHERE, *list(BACKENDS)[1:], "flash_attention_2", "flash_attention_3", "flex_attention")
-TRIED = (FULL, LORA, "UniPELT", "MAM", "bottleneck", "prefix", "BitFit", "ladder")
+TRIED = (FULL, LORA, "UniPELT", PAPER, "MAM", "bottleneck", "prefix", "BitFit", "ladder")
 SHAPE = MODELS["Llama, 4 layers of 1024"]
 
 

@@ -22,10 +22,11 @@ from hf_peft_ext import (
 
 from .part import Setting
 
-FULL, LORA = "full fine-tuning", "LoRA (peft)"
+FULL, LORA, PAPER = "full fine-tuning", "LoRA (peft)", "UniPELT, joint prefix"
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     LORA: LoraConfig,
     "UniPELT": UniPELTConfig,
+    PAPER: lambda **kwargs: UniPELTConfig(init="paper", **kwargs),
     "MAM": MAMConfig,
     "bottleneck": BottleneckConfig,
     "prefix": LayerPrefixConfig,
@@ -34,7 +35,7 @@ METHODS: dict[str, Callable[..., PeftConfig]] = {
     "T-Few": TFewConfig,
     "ladder": LadderConfig,
 }
-TIMED = (FULL, LORA, "UniPELT", "MAM", "bottleneck", "prefix", "BitFit")
+TIMED = (FULL, LORA, "UniPELT", PAPER, "MAM", "bottleneck", "prefix", "BitFit")
 
 
 @dataclass(frozen=True)
@@ -115,26 +116,51 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def in_4_bits(model: Any) -> Any:
-    """The model with its linear leaves in NF4 with double quantisation, one after the other; the head stays as it is.
+def in_4_bits(model: Any, double: bool = True) -> Any:
+    """The model with its linear leaves in NF4, with double quantisation or without; the head stays as it is.
 
     What transformers does as it loads a checkpoint, for weights that are on the device already.
     """
     import bitsandbytes as bnb  # at its import it asks for the GPU
 
+    def quantized(leaf: nn.Linear) -> Any:
+        packed: Any = bnb.nn.Linear4bit(
+            leaf.in_features, leaf.out_features, leaf.bias is not None, torch.bfloat16, double, "nf4", device="meta"
+        )
+        weight: Tensor = leaf.weight.detach()
+        packed.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=double).to(
+            weight.device
+        )
+        return packed
+
+    model.is_loaded_in_4bit = True  # peft's LoRA asks for it
+    return with_leaves(model, quantized)
+
+
+def in_8_bits(model: Any) -> Any:
+    """The same by LLM.int8()."""
+    import bitsandbytes as bnb
+
+    def quantized(leaf: nn.Linear) -> Any:
+        packed: Any = bnb.nn.Linear8bitLt(
+            leaf.in_features, leaf.out_features, leaf.bias is not None, False, 6.0, device="meta"
+        )
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(leaf.weight.detach().half())
+        packed.weight = bnb.nn.Int8Params(rows, False, has_fp16_weights=False, CB=rows, SCB=scales)
+        return packed
+
+    model.is_loaded_in_8bit = True
+    return with_leaves(model, quantized)
+
+
+def with_leaves(model: Any, quantized: Callable[[nn.Linear], Any]) -> Any:
+    """Replace each linear leaf but the head, one after the other; biases stay."""
     head = model.get_output_embeddings()
     for path, leaf in list(model.named_modules()):
         if isinstance(leaf, nn.Linear) and leaf is not head:
-            packed: Any = bnb.nn.Linear4bit(
-                leaf.in_features, leaf.out_features, leaf.bias is not None, torch.bfloat16, True, "nf4", device="meta"
-            )
-            weight: Tensor = leaf.weight.detach()
-            packed.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True).to(
-                weight.device
-            )
+            packed = quantized(leaf)
             packed.bias = leaf.bias
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, packed)
-            del weight, leaf
-    model.is_loaded_in_4bit = True  # peft's LoRA asks for it
+            del leaf
     return model

@@ -1,4 +1,8 @@
-"""Prefix attention against one that is written out in float32: values and gradients, in float32 and in bf16."""
+"""Prefixes of both forms in float32 and in bf16: values and gradients.
+
+A joint prefix is compared with attention that is written out in float32. A separate prefix reads the queries before
+position embeddings, which attention kernels do not see: it is compared with the same model in float64.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -142,31 +146,44 @@ def off(found: Tensor | None, expected: Tensor | None) -> float | None:
     return None if found is None or expected is None else ((found - expected).norm() / expected.norm()).item()
 
 
-def measure(_: str, name: str, setting: Setting) -> Row:
+def expected_of_joint(model: Any, bare: Any, case: Case, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, int]:
+    """Hidden states and gradients of the attention written out, and how many attention modules have a prefix."""
+    bare.requires_grad_(False)
+    vectors = vectors_of(model, bare)
+    for path, pair in vectors.items():
+        bare.get_submodule(path).written_out = [p.requires_grad_() for p in pair]
+    expected, gradient = run(bare, case, inputs, [p for pair in vectors.values() for p in pair])
+    return expected, gradient, len(vectors)
+
+
+def measure(form: str, name: str, setting: Setting) -> Row:
     case = CASES[name]
     inputs = case.inputs(setting)
     torch.manual_seed(0)
     with torch.device(setting.device):
         base = AutoModel.from_config(case.config(setting.smoke), attn_implementation="sdpa").eval()
     base.to(torch.bfloat16).float()  # numbers that bf16 has
-    reference = copy.deepcopy(base)
-    reference.set_attn_implementation(NAIVE)
-    plain, _ = run(reference.requires_grad_(False), case, inputs, [])
+    plain, _ = run(copy.deepcopy(base).requires_grad_(False), case, inputs, [])
     in_bf16, _ = run(copy.deepcopy(base).to(torch.bfloat16).requires_grad_(False), case, inputs, [])
 
-    model: Any = get_peft_model(base, LayerPrefixConfig(num_virtual_tokens=N_TOKENS)).eval()
+    bare = copy.deepcopy(base)
+    config = LayerPrefixConfig(num_virtual_tokens=N_TOKENS, init="paper" if form == "joint" else "base")
+    model: Any = get_peft_model(base, config).eval()
     with torch.no_grad():
         for parameter in trained(model):
             parameter.copy_(torch.randn_like(parameter).bfloat16())
-    vectors = vectors_of(model, reference)
-    for path, pair in vectors.items():
-        reference.get_submodule(path).written_out = [p.requires_grad_() for p in pair]
-    expected, gradient = run(reference, case, inputs, [p for pair in vectors.values() for p in pair])
+    if form == "joint":
+        bare.set_attn_implementation(NAIVE)
+        expected, gradient, attentions = expected_of_joint(model, bare, case, inputs)
+    else:
+        exact = copy.deepcopy(model).double()
+        expected, gradient = run(exact, case, inputs, trained(exact))
+        attentions = len(trained(model)) // 2
     found, found_gradient = run(model, case, inputs, trained(model))
     half = model.to(torch.bfloat16)
     half_found, half_gradient = run(half, case, inputs, trained(half))
     return {
-        "attentions": len(vectors),
+        "attentions": attentions,
         "prefix moves by": off(expected, plain),
         "float32": off(found, expected),
         "float32, gradient": off(found_gradient, gradient),
@@ -181,9 +198,9 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 PART = Part(
-    "Prefix attention against one written out in float32",
+    "Prefixes against attention written out in float32 (joint) and against float64 (separate)",
     "Norm of the difference of the last hidden states, or of the prefixes' gradients, over the norm of the reference.",
-    ("model", "attention"),
-    {"random weights": list(CASES)},
+    ("form", "attention"),
+    {form: list(CASES) for form in ("separate", "joint")},
     measure,
 )

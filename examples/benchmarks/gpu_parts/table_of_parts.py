@@ -1,6 +1,6 @@
 """The parts of `gpu.py`, in the order in which they are worth their time."""
 
-from . import kernels, memory, nf4, prefix, speed, unit_tests
+from . import kernels, memory, nf4, precisions, prefix, speed, unit_tests
 from .part import Part
 
 PARTS: dict[str, Part] = {
@@ -9,6 +9,7 @@ PARTS: dict[str, Part] = {
     "kernels": kernels.PART,
     "nf4": nf4.PART,
     "memory": memory.PART,
+    "precisions": precisions.PART,
     "speed": speed.SPEED,
     "compiled": speed.COMPILED,
 }
