@@ -34,7 +34,8 @@ arguments:
 [cyan]data[/]          path, name, data_files, revision, as in load_dataset;
               train_split, eval_split, split_column,
               max_train_samples, max_eval_samples, and for
-                SEQ_CLS: text_column (two for pairs), label_column, max_length
+                SEQ_CLS: text_column (two for pairs), label_column, max_length,
+                  problem_type (regression)
                 CAUSAL_LM: text_column, or messages_column,
                   or prompt_column and response_column
                 SEQ_2_SEQ_LM: prompt_column, response_column, max_length,
@@ -47,7 +48,8 @@ arguments:
               TFewTrainingArguments for T-Few;
               output_dir is the folder of the adapter
 [cyan]metrics[/]       optional list; for SEQ_CLS and T-Few: accuracy, f1,
-              matthews_correlation; for SEQ_2_SEQ_LM: exact_match
+              matthews_correlation; for regression: pearson, spearmanr;
+              for SEQ_2_SEQ_LM: exact_match
 
 Changes follow the file: section.key=value, or key=value if only one section
 has the key. Values are YAML: section={...} replaces a section, section=null

@@ -47,8 +47,8 @@ def tiny_model(folder, name):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders with tiny models and tokenizers: bert, llama."""
-    return {name: tiny_model(tmp_path_factory.mktemp(name), name) for name in ("bert", "llama")}
+    """Folders with tiny models and tokenizers: bert, llama, t5."""
+    return {name: tiny_model(tmp_path_factory.mktemp(name), name) for name in ("bert", "llama", "t5")}
 
 
 def row(i, split):
@@ -83,7 +83,7 @@ def stages(folder):
 
 def test_classification(recipe, models, tmp_path):
     """Every method has its numbers, the winner is saved with its card and recipe, and loads again."""
-    methods = ["lora", "unipelt", "ia3", "full", "none"]
+    methods = ["lora", "unipelt", "ia3", "ladder", "full", "none"]
     assert trainers.compare is compare
     result = compare(recipe, methods, seeds=2, rates=(1, 3), output_dir=tmp_path / "out", progress=False)
     assert [m.name for m in result.methods] == methods
@@ -115,6 +115,29 @@ def test_classification(recipe, models, tmp_path):
     page = (tmp_path / "out" / "compare.html").read_text()
     assert result.recommendation.replace("'", "&#39;") in page
     assert "<svg" in page
+
+
+def test_regression(models, tmp_path):
+    """The score is Pearson's correlation; rows are held out at random."""
+    path = write_recipe(tmp_path, models["bert"], data="{{data_files: {file}, problem_type: regression}}")
+    rows = [{"text": f"w{3 + i % 9} w{5 + i % 7}", "label": i % 9 / 2} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = compare(path, ["lora", "unipelt"], **QUICK, output_dir=tmp_path / "out", train_winner=False)
+    assert result.score == "pearson"
+    assert all(-1 <= score <= 1 for method in result.methods for score in method.scores.values())
+
+
+def test_sequence_to_sequence(models, tmp_path):
+    """The score is the held-out loss, and the winner is saved; ladders are compared too."""
+    data = "{{data_files: {file}, split_column: split, prompt_column: text, response_column: label}}"
+    path = write_recipe(tmp_path, models["t5"], "SEQ_2_SEQ_LM", data=data)
+    result = compare(path, ["lora", "unipelt", "ladder"], **QUICK, output_dir=tmp_path / "out")
+    assert (result.score, result.higher_is_better) == ("loss", False)
+    for method in result.methods:
+        assert method.error is None
+        assert all(score > 0 for score in method.scores.values())
+        assert method.parameters > 0
+    assert Recipe.read(Path(result.folder) / "recipe.yaml").peft.task_type == "SEQ_2_SEQ_LM"
 
 
 def test_generation(models, tmp_path):

@@ -10,10 +10,10 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from hf_peft_ext.recipes import Recipe, prepare
-from hf_peft_ext.recipes.recipe_source import RecipeSource
+from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource
 
 from .recipe_runs import FAST, RECIPES, chats, classification, elsewhere, models, succeed, text_classifier  # noqa: F401
 from .test_training import tokenizer
@@ -55,6 +55,28 @@ def test_classification(name, models, tmp_path):
     assert np.mean(right) == pytest.approx(measured["accuracy"], abs=1e-6)
     assert sorted({*labels}) == labels
     assert len(labels) == 8
+
+
+def test_regression(models, tmp_path):
+    """Labels that are numbers: one output, the squared error as loss, correlations as metrics."""
+    rows = [{"text": f"w{3 + i % 9} w{5 + i % 7}", "label": i % 9 / 2} for i in range(40)]
+    path = classification(models, tmp_path, rows, eval_split="train", problem_type="regression")
+    out = tmp_path / "out"
+    succeed(path, "metrics=[pearson, spearmanr]", "learning_rate=1e-2", *FAST, "max_steps=8")
+    record = json.loads((out / "training_record.json").read_text())
+    measured = {result["metric"]: result["value"] for result in record["results"]}
+    base = AutoModelForSequenceClassification.from_pretrained(models["bert"], num_labels=1)
+    model = PeftModel.from_pretrained(base, out).eval()
+    batch = tokenizer()([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits[:, 0]
+    y = torch.tensor([row["label"] for row in rows])
+    assert measured["loss"] == pytest.approx((predicted - y).square().mean().item(), rel=1e-4)
+    assert measured["pearson"] == pytest.approx(np.corrcoef(predicted, y)[0, 1], abs=1e-4)
+    with pytest.raises(
+        RecipeError, match=r"`metrics` \(='accuracy'\) must be a metric of this task: pearson, spearmanr"
+    ):
+        Recipe.read(path, ["metrics=[accuracy]"])
 
 
 @pytest.mark.slow

@@ -169,6 +169,13 @@ def test_strange_classes_and_empty_cells(models, tmp_path):
     path = classification(models, tmp_path, [{"text": "w1", "label": 0.5}])
     with pytest.raises(RecipeError, match=r"`data.label_column` \(='label'\) must hold strings or whole numbers"):
         prepare(Recipe.read(path))
+    rows = [{"text": "w1", "label": 0.5}, {"text": "w2", "label": float("nan")}]
+    path = classification(models, tmp_path, rows, problem_type="regression")
+    with pytest.raises(RecipeError, match="must hold finite numbers for regression; row 1 has nan"):
+        prepare(Recipe.read(path))
+    path = classification(models, tmp_path, rows, problem_type="ranking")
+    with pytest.raises(RecipeError, match=r"`problem_type` \(='ranking'\) must be single_label_classification or"):
+        Recipe.read(path)
     path = classification(models, tmp_path, [{"text": "w1", "label": 1}, {"text": None, "label": 0}])
     with pytest.raises(RecipeError, match="row 1 of the column 'text' of rows is empty"):
         prepare(Recipe.read(path))

@@ -10,10 +10,11 @@ import yaml
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
+from scipy.stats import pearsonr, spearmanr
 
 from hf_peft_ext import Placement
 from hf_peft_ext.hub_cards import CardWarning
-from hf_peft_ext.ranking.metrics import CLASSIFICATION, exact_match
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, REGRESSION, exact_match
 from hf_peft_ext.recipes import Recipe, RecipeError, prepare
 from hf_peft_ext.recipes.recipe_schema import NOT_IN_RECIPES, section_keys
 from hf_peft_ext.recipes.recipe_source import RecipeSource, split_override
@@ -131,6 +132,15 @@ def test_metrics():
     assert matthews(p, y) == pytest.approx((one_hot[0] * one_hot[1]).sum() / norm)
     assert matthews(np.zeros(4), np.arange(4)) == matthews(np.zeros(4), np.zeros(4)) == 0
     assert exact_match(["a ", "b"], ["a", "c"]) == 0.5
+
+
+def test_metrics_of_regression():
+    """Against scipy; a constant has no correlation, and causes no warning."""
+    p, y = np.random.default_rng(0).normal(size=(2, 30))
+    assert REGRESSION["pearson"](p, y) == pytest.approx(pearsonr(p, y)[0])
+    y[:9] = 0.5  # ties
+    assert REGRESSION["spearmanr"](p, y) == pytest.approx(spearmanr(p, y)[0])
+    assert REGRESSION["pearson"](np.ones(4), np.arange(4)) == REGRESSION["spearmanr"](np.arange(4), np.ones(4)) == 0
 
 
 def by_hand(models, tmp_path):

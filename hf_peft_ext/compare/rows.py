@@ -48,7 +48,7 @@ class ComparedRows:
         held = round(args.dev_share * len(train))
         rule = f"must leave rows to train on and dev rows to choose by; of {len(train)} rows it holds out {held}"
         check("dev_share", args.dev_share, dev is not None or 1 < held < len(train) - 1, rule)
-        column = data.label_column if isinstance(data, ClassificationData) else None
+        column = data.label_column if isinstance(data, ClassificationData) and not data.is_regression else None
         return cls(train, dev, labels, column, args.dev_share)
 
     def of(self, seed: int) -> RowsAndLabels:

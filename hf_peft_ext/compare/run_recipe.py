@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_peft_ext.ranking.metrics import CLASSIFICATION
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, REGRESSION
 from hf_peft_ext.recipes.recipe import Recipe
 
 QUIET = {
@@ -22,9 +22,14 @@ OF_EVALUATION = ("metric_for_best_model", "greater_is_better", "eval_steps", "ev
 
 
 def score_name(recipe: Recipe) -> str:
-    """The score: the recipe's first metric, accuracy without one; the held-out loss if the task is generation."""
+    """The score: the recipe's first metric.
+
+    Without one it is the accuracy, Pearson's correlation for regression, and the held-out loss for generation.
+    """
     if recipe.task.metrics is CLASSIFICATION:
         return next(iter(recipe.metrics), "accuracy")
+    if recipe.task.metrics is REGRESSION:
+        return next(iter(recipe.metrics), "pearson")
     return "loss"
 
 

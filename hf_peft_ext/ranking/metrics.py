@@ -42,22 +42,45 @@ def matthews_correlation(
     return float(matthews_corrcoef(labels, predicted))
 
 
+def pearson(
+    predicted: np.ndarray,  # shape: (rows,)
+    labels: np.ndarray,  # shape: (rows,)
+) -> float:
+    """Pearson's correlation; 0 if either is constant."""
+    return 0.0 if np.ptp(predicted) == 0 or np.ptp(labels) == 0 else float(np.corrcoef(predicted, labels)[0, 1])
+
+
+def spearmanr(
+    predicted: np.ndarray,  # shape: (rows,)
+    labels: np.ndarray,  # shape: (rows,)
+) -> float:
+    """Spearman's correlation, that of the ranks; 0 if either is constant."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predicted), rankdata(labels))
+
+
 def exact_match(predicted: Sequence[str], labels: Sequence[str]) -> float:
     """The share of texts that equal their labels, without the white space at both ends."""
     return sum(p.strip() == y.strip() for p, y in zip(predicted, labels, strict=True)) / len(labels)
 
 
 CLASSIFICATION: dict[str, Metric] = {"accuracy": accuracy, "f1": f1, "matthews_correlation": matthews_correlation}
+REGRESSION: dict[str, Metric] = {"pearson": pearson, "spearmanr": spearmanr}  # GLUE's names
 GENERATION: dict[str, Metric] = {"exact_match": exact_match}
 
 
 def classification_metrics(metrics: dict[str, Metric]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` of a Trainer for classification; predictions are logits of shape (rows, classes)."""
+    """`compute_metrics` of a Trainer for classification and regression.
+
+    Predictions are logits of shape (rows, classes), for regression scores of shape (rows,) or (rows, 1).
+    """
 
     def compute(evaluated: EvalPrediction) -> dict[str, float]:
         logits = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
-        labels = evaluated.label_ids
-        return {name: metric(np.asarray(logits).argmax(-1), np.asarray(labels)) for name, metric in metrics.items()}
+        logits, labels = np.asarray(logits), np.asarray(evaluated.label_ids)
+        predicted = {True: logits.reshape(-1), False: logits.argmax(-1)}
+        return {name: metric(predicted[name in REGRESSION], labels) for name, metric in metrics.items()}
 
     return compute
 

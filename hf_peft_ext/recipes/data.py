@@ -1,5 +1,6 @@
 """The data of each task: the columns it reads, and how they become a model's inputs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.validation.checks import check
 
+PROBLEM_TYPES = ("single_label_classification", "regression")
+
 
 @dataclass
 class ClassificationData(DatasetArguments):
@@ -15,13 +18,26 @@ class ClassificationData(DatasetArguments):
 
     Args:
         text_column: column of the text, or a list of two columns for pairs of texts.
-        label_column: column of the class: strings, whole numbers, or a ClassLabel of `datasets`.
+        label_column: column of the class: strings, whole numbers, or a ClassLabel of `datasets`; for regression
+            numbers.
+        problem_type: "single_label_classification" or "regression", as in a transformers config.
         max_length: longer texts are cut to so many tokens; None for the model's own limit.
     """
 
     text_column: str | list[str] = "text"
     label_column: str = "label"
+    problem_type: str = "single_label_classification"
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = f"must be {' or '.join(PROBLEM_TYPES)}"
+        check("problem_type", self.problem_type, self.problem_type in PROBLEM_TYPES, rule)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are numbers to predict."""
+        return self.problem_type == "regression"
 
     def texts(self) -> list[str]:
         """The text columns."""
@@ -32,16 +48,19 @@ class ClassificationData(DatasetArguments):
         return [*self.texts(), self.label_column]
 
     def labels(self, rows: Any) -> list[str]:
-        """The names of the classes, in the order of their indices.
+        """The names of the classes, in the order of their indices; for regression the column's name.
 
         Raises:
-            RecipeError: the labels are neither strings nor whole numbers.
+            RecipeError: the labels are neither strings nor whole numbers; for regression, not finite numbers.
         """
+        if self.is_regression:
+            return [self.label_column]
         feature = rows.features[self.label_column]
         if hasattr(feature, "names"):
             return list(feature.names)
         if not {type(label) for label in rows[self.label_column]} <= {str, int, bool}:
-            raise RecipeError(f"`data.label_column` (={self.label_column!r}) must hold strings or whole numbers.")
+            rule = "must hold strings or whole numbers; for numbers to predict, set `data.problem_type=regression`"
+            raise RecipeError(f"`data.label_column` (={self.label_column!r}) {rule}.")
         return [str(label) for label in sorted(set(rows[self.label_column]))]
 
     def _names(self, rows: Any) -> list[str]:
@@ -49,24 +68,36 @@ class ClassificationData(DatasetArguments):
         return [feature.names[i] if hasattr(feature, "names") else str(i) for i in rows[self.label_column]]
 
     def encode(self, rows: Any, tokenizer: Any, labels: list[str]) -> Any:
-        """Tokens of the texts, and indices of the classes as `labels`.
+        """Tokens of the texts, and as `labels` indices of the classes, or the numbers of a regression.
 
         Raises:
-            RecipeError: a row has a class that is not in `labels`.
+            RecipeError: a row has a class that is not in `labels`, or no finite number.
         """
 
         def inputs(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [batch[column] for column in self.texts()]
             return dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
 
+        targets = self._numbers(rows) if self.is_regression else self._indices(rows, labels)
+        encoded = rows.map(inputs, batched=True, remove_columns=rows.column_names)
+        return encoded.add_column("labels", targets)
+
+    def _indices(self, rows: Any, labels: list[str]) -> list[int]:
         index = {label: i for i, label in enumerate(labels)}
         names = self._names(rows)
         unknown = sorted(set(names) - set(labels))
         if unknown:
             rule = f"has classes that no training row has: {', '.join(unknown[:5])}"
             raise RecipeError(f"`data.eval_split` (={self.eval_split!r}) {rule}.")
-        encoded = rows.map(inputs, batched=True, remove_columns=rows.column_names)
-        return encoded.add_column("labels", [index[name] for name in names])
+        return [index[name] for name in names]
+
+    def _numbers(self, rows: Any) -> list[float]:
+        values = rows[self.label_column]
+        for i, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                rule = f"must hold finite numbers for regression; row {i} has {value!r}"
+                raise RecipeError(f"`data.label_column` (={self.label_column!r}) {rule}.")
+        return [float(value) for value in values]
 
 
 @dataclass

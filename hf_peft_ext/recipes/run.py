@@ -12,7 +12,7 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
-from hf_peft_ext.ranking.metrics import CLASSIFICATION, classification_metrics, generation_metrics
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, REGRESSION, classification_metrics, generation_metrics
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.recipe_schema import ModelArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
@@ -180,7 +180,7 @@ def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any
 def _task_options(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The arguments that only this task's trainer has."""
     metrics = {name: recipe.task.metrics[name] for name in recipe.metrics}
-    if recipe.task.metrics is CLASSIFICATION:
+    if recipe.task.metrics in (CLASSIFICATION, REGRESSION):
         return {"compute_metrics": classification_metrics(metrics)} if metrics else {}
     if recipe.peft.task_type == "SEQ_2_SEQ_LM":
         compute = {"compute_metrics": generation_metrics(metrics, tokenizer)} if metrics else {}

@@ -66,6 +66,8 @@ class TaskArguments(ClassificationData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("metric", self.metric, self.metric in CLASSIFICATION, f"must be one of {', '.join(CLASSIFICATION)}")
+        rule = "must be single_label_classification: a search compares accuracies"
+        check("problem_type", self.problem_type, not self.is_regression, rule)
         check("eval_split", self.eval_split, self.eval_split is not None, "must name the rows to score models on")
 
 

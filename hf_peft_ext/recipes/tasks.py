@@ -1,6 +1,7 @@
 """The tasks of recipes: model class, data, trainer and metrics of each `task_type`.
 
-A language model with `data.choices` learns to rank the choices: T-Few's task.
+A language model with `data.choices` learns to rank the choices: T-Few's task. `data.problem_type` makes SEQ_CLS a
+regression, as transformers has it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_peft_ext import trainers
-from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, Metric
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, REGRESSION, Metric
 from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
 from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import optional
@@ -74,6 +75,7 @@ T_FEW = {
     )
     for task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 }
+REGRESSION_TASK = replace(RECIPE_TASKS["SEQ_CLS"], metrics=REGRESSION)
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
@@ -85,4 +87,8 @@ def task_of(task_type: str, data: Mapping[str, Any] | None) -> RecipeTask:
         task_type: its `peft.task_type`.
         data: its `data` section.
     """
-    return T_FEW[task_type] if task_type in T_FEW and "choices" in (data or {}) else RECIPE_TASKS[task_type]
+    data = data or {}
+    if task_type in T_FEW and "choices" in data:
+        return T_FEW[task_type]
+    is_regression = task_type == "SEQ_CLS" and data.get("problem_type") == "regression"
+    return REGRESSION_TASK if is_regression else RECIPE_TASKS[task_type]
