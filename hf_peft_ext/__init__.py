@@ -30,6 +30,7 @@ from hf_peft_ext.tuners import fix_gates as fix_gates
 from hf_peft_ext.tuners import gate_values as gate_values
 from hf_peft_ext.tuners import merge_prefix_projections as merge_prefix_projections
 from hf_peft_ext.tuners import prune_ladder as prune_ladder
+from hf_peft_ext.tuners import recommended_learning_rate as recommended_learning_rate
 
 try:
     __version__ = version("hf_peft_ext")

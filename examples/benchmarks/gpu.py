@@ -1,12 +1,12 @@
 """All measurements that need a GPU, with random weights: at most 12 minutes on one H100 or H200.
 
     tests      the tests marked `gpu`
-    prefix     prefix attention against a naive one in float32
+    prefix     prefixes against references in higher precision
     kernels    which attention kernels work with each method: sdpa's, flash, flex
     nf4        NF4 with double quantisation: each method trains, evaluates, trains, saves and reloads
     memory     peak of a step at the shape of Llama-7B: LoRA, QLoRA, UniPELT, ladder, stages of plug-in transfer, full
-    precisions  each method at the shape of Llama-7B in float32, bf16, 8 bits, NF4, NF4 with double quantization
     speed      forward pass and training step in bf16 at the shapes of BERT-base, Qwen2-0.5B and Llama-7B
+    precisions each method on a base model of Llama-7B's shape in float32, bf16, 8 bits and NF4
     compiled   the same with torch.compile, fewer layers
 
 Each row is measured in a separate process. After a failure the row holds the last line of the error, and the other

@@ -5,7 +5,7 @@
     beginnings  TREC: UniPELT, MAM, S4, prefix and Pfeiffer as they begin by default and as in their papers
     ablation    TREC: UniPELT without gates, without one of its sub-layers, and with other gates
 
-Each cell draws a pool of rows once. Each seed trains on other K rows of it and is scored on the 400 that are left.
+Each cell draws a pool of rows once. Each seed trains on other K rows of it and is scored on the 200 that are left.
 A cell that was interrupted continues, and several processes share one. The data are those of HF_PEFT_EXT_DATA.
 
     python examples/studies/which_method.py --stage tune
@@ -30,7 +30,7 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.trainers import compare
 from runs import MINILM, RESULTS, find_model, read
 
-DEV = 400
+DEV = 200
 METHODS = ["lora", "unipelt", "mam", "s4", "pfeiffer", "prefix", "ia3", "bitfit", "full"]
 STAGES = {
     "tune": (["sst2", "ag_news"], METHODS, [1 / 3, 1.0, 3.0]),
@@ -93,7 +93,7 @@ class Arguments:
 
 
 def pool(args: Arguments, task: str) -> list[dict[str, Any]]:
-    """The K + 400 rows of a task, drawn once; of classes as equally as they allow."""
+    """The K + 200 rows of a task, drawn once; of classes as equally as they allow."""
     rows = list(read(args.data, task, "train"))
     random.Random(0).shuffle(rows)
     if task == "stsb":
@@ -134,7 +134,7 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
             "data_files": str(rows),
             "text_column": columns if len(columns) > 1 else columns[0],
             "label_column": "label",
-            "max_length": 96,
+            "max_length": 64,
         },
         "training": training,
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_peft_ext.tuners.learning_rates import LEARNING_RATES
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.suggestions import did_you_mean
 
@@ -19,7 +20,7 @@ class Method:
     Args:
         title: its name in tables.
         config: the `peft` section of a recipe, without `task_type`; what is left out has the config's default.
-        learning_rate: its usual learning rate, for AdamW. `--rates` are factors on it.
+        learning_rate: its usual learning rate, for AdamW (`recommended_learning_rate`). `--rates` are factors on it.
         sizes: the fields that a budget changes, with their defaults; empty if the size of the method is fixed.
         follows: field -> (a field of `sizes`, factor): it is that size times the factor.
         trains_base: whether all parameters of the base model are trained.
@@ -45,31 +46,56 @@ class Method:
 
 ALPHA = {"lora_alpha": ("r", 2)}  # keeps LoRA's scaling at 2 for every rank
 
-# The rates are those that were usually best for MiniLM on 100 to 500 rows; a larger model likes smaller ones.
 COMPARED_METHODS = {
-    "lora": Method("LoRA", {"peft_type": "LORA", "lora_alpha": 16}, 2e-3, {"r": 8}, ALPHA),
-    "dora": Method("DoRA", {"peft_type": "LORA", "use_dora": True, "lora_alpha": 16}, 2e-3, {"r": 8}, ALPHA),
-    "unipelt": Method(
-        "UniPELT", {"peft_type": "UNIPELT"}, 2e-3, {"bottleneck_size": 48, "r": 8, "num_virtual_tokens": 10}, ALPHA
+    "lora": Method("LoRA", {"peft_type": "LORA", "lora_alpha": 16}, LEARNING_RATES["LORA"], {"r": 8}, ALPHA),
+    "dora": Method(
+        "DoRA", {"peft_type": "LORA", "use_dora": True, "lora_alpha": 16}, LEARNING_RATES["LORA"], {"r": 8}, ALPHA
     ),
-    "mam": Method("MAM", {"peft_type": "MAM"}, 1e-3, {"bottleneck_size": 512, "num_virtual_tokens": 30}),
-    "s4": Method("S4", {"peft_type": "S4"}, 2e-3),
-    "pfeiffer": Method("Pfeiffer adapter", {"peft_type": "BOTTLENECK", "style": "pfeiffer"}, 2e-3, {"r": 48}),
-    "houlsby": Method("Houlsby adapter", {"peft_type": "BOTTLENECK", "style": "houlsby"}, 2e-3, {"r": 64}),
-    "prefix": Method("prefix in attention", {"peft_type": "LAYER_PREFIX"}, 1e-2, {"num_virtual_tokens": 10}),
+    "unipelt": Method(
+        "UniPELT",
+        {"peft_type": "UNIPELT"},
+        LEARNING_RATES["UNIPELT"],
+        {"bottleneck_size": 48, "r": 8, "num_virtual_tokens": 10},
+        ALPHA,
+    ),
+    "mam": Method(
+        "MAM", {"peft_type": "MAM"}, LEARNING_RATES["MAM"], {"bottleneck_size": 512, "num_virtual_tokens": 30}
+    ),
+    "s4": Method("S4", {"peft_type": "S4"}, LEARNING_RATES["S4"]),
+    "pfeiffer": Method(
+        "Pfeiffer adapter",
+        {"peft_type": "BOTTLENECK", "style": "pfeiffer"},
+        LEARNING_RATES["BOTTLENECK"],
+        {"r": 48},
+    ),
+    "houlsby": Method(
+        "Houlsby adapter",
+        {"peft_type": "BOTTLENECK", "style": "houlsby"},
+        LEARNING_RATES["BOTTLENECK"],
+        {"r": 64},
+    ),
+    "prefix": Method(
+        "prefix in attention",
+        {"peft_type": "LAYER_PREFIX"},
+        LEARNING_RATES["LAYER_PREFIX"],
+        {"num_virtual_tokens": 10},
+    ),
     "prefix_tuning": Method(
         "peft's prefix tuning",
         {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10},
-        1e-2,
+        LEARNING_RATES["PREFIX_TUNING"],
         {"num_virtual_tokens": 10},
     ),
     "prompt_tuning": Method(
-        "prompt tuning", {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}, 3e-2, {"num_virtual_tokens": 20}
+        "prompt tuning",
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20},
+        LEARNING_RATES["PROMPT_TUNING"],
+        {"num_virtual_tokens": 20},
     ),
-    "ladder": Method("ladder side-tuning", {"peft_type": "LADDER"}, 1e-3),
-    "ia3": Method("(IA)³", {"peft_type": "IA3"}, 5e-3),
-    "tfew": Method("T-Few's (IA)³", {"peft_type": "TFEW"}, 5e-3),
-    "bitfit": Method("BitFit", {"peft_type": "BITFIT"}, 5e-3),
+    "ladder": Method("ladder side-tuning", {"peft_type": "LADDER"}, LEARNING_RATES["LADDER"]),
+    "ia3": Method("(IA)³", {"peft_type": "IA3"}, LEARNING_RATES["IA3"]),
+    "tfew": Method("T-Few's (IA)³", {"peft_type": "TFEW"}, LEARNING_RATES["TFEW"]),
+    "bitfit": Method("BitFit", {"peft_type": "BITFIT"}, LEARNING_RATES["BITFIT"]),
     "full": Method("full fine-tuning", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-4, trains_base=True),
     "none": Method("head only", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-2),
 }

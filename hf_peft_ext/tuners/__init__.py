@@ -18,6 +18,7 @@ from hf_peft_ext.tuners.ladder.tuner import LadderConfig as LadderConfig
 from hf_peft_ext.tuners.ladder.tuner import LadderModel as LadderModel
 from hf_peft_ext.tuners.ladder.tuner import prune_ladder as prune_ladder
 from hf_peft_ext.tuners.layer_prefix import LayerPrefixConfig as LayerPrefixConfig
+from hf_peft_ext.tuners.learning_rates import recommended_learning_rate as recommended_learning_rate
 from hf_peft_ext.tuners.mam import MAMConfig as MAMConfig
 from hf_peft_ext.tuners.s4.config import S4Config as S4Config
 from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig

@@ -9,7 +9,7 @@ PARTS: dict[str, Part] = {
     "kernels": kernels.PART,
     "nf4": nf4.PART,
     "memory": memory.PART,
-    "precisions": precisions.PART,
     "speed": speed.SPEED,
+    "precisions": precisions.PART,
     "compiled": speed.COMPILED,
 }
