@@ -1,5 +1,7 @@
 """On which architectures of transformers do UniPELT, T-Few and LoRA work with their default settings?
 
+LoRA is tried with peft's own defaults and with `find_target_modules`.
+
 The script builds a tiny random model of every causal-LM, sequence-to-sequence and sequence-classification head in
 transformers, and adapts it. It checks that the adapter has an effect, that every part that ran is trained, and that
 disabling the adapter restores the base model's outputs.
@@ -11,6 +13,7 @@ disabling the adapter restores the base model's outputs.
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +28,20 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, HfArgumentParser, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
-from hf_peft_ext import TFewConfig, UniPELTConfig
+from hf_peft_ext import TFewConfig, UniPELTConfig, find_target_modules
 
 HEADS = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-METHODS: dict[str, type[PeftConfig]] = {"UniPELT": UniPELTConfig, "T-Few": TFewConfig, "LoRA": LoraConfig}
+LORA, FOUND = "LoRA", "LoRA, found targets"
+METHODS: dict[str, Callable[..., PeftConfig]] = {
+    "UniPELT": UniPELTConfig,
+    "T-Few": TFewConfig,
+    FOUND: LoraConfig,
+    LORA: LoraConfig,
+}
 VOCABULARY, BATCH, LENGTH = 160, 2, 12
 EOS = 2
 LARGEST = 20_000_000  # parameters; larger models are skipped
@@ -109,7 +118,9 @@ def main() -> None:
         built[task] += 1
         for method, config in METHODS.items():
             try:
-                check(tiny(model_type, class_name), config(task_type=task))
+                model = tiny(model_type, class_name)
+                targets = {"target_modules": find_target_modules(model)} if method == FOUND else {}
+                check(model, config(task_type=task, **targets))
             except Exception as error:
                 failures[method][name] = first_line(error)
     report(built, failures, unbuilt)
@@ -127,7 +138,7 @@ def report(built: Counter[str], failures: dict[str, dict[str, str]], unbuilt: di
         table.add_row(task, *(str(built[task] - n) for n in failed), str(built[task]))
     total = built.total()
     table.add_row("all", *(str(total - len(names)) for names in failures.values()), str(total), style="bold")
-    for method in ("UniPELT", "T-Few"):
+    for method in [method for method in METHODS if method != LORA]:
         for name, why in failures[method].items():
             console.print(f"{method}, {name}: {why}", markup=False, highlight=False)
     console.print(f"No small model could be built of {len(unbuilt)} heads: {', '.join(unbuilt)}.", highlight=False)
