@@ -95,6 +95,7 @@ class Arguments:
     epochs: int = field(default=8, metadata={"help": "Epochs of each run."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks in place of the stage's own."})
     methods: list[str] | None = field(default=None, metadata={"help": "Methods in place of the stage's own."})
+    rates: list[float] | None = field(default=None, metadata={"help": "Factors on the usual rates."})
     data: Path = field(
         default=Path(os.environ.get("HF_PEFT_EXT_DATA", "../shared/data")), metadata={"help": "Folder of the data."}
     )
@@ -162,7 +163,7 @@ def run(args: Arguments, stage: str) -> None:
             methods=args.methods or methods,
             budget=args.budget,
             seeds=args.seeds,
-            rates=rates,
+            rates=args.rates or rates,
             dev_share=DEV / (args.k + DEV),
             output_dir=folder,
             train_winner=False,
