@@ -24,8 +24,8 @@ def recommended_learning_rate(config: PeftConfig) -> float:
     """The learning rate to begin with, for AdamW with linear decay and a warm-up of a tenth of the steps.
 
     The rates of LoRA, (IA)³ and this package's methods but ladders were chosen on SST-2: MiniLM (22 million
-    parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters trained, three rates a factor of 3 apart, one
-    seed (`examples/studies/which_method.py --stage tune`); between two rates that tied, the rate in the middle. The
+    parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters trained, three rates a factor of 3 apart and
+    one seed (`examples/studies/which_method.py --stage tune`); between two rates that tied, the rate in the middle. The
     others are usual values that were not measured. TREC wanted higher rates. Larger models and longer training usually
     want smaller ones: published rates of LoRA on models of billions of parameters are about a twentieth. `hf-peft-ext
     compare` tries rates around these on your own model and rows.
