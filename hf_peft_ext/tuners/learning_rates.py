@@ -23,12 +23,12 @@ LEARNING_RATES = {
 def recommended_learning_rate(config: PeftConfig) -> float:
     """The learning rate to begin with, for AdamW with linear decay and a warm-up of a tenth of the steps.
 
-    The rates of LoRA, (IA)³ and this package's methods but ladders were chosen on SST-2: MiniLM (22 million
-    parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters trained, three rates a factor of 3 apart and
-    one seed (`examples/studies/which_method.py --stage tune`); between two rates that tied, the rate in the middle. The
-    others are usual values that were not measured. TREC wanted higher rates. Larger models and longer training usually
-    want smaller ones: published rates of LoRA on models of billions of parameters are about a twentieth. `hf-peft-ext
-    compare` tries rates around these on your own model and rows.
+    The rates of LoRA, (IA)³ and this package's methods but ladders were chosen on SST-2 alone: MiniLM (22 million
+    parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters trained, one seed, three rates a factor of
+    3 apart; between two rates that tied, the rate in the middle (`examples/studies/which_method.py --stage tune`). The
+    other rates are usual values that were not measured. TREC wanted higher rates. Larger models and longer training
+    usually want smaller ones: published rates of LoRA on models of billions of parameters are about a twentieth.
+    `hf-peft-ext compare` tries rates around these on your own model and rows.
 
     Args:
         config: the config of an adapter: LoRA, (IA)³, prefix tuning or prompt tuning of peft, or any of this package
