@@ -111,6 +111,30 @@ to continue: all runs are in the database.
   hf-peft-ext compare RECIPE --dev-split validation num_train_epochs=5
 """
 
+COST_HELP = """What does it cost to fine-tune, and to show examples in every prompt instead?
+
+Counts FLOPs of training and of queries from a config alone, without loading
+weights: by the papers' rules and by the modules, attention and adapter
+included. Also the bytes of the examples' cached keys and values, and the
+number of queries from which fine-tuning is cheaper.
+
+\b
+  hf-peft-ext cost --model MODEL --adapter UNIPELT --shots 32 --tokens-per-example 98
+  hf-peft-ext cost --model config.json --adapter LORA:r=16 --shots 8 --tokens-per-example 60 --queries 5000
+"""
+
+ANNOTATE_HELP = """Label more rows, or distil a large model? Plan how to spend a budget.
+
+The inputs are a YAML file: prices, pools, throughputs, and the scores of a
+small pilot. Learning curves are fitted to the pilot. The result is the best
+allocation of each strategy with its expected score, break-even budgets, and
+the effect of each price. Changes follow the file: key=value.
+
+\b
+  hf-peft-ext annotate-or-distil examples/annotation.yaml
+  hf-peft-ext annotate-or-distil examples/annotation.yaml budget=500 --figure plan.svg
+"""
+
 
 def show_version(wanted: bool) -> None:
     """Print the versions that a bug report should name, and exit."""
@@ -199,6 +223,48 @@ def compare(
     options |= {"rates": rates, "dev_split": dev_split, "dev_share": dev_share, "general_text": general_text}
     options |= {"output_dir": output_dir, "storage": storage, "study_name": study_name, "train_winner": train_winner}
     compare_command(recipe, changes or (), options, json)
+
+
+@app.command(help=COST_HELP)
+def cost(
+    model: Annotated[str, typer.Option(help="The fine-tuned model: its name, folder or config.json.")],
+    shots: Annotated[int, typer.Option(help="Examples in each prompt.")],
+    tokens_per_example: Annotated[int, typer.Option(help="Tokens of an example.")],
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A PEFT type, LORA or LORA:r=16, or an adapter's folder.", show_default="all weights"),
+    ] = None,
+    prompted_model: Annotated[
+        str | None, typer.Option(help="The model to prompt.", show_default="the fine-tuned one")
+    ] = None,
+    query_tokens: Annotated[int, typer.Option(help="Tokens of a query and of a training row.")] = 103,
+    target_tokens: Annotated[int, typer.Option(help="Tokens of a target, for an encoder-decoder.")] = 1,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Rows of a training step.")] = 8,
+    queries: Annotated[int, typer.Option(help="Queries to answer.")] = 1000,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="To print money as well.")] = None,
+    flops_per_second: Annotated[float | None, typer.Option(help="What the GPU really does, such as 1e14.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.cost import cost_command
+
+    work = {"shots": shots, "tokens_per_example": tokens_per_example, "query_tokens": query_tokens}
+    work |= {"target_tokens": target_tokens, "steps": steps, "batch": batch, "queries": queries}
+    cost_command(model, adapter, prompted_model, work, (price_per_gpu_hour, flops_per_second), json)
+
+
+@app.command("annotate-or-distil", help=ANNOTATE_HELP)
+def annotate_or_distil(
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS", help="The inputs: a YAML file.", show_default=False)],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the inputs.", show_default=False)
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write score against budget to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.annotate import annotate_command
+
+    annotate_command(inputs, changes or (), figure, json)
 
 
 search_app = typer.Typer(help=SEARCH_HELP, invoke_without_command=True, rich_markup_mode="rich")

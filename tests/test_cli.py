@@ -18,7 +18,7 @@ from hf_peft_ext.validation.checks import check_writable
 HELPS = """
 import sys
 from hf_peft_ext_cli import app
-commands = ("train", "compare", "search", "search report", "push")
+commands = ("train", "compare", "cost", "annotate-or-distil", "search", "search report", "push")
 for words in ("--help", "--version", *(f"{command} --help" for command in commands)):
     app(words.split(), standalone_mode=False)
 print("imported:", [name for name in ("torch", "transformers", "peft", "hf_peft_ext", "yaml") if name in sys.modules])
@@ -29,7 +29,10 @@ def test_help_imports_nothing_heavy():
     """Help and version come without the package, whose import takes seconds."""
     done = subprocess.run([sys.executable, "-c", HELPS], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "imported: []"
-    assert all(command in done.stdout for command in ("train", "compare", "search", "push", "lm-eval", "report"))
+    assert all(
+        command in done.stdout
+        for command in ("train", "compare", "cost", "annotate-or-distil", "search", "push", "lm-eval", "report")
+    )
 
 
 def test_importing_the_package_registers_the_methods():
