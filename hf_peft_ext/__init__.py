@@ -9,6 +9,7 @@ from hf_peft_ext.autoload import install_autoload as install_autoload
 from hf_peft_ext.autoload import uninstall_autoload as uninstall_autoload
 from hf_peft_ext.loading import load_adapter as load_adapter
 from hf_peft_ext.loading.adapterhub import from_adapterhub as from_adapterhub
+from hf_peft_ext.model.backbone import load_backbone as load_backbone
 from hf_peft_ext.model.find_target_modules import find_target_modules as find_target_modules
 from hf_peft_ext.prompts import PromptedDataset as PromptedDataset
 from hf_peft_ext.prompts import PromptTemplate as PromptTemplate

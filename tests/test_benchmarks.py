@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from .backbones import BACKBONES
+from .test_training import tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -110,6 +111,25 @@ def test_scale(capsys, monkeypatch, tmp_path):
     assert all(float(row["peak, MiB"]) > 0 for row in found["length"])
     assert float(found["help"][-1]["seconds"]) > 0
     assert "| prefix |" in (tmp_path / "scale_length.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_precisions(monkeypatch, tmp_path):
+    """A method in each precision: the same first loss but for rounding, fewer bytes, and the saving in the note."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    BACKBONES["llama"].build(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    module = run("precisions", "--model", str(tmp_path / "model"), "--methods", "UniPELT", "--output", str(tmp_path))
+    found = {row["precision"]: row for row in table(tmp_path / "precisions.csv")}
+    assert list(found) == list(module.PRECISIONS)
+    exact = float(found["float32"]["first loss"])
+    for row in found.values():
+        assert float(row["first loss"]) == pytest.approx(exact, rel=0.05)
+        assert float(row["loss 5"]) < float(row["first loss"])
+        assert float(row["step, s"]) > 0
+    sizes = [float(found[name]["weights, MiB"]) for name in ("float32", "8-bit", "NF4", "NF4, double quantization")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "Double quantization saves 0." in (tmp_path / "precisions.md").read_text(encoding="utf-8")
 
 
 def test_gpu_says_what_it_skips(capsys, monkeypatch, tmp_path):

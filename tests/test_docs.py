@@ -68,6 +68,7 @@ def place(tmp_path, monkeypatch):
 
 # 2026-11: Trainer's data loader asks for pinned memory wherever it runs
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+@pytest.mark.filterwarnings("ignore:ReLoRA has changed the base weights:UserWarning")
 @pytest.mark.parametrize(("page", "found"), cases())
 def test_code_runs(page, found, place, capsys):
     if any("from_adapterhub(" in block.code for block in found):

@@ -6,7 +6,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 
-from hf_peft_ext import UniPELTConfig
+from hf_peft_ext import UniPELTConfig, load_backbone
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_training import StopAt, trained
@@ -99,8 +99,35 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
-def test_four_bits(tmp_path):
-    """A 4-bit base model is prepared for training, resumed exactly, evaluated in between, and named in the record."""
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized(bits, tmp_path):
+    """A quantized base model is resumed exactly, evaluated in between, and named in the record."""
+    pytest.importorskip("bitsandbytes")
+    tiny = {**BACKBONES["bert"].config, "hidden_size": 64, "intermediate_size": 128}
+    tiny = BertConfig(vocab_size=VOCAB, num_labels=2, **SPECIAL, **tiny)
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny).save_pretrained(tmp_path / "base")
+
+    def quantized(folder, **kwargs):
+        model = load_backbone(tmp_path / "base", bits, task_type="SEQ_CLS")
+        kwargs |= {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+        return trainer(tmp_path / folder, config(), model=model, **kwargs)
+
+    whole = quantized("whole")
+    whole.train()
+    quantized("half", callbacks=[StopAt(6)]).train()
+    resumed = quantized("half")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert len(set(losses(whole).values())) == 4
+    for name, value in trained(whole.model).items():
+        assert torch.equal(trained(resumed.model)[name], value), name
+    assert whole.filled_record().quantization == {4: "4-bit NF4, double quantisation", 8: "8-bit"}[bits]
+    assert whole.filled_record().base_model == "./base"  # no folders of this machine
+
+
+def test_own_quantization(tmp_path):
+    """A base model loaded by a `BitsAndBytesConfig` of one's own is prepared for training, and resumed exactly."""
     pytest.importorskip("bitsandbytes")
     tiny = {**BACKBONES["bert"].config, "hidden_size": 64, "intermediate_size": 128}
     tiny = BertConfig(vocab_size=VOCAB, num_labels=2, **SPECIAL, **tiny)
@@ -126,5 +153,3 @@ def test_four_bits(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert len(set(losses(whole).values())) == 4
-    assert whole.filled_record().quantization == "4-bit NF4, double quantisation"
-    assert whole.filled_record().base_model == "./base"  # no folders of this machine

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_peft_ext.trainers.bridge import BridgeTrainer as BridgeTrainer
 from hf_peft_ext.trainers.choice_data import DataCollatorForChoices as DataCollatorForChoices
+from hf_peft_ext.trainers.distillation import AdapterSoftLabelTrainer as AdapterSoftLabelTrainer
+from hf_peft_ext.trainers.distillation import SoftLabelMixin as SoftLabelMixin
+from hf_peft_ext.trainers.distillation import SoftLabelTrainer as SoftLabelTrainer
 from hf_peft_ext.trainers.mixin import AdapterTrainerMixin as AdapterTrainerMixin
+from hf_peft_ext.trainers.relora import ReLoRACallback as ReLoRACallback
+from hf_peft_ext.trainers.soft_labels import SoftLabels as SoftLabels
+from hf_peft_ext.trainers.soft_labels import soft_labels as soft_labels
 from hf_peft_ext.trainers.tfew import TFewTrainer as TFewTrainer
 from hf_peft_ext.trainers.tfew_arguments import TFewTrainingArguments as TFewTrainingArguments
 from hf_peft_ext.trainers.trainer import AdapterSeq2SeqTrainer as AdapterSeq2SeqTrainer

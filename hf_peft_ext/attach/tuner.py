@@ -156,6 +156,17 @@ class ComposedModel(AdapterTuner):
 
     # Merging and unloading
 
+    def dequantize(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refuse: transformers would replace each quantized leaf, and with it the tuner layers on it.
+
+        Raises:
+            ValueError: always; the message says how to get a dequantized model with this adapter.
+        """
+        raise ValueError(
+            "A model with an adapter cannot be dequantized. Save the adapter, call `dequantize` on the base model, "
+            "and load the adapter on it."
+        )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights: all sub-layers or, if one cannot be merged, none.
 

@@ -44,14 +44,20 @@ class LowRank(Additive):
     ):
         super().__init__()
         self.A = nn.Parameter(torch.empty(r, d_in))
-        self.B = nn.Parameter(torch.zeros(d_out, r))
+        self.B = nn.Parameter(torch.empty(d_out, r))
         self.gate = gate
         self.scaling = alpha / r
         self.dropout = nn.Dropout(dropout)
         self.width = width
         self.register_buffer("rows", rows, persistent=False)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.A, std=1 / r)
+        self.init_lora_weights = init_lora_weights
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New A, and B = 0."""
+        nn.init.zeros_(self.B)
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(self.A, std=1 / len(self.A))
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
