@@ -136,6 +136,21 @@ the effect of each price. Changes follow the file: key=value.
 """
 
 
+MEMORY_HELP = """What fits? Estimate the peak memory of a training step from a model's config alone.
+
+The real model and adapter run on tensors without data, so no weights are
+loaded and no GPU is needed. A 7B model takes some ten seconds a method.
+
+Methods: full, lora, qlora, unipelt, qunipelt, ladder, qladder, or folders of
+saved adapters.
+
+\b
+  hf-peft-ext memory meta-llama/Llama-2-7b-hf --length 2048 --dtype bfloat16
+  hf-peft-ext memory MODEL --methods lora,qlora --card RTX-4090 --largest batch
+  hf-peft-ext memory ./folder --methods ./adapter --figure memory.svg
+"""
+
+
 def show_version(wanted: bool) -> None:
     """Print the versions that a bug report should name, and exit."""
     if wanted:
@@ -223,6 +238,45 @@ def compare(
     options |= {"rates": rates, "dev_split": dev_split, "dev_share": dev_share, "general_text": general_text}
     options |= {"output_dir": output_dir, "storage": storage, "study_name": study_name, "train_winner": train_winner}
     compare_command(recipe, changes or (), options, json)
+
+
+@app.command(help=MEMORY_HELP)
+def memory(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or config.json.", show_default=False)],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,lora,qlora,unipelt,ladder",
+    batch: Annotated[int, typer.Option(help="Rows of a batch, on each device.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    target_length: Annotated[
+        int | None, typer.Option(help="Tokens of an answer (encoder-decoder).", show_default="length")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights.", show_default="the config's")] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="bfloat16 or float16.", show_default="bfloat16 for quantized methods only")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="A name of TrainingArguments.optim.")] = "adamw_torch_fused",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute blocks in the backward pass.")] = False,
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash, efficient or math.")] = "sdpa",
+    quantization: Annotated[
+        str | None, typer.Option(help="nf4, nf4-dq or int8.", show_default="nf4-dq for quantized methods")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    sharding: Annotated[str | None, typer.Option(help="zero1, zero2, zero3 or fsdp.")] = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="peft's name: CAUSAL_LM, SEQ_CLS.", show_default="suits the model")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    card: Annotated[str | None, typer.Option(help="A GPU (H100, RTX-4090) or a size (24GiB).")] = None,
+    largest: Annotated[str | None, typer.Option(help="batch or length: the largest that fits the card.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="A file for stacked bars: SVG, PNG or PDF.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.memory import memory_command
+
+    options = {"batch": batch, "length": length, "target_length": target_length, "dtype": dtype}
+    options |= {"autocast": autocast, "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing}
+    options |= {"attention": attention, "quantization": quantization, "devices": devices, "sharding": sharding}
+    options |= {"task_type": task_type, "device": device}
+    memory_command(model, methods, options, card=card, largest=largest, figure=figure, as_json=json)
 
 
 @app.command(help=COST_HELP)

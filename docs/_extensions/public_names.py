@@ -22,7 +22,10 @@ from sphinx.util.docutils import SphinxDirective
 
 PACKAGES = (
     "hf_peft_ext",
-    *(f"hf_peft_ext.{n}" for n in ("trainers", "compare", "search", "hub_cards", "prompts", "pruning", "transfer")),
+    *(
+        f"hf_peft_ext.{n}"
+        for n in ("trainers", "compare", "budget", "search", "hub_cards", "prompts", "pruning", "transfer")
+    ),
 )
 
 logger = logging.getLogger(__name__)

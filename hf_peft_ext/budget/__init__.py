@@ -16,3 +16,6 @@ from hf_peft_ext.budget.in_context import compare_by_rule as compare_by_rule
 from hf_peft_ext.budget.in_context import compare_with_in_context as compare_with_in_context
 from hf_peft_ext.budget.learning_curves import LearningCurve as LearningCurve
 from hf_peft_ext.budget.learning_curves import fit_curve as fit_curve
+from hf_peft_ext.budget.memory import MemoryEstimate as MemoryEstimate
+from hf_peft_ext.budget.memory import compare_memory as compare_memory
+from hf_peft_ext.budget.memory import estimate_memory as estimate_memory
