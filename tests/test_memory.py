@@ -330,3 +330,11 @@ def test_the_lectures_figures():
     linear = 3 * width * s + 18 * layers * width * s + vocab * s
     assert round(2 * (linear + 3 * layers * heads * s**2) / GIB) == 114
     assert round(2 * linear / GIB) == 18
+
+
+def test_bitsandbytes_tables_are_kept():
+    """An estimate in 4 bits leaves no tables without data in bitsandbytes, which real models would use later."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    before = dict(functional.name2qmap)
+    estimate_memory(CONFIGS["llama"], LoraConfig(task_type="CAUSAL_LM"), batch=1, length=8, quantization="nf4-dq")
+    assert functional.name2qmap == before

@@ -106,7 +106,8 @@ class SoftLabelMixin(Base):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*self._signature_columns, LOGITS, CLASSES]
+            columns: Any = self._signature_columns
+            self._signature_columns = [*columns, LOGITS, CLASSES]
 
 
 class SoftLabelTrainer(SoftLabelMixin, Trainer):

@@ -162,6 +162,9 @@ def restart(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
 def prune_state(optimizer: Any, parameters: list[nn.Parameter], fraction: float) -> None:
     """Set a random fraction of the moments of parameters to zero; all of their state is dropped for 1.
 
+    Both moments of a weight are kept or zeroed together. The paper's code draws them apart: where the first moment is
+    kept and the second is not, the next update divides by almost nothing.
+
     The state of an optimizer that stores its moments in 8 bits is dropped for any fraction: its zero is not 0.
     """
     for parameter in parameters:
@@ -170,5 +173,6 @@ def prune_state(optimizer: Any, parameters: list[nn.Parameter], fraction: float)
         if fraction == 1 or not all(moment.is_floating_point() for moment in moments):
             optimizer.state.pop(parameter, None)
             continue
+        kept = torch.rand_like(parameter, dtype=torch.float32) >= fraction
         for moment in moments:
-            moment.mul_(torch.rand_like(moment) >= fraction)
+            moment.mul_(kept)

@@ -75,7 +75,8 @@ def fake_tensors(model: nn.Module) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         replaced: dict[int, Tensor] = {}  # tied weights stay tied
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            tables: Any = (module._parameters, module._buffers)
+            for tensors in tables:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = replaced.setdefault(id(tensor), _fake(mode, tensor))

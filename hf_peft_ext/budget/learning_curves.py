@@ -136,7 +136,7 @@ def pilot_points(name: str, scores: Scores, score_range: tuple[float, float]) ->
     return np.array(sizes, float), np.array(values, float)
 
 
-def parameter_bounds(mean: ArrayLike, score_range: tuple[float, float]) -> tuple[Array, Array]:
+def parameter_bounds(mean: float, score_range: tuple[float, float]) -> tuple[Array, Array]:
     """Lower and upper bounds of (a, b, c). The asymptote a lies above the mean score and in the range."""
     low, high = score_range
     slack = 1e-6 * (high - low)  # curve_fit needs lower < upper

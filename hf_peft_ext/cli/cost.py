@@ -71,7 +71,9 @@ def flop_price(price_per_gpu_hour: float | None, flops_per_second: float | None)
     check_positive("flops_per_second", flops_per_second)
     valid = is_number(price_per_gpu_hour) and (price_per_gpu_hour or 0) >= 0
     check("price_per_gpu_hour", price_per_gpu_hour, valid, "must be a number of at least 0")
-    return price_per_gpu_hour / flops_per_second / 3600  # pyright: ignore[reportOptionalOperand]
+    assert price_per_gpu_hour is not None
+    assert flops_per_second is not None
+    return price_per_gpu_hour / flops_per_second / 3600
 
 
 def parse_adapter(text: str | None) -> "PeftConfig | None":

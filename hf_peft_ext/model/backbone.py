@@ -11,7 +11,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.utils import is_bitsandbytes_available, is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_bitsandbytes_available, is_torch_bf16_gpu_available
 
 from hf_peft_ext.validation.checks import check
 
@@ -73,7 +73,7 @@ def load_backbone(
     if bits and not is_bitsandbytes_available():
         raise ImportError(f"`bits` (={bits}) needs bitsandbytes: pip install 'hf_peft_ext[quantized]'")
     loader = auto_class or AUTO_CLASSES[task_type]
-    device = PartialState().device
+    device: Any = PartialState().device
     dtype = compute_dtype or default_dtype(device)
     kwargs = {"dtype": dtype, "device_map": {"": device}, **kwargs}
     if bits:
