@@ -336,5 +336,5 @@ def test_bitsandbytes_tables_are_kept():
     """An estimate in 4 bits leaves no tables without data in bitsandbytes, which real models would use later."""
     functional = pytest.importorskip("bitsandbytes").functional
     before = dict(functional.name2qmap)
-    estimate_memory(CONFIGS["llama"], LoraConfig(task_type="CAUSAL_LM"), batch=1, length=8, quantization="nf4-dq")
+    estimate_memory(config(), lora(), batch=1, length=8, quantization="nf4-dq")
     assert functional.name2qmap == before

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -49,7 +49,7 @@ def break_even(model: ScoreModel, inputs: AnnotationInputs) -> list[BreakEven]:
     crossings = []
     for (b_0, lead_0), (b_1, lead_1) in pairwise(zip(budgets, leads, strict=True)):
         if (lead_0 > 0) != (lead_1 > 0):
-            root: Any = b_0 if lead_0 == 0 else b_1 if lead_1 == 0 else brentq(lead, b_0, b_1, xtol=1e-3 * b_0)
+            root = b_0 if lead_0 == 0 else b_1 if lead_1 == 0 else cast(float, brentq(lead, b_0, b_1, xtol=1e-3 * b_0))
             crossings.append(BreakEven(float(root), "distil" if lead_1 > 0 else "label"))
     return crossings
 

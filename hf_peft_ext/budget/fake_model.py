@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-AUTO_CLASSES = {
+HEAD_CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -29,7 +29,7 @@ ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "
 def head_task(config: PretrainedConfig, peft_config: PeftConfig | None = None) -> str:
     """The task that decides on the model's head: the adapter's, else one that fits the config's architecture."""
     task = None if peft_config is None else peft_config.task_type
-    if task is not None and str(getattr(task, "value", task)) in AUTO_CLASSES:
+    if task is not None and str(getattr(task, "value", task)) in HEAD_CLASSES:
         return str(getattr(task, "value", task))
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
@@ -59,7 +59,7 @@ def model_on_meta(
     task = task or head_task(config, peft_config)
     try:
         with torch.device("meta"):
-            model = AUTO_CLASSES[task].from_config(config, attn_implementation="eager", dtype=dtype)
+            model = HEAD_CLASSES[task].from_config(config, attn_implementation="eager", dtype=dtype)
             return model if peft_config is None else get_peft_model(model, peft_config)
     except (NotImplementedError, RuntimeError, AttributeError, TypeError, KeyError) as error:
         what = f"{config.model_type}{'' if peft_config is None else f' with {peft_config.peft_type}'}"
@@ -75,8 +75,8 @@ def fake_tensors(model: nn.Module) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         replaced: dict[int, Tensor] = {}  # tied weights stay tied
         for module in model.modules():
-            tables: Any = (module._parameters, module._buffers)
-            for tensors in tables:
+            stores: Any = (module._parameters, module._buffers)
+            for tensors in stores:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = replaced.setdefault(id(tensor), _fake(mode, tensor))

@@ -96,7 +96,7 @@ def fit_curve(
     check(name, scores, len(set(x)) >= MIN_POINTS, f"must have at least {MIN_POINTS} sizes to fit a curve")
     u, width = x / x.min(), score_range[1] - score_range[0]
     start = fit_on_grid(u, y[None], score_range)[0]
-    lower, upper = parameter_bounds(y.mean(), score_range)
+    lower, upper = parameter_bounds(float(y.mean()), score_range)
     inset = 1e-3 * (upper - lower)
     start = np.clip(start, lower + inset, upper - inset)  # curve_fit starts inside its bounds
     with warnings.catch_warnings():

@@ -71,9 +71,7 @@ def flop_price(price_per_gpu_hour: float | None, flops_per_second: float | None)
     check_positive("flops_per_second", flops_per_second)
     valid = is_number(price_per_gpu_hour) and (price_per_gpu_hour or 0) >= 0
     check("price_per_gpu_hour", price_per_gpu_hour, valid, "must be a number of at least 0")
-    assert price_per_gpu_hour is not None
-    assert flops_per_second is not None
-    return price_per_gpu_hour / flops_per_second / 3600
+    return (price_per_gpu_hour or 0.0) / (flops_per_second or 1.0) / 3600  # both are set: checked above
 
 
 def parse_adapter(text: str | None) -> "PeftConfig | None":
