@@ -153,8 +153,8 @@ def estimate_memory(
         attention: "sdpa" (the kernel that torch chooses), "eager" (keeps all scores), or a kernel of sdpa on a GPU:
             "flash", "efficient", "math".
         quantization: "nf4", "nf4-dq" (double quantization), "int8", or a BitsAndBytesConfig. The model is prepared by
-            `prepare_model_for_kbit_training`. Needs the extra `quantized`. In 8 bits on a GPU the estimate was a quarter
-            too low (two measured rows).
+            `prepare_model_for_kbit_training`. Needs the extra `quantized`. In 8 bits on a GPU the estimate was a
+            quarter too low (two measured rows).
         devices: number of devices, for `sharding`.
         sharding: what is divided by `devices`: "zero1" the optimizer's states, "zero2" the gradients too, "zero3" or
             "fsdp" the weights too; the largest block is then gathered.
