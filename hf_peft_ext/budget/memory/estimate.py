@@ -76,7 +76,7 @@ class MemoryEstimate:
 
     @property
     def allocated(self) -> int:
-        """Bytes that torch counts: `torch.cuda.max_memory_allocated` on a GPU."""
+        """The bytes that torch counts, on a GPU by `torch.cuda.max_memory_allocated`."""
         return self.peak - self.framework
 
     def table(self) -> str:
