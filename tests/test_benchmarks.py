@@ -37,9 +37,9 @@ def test_architectures(capsys):
     printed = capsys.readouterr().out
     assert "UniPELT, mamba CAUSAL_LM: ValueError: Architecture 'mamba' has no attention" in printed
     found = rows(printed)
-    assert found["CAUSAL_LM"] == ["2", "1", "1", "3"]  # UniPELT, T-Few, LoRA, built
-    assert found["SEQ_CLS"] == ["3", "2", "2", "3"]
-    assert found["all"][3] == "7"
+    assert found["CAUSAL_LM"] == ["2", "1", "3", "1", "3"]  # UniPELT, T-Few, LoRA with targets found, LoRA, built
+    assert found["SEQ_CLS"] == ["3", "2", "3", "2", "3"]
+    assert found["all"][4] == "7"
 
 
 def test_speed(capsys):

@@ -5,7 +5,10 @@ from transformers import Trainer
 
 from hf_peft_ext import trainers
 
-PUBLIC = ("AdapterTrainer", "AdapterSeq2SeqTrainer", "AdapterSFTTrainer", "TFewTrainer", "BridgeTrainer")
+PUBLIC = (
+    *("AdapterTrainer", "AdapterSeq2SeqTrainer", "AdapterSFTTrainer", "TFewTrainer", "BridgeTrainer"),
+    *("SoftLabelTrainer", "AdapterSoftLabelTrainer"),
+)
 
 
 def floors(cls):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_peft_ext.trainers.mixin import AdapterTrainerMixin
 from hf_peft_ext.trainers.soft_labels import CLASSES, LOGITS, SoftLabels, num_classes, predictions
-from hf_peft_ext.trainers.trainer import AdapterTrainer
 from hf_peft_ext.validation.checks import check, check_positive, is_number
 
 if TYPE_CHECKING:
@@ -114,5 +114,5 @@ class SoftLabelTrainer(SoftLabelMixin, Trainer):
     """transformers' `Trainer` for a student of which all weights are trained; see `SoftLabelMixin`."""
 
 
-class AdapterSoftLabelTrainer(SoftLabelMixin, AdapterTrainer):
-    """`AdapterTrainer` for a student with an adapter; see `SoftLabelMixin`."""
+class AdapterSoftLabelTrainer(SoftLabelMixin, AdapterTrainerMixin, Trainer):
+    """The same for a student with an adapter, with all that `AdapterTrainerMixin` adds."""
