@@ -1,7 +1,5 @@
 """`hf-peft-ext annotate-or-distil`: how to spend a budget on labels and distillation."""
 
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -30,9 +28,7 @@ def annotate_command(path: Path, changes: Sequence[str], figure: Path | None, as
     Raises:
         typer.Exit: an error was printed.
     """
-    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # warnings are for developers
+    out, errors = quiet_consoles()
     with one_line(errors):
         if figure is not None:
             optional("matplotlib", "figures", "A figure")

@@ -1,7 +1,5 @@
 """`hf-peft-ext compare`: which method for a recipe's model and rows."""
 
-import sys
-import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -31,10 +29,7 @@ def compare_command(path: Path, changes: Sequence[str], options: dict[str, Any],
     Raises:
         typer.Exit: an error was printed.
     """
-    # a terminal wraps the table's long lines; rich would squeeze its columns
-    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # warnings are for developers
+    out, errors = quiet_consoles()
     with one_line(errors):
         for module in ("optuna", "matplotlib"):
             optional(module, "search", "A comparison")

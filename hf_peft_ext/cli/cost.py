@@ -1,8 +1,6 @@
 """`hf-peft-ext cost`: FLOPs of fine-tuning against in-context learning."""
 
 import json
-import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,9 +35,7 @@ def cost_command(
     Raises:
         typer.Exit: an error was printed.
     """
-    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # warnings are for developers
+    out, errors = quiet_consoles()
     with one_line(errors):
         from transformers import AutoConfig
         from transformers.utils import logging

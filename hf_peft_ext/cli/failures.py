@@ -1,5 +1,7 @@
-"""Errors of a command: one line on stderr, and an exit code."""
+"""Consoles of a command, and its errors: one line on stderr, and an exit code."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,18 @@ from rich.markup import escape
 
 # Errors of files, values and packages. Any other error is a bug and keeps its traceback.
 EXPECTED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
+
+
+def quiet_consoles() -> tuple[Console, Console]:
+    """The consoles on stdout and stderr of a command that prints tables; warnings are switched off.
+
+    Warnings are for developers, who ask for them by `python -W`. A terminal wraps the long lines of a table; rich
+    would squeeze its columns.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
+    return out, errors
 
 
 @contextmanager

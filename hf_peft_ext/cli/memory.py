@@ -1,8 +1,6 @@
 """`hf-peft-ext memory`: the memory of a training step, from a model's config alone."""
 
 import json
-import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -45,9 +43,7 @@ def memory_command(
     Raises:
         typer.Exit: an error was printed.
     """
-    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # warnings are for developers
+    out, errors = quiet_consoles()
     transformers.logging.set_verbosity_error()
     with one_line(errors):
         from hf_peft_ext.budget.memory.cards import card_bytes
