@@ -4,6 +4,7 @@ This module is outside the package, since `import hf_peft_ext` imports torch and
 Each command imports its modules when it runs; `--help` and `--version` import none.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -232,6 +233,7 @@ def compare(
     train_winner: Annotated[bool, typer.Option(help="Train and save the recommended method.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: no lines of its profiler
     from hf_peft_ext.cli.compare import compare_command
 
     options = {"methods": [name.strip() for name in methods.split(",")], "budget": budget, "seeds": seeds}
