@@ -21,6 +21,9 @@ OTHERS = {
     "deberta-v2": {"intermediate_size": 64, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "mpnet": {"intermediate_size": 64},
     "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 60},
+    "deberta": {"intermediate_size": 64, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+    "funnel": {"d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 64, "block_sizes": [1, 1]},
 }
 
 
@@ -74,8 +77,11 @@ def test_formula(backbone):
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_encoders_without_attention_interface(model_type):
-    """DeBERTa, MPNet and FlauBERT take it; under a joint softmax they take none, and the error says so."""
-    config = AutoConfig.for_model(model_type, **{**SIZES, **OTHERS[model_type]})
+    """They take it; under a joint softmax they take none, and the error says so."""
+    sizes = {**SIZES, **OTHERS[model_type]}
+    if "block_sizes" in sizes:
+        del sizes["num_hidden_layers"]
+    config = AutoConfig.for_model(model_type, **sizes)
     base = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
         for parameter in base.parameters():

@@ -31,7 +31,7 @@ LEAF_ROLES = {
 FFN_GATES = {"gate_proj", "wi_0", "w1"}
 # Fused projections whose rows are stored group by group: the queries that share a key, that key, its value. The others
 # store all queries, then all keys, then all values.
-FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode"}
+FUSED_BY_GROUP = {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode", "deberta"}
 # Attention whose mask depends on the name of the kernel, which a prefix changes, or has another kind of mask.
 WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
 # Norms whose channels are the second axis, not the last.
@@ -42,7 +42,8 @@ CACHES = ("cache", "past_key_values", "layer_past")
 STATES = (*CACHES, "cache_params", "state")
 # Names in the code of softmax attention.
 SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "scaled_dot_product_attention"}
-HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "dim_head")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -166,8 +167,12 @@ def attends(attention: nn.Module) -> bool:
 
 def attention_leaves(module: nn.Module) -> dict[str, str]:
     """Role -> name of the linear leaves directly in an attention module."""
-    leaves = [name for name, child in module.named_children() if leaf_size(child)]
-    return {role: name for role, names in LEAF_ROLES.items() for name in leaves if name.lower() in names}
+    sizes = {name: size for name, child in module.named_children() if (size := leaf_size(child))}
+    leaves = {role: name for role, names in LEAF_ROLES.items() for name in sizes if name.lower() in names}
+    d_in, d_out = sizes.get("in_proj", (0, 0))
+    if d_out and d_out == 3 * d_in and not takes_state(module):  # in a mixer the name has another meaning
+        leaves["fused"] = "in_proj"
+    return leaves
 
 
 def role_sizes(attention: nn.Module) -> dict[str, tuple[int, int]]:
@@ -250,6 +255,8 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
         d_nope, d_rope, d_v = (attribute_width(attention, f"{n}_head_dim") for n in ("qk_nope", "qk_rope", "v"))
         return (sizes["latent"][1] // (d_nope + d_v), d_nope + d_rope, d_v) if d_nope and d_v else (0, 0, 0)
     d_k = attribute_width(attention, *HEAD_WIDTHS)
+    if not d_k and "output" in sizes and (count := attribute_width(attention, *HEAD_COUNTS)):
+        d_k = sizes["output"][0] // count
     if "key" in sizes and "value" in sizes and d_k:
         heads = sizes["key"][1] // d_k
         return (heads, d_k, sizes["value"][1] // heads) if heads else (0, 0, 0)
@@ -266,7 +273,7 @@ def is_causal(attention: nn.Module) -> bool:
 
 
 def attribute_width(attention: nn.Module, *names: str) -> int:
-    """The first of these attributes of the module or its config; 0 if there is none."""
+    """The first of these numbers among the attributes of the module or its config; 0 if there is none."""
     owners = (attention, getattr(attention, "config", None))
     return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)
 
