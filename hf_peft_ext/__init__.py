@@ -20,6 +20,7 @@ from hf_peft_ext.ranking.classifier import score_choices as score_choices
 from hf_peft_ext.registry import extend_peft as extend_peft
 from hf_peft_ext.tuners import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners import BottleneckConfig as BottleneckConfig
+from hf_peft_ext.tuners import CompacterConfig as CompacterConfig
 from hf_peft_ext.tuners import ComposedConfig as ComposedConfig
 from hf_peft_ext.tuners import ComposedModel as ComposedModel
 from hf_peft_ext.tuners import LadderConfig as LadderConfig

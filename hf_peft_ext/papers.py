@@ -44,6 +44,7 @@ PREFIX_TUNING = BY_KEY["li2021prefix"]
 LORA = BY_KEY["hu2022lora"]
 BITFIT = BY_KEY["benzaken2022bitfit"]
 UNIPELT = BY_KEY["mao2022unipelt"]
+COMPACTER = BY_KEY["karimimahabadi2021compacter"]
 MAM = BY_KEY["he2022towards"]
 S4 = BY_KEY["chen2023design"]
 IA3 = BY_KEY["liu2022few"]
@@ -53,6 +54,7 @@ PROMPT_TUNING = BY_KEY["lester2021power"]
 # PEFT type, in lower case -> the papers of the method, its own first.
 PAPERS: dict[str, tuple[Paper, ...]] = {
     "bottleneck": (HOULSBY, PFEIFFER, MAM),
+    "compacter": (COMPACTER,),
     "layer_prefix": (PREFIX_TUNING,),
     "bitfit": (BITFIT,),
     "unipelt": (UNIPELT, PFEIFFER, PREFIX_TUNING, LORA),

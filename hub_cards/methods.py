@@ -19,11 +19,14 @@ from hf_peft_ext.papers import (
 )
 from hf_peft_ext.validation.suggestions import ranges
 
-# method -> its common name, and what it does
+KRONECKER = " of a frozen model. Their matrices are sums of Kronecker products of small matrices"
+# method, or a style of one -> its common name, and what it does
 METHOD_TEXTS = {
     "unipelt": ("UniPELT", "puts {sublayers} into the layers of a frozen model{gates}."),
     "mam": ("MAM", "is short for mix-and-match: {sublayers}, both added to a frozen model."),
     "bottleneck": ("Bottleneck", "adds {sublayers} to a frozen model."),
+    "compacter": ("Compacter", f"adds bottleneck adapters after attention and after the FFN{KRONECKER}."),
+    "compacter++": ("Compacter++", f"adds bottleneck adapters after the FFN{KRONECKER}."),
     "layer_prefix": ("Prefix-tuning", "freezes a model and adds {sublayers}."),
     "bitfit": ("BitFit", "trains biases and freezes the weights."),
     "s4": ("S4", "puts {sublayers} into a frozen model, different ones into different layers{groups}."),
@@ -54,7 +57,13 @@ STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases
 
 def name(adapter: SavedAdapter) -> str:
     """The common name of the method."""
-    return METHOD_TEXTS[adapter.method][0] if adapter.method in METHOD_TEXTS else adapter.method.upper()
+    return METHOD_TEXTS.get(text_key(adapter), [adapter.method.upper()])[0]
+
+
+def text_key(adapter: SavedAdapter) -> str:
+    """The key of the method in `METHOD_TEXTS`: its style, if that has a text of its own."""
+    style = getattr(adapter.config, "style", "")
+    return style if style in METHOD_TEXTS else adapter.method
 
 
 def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
@@ -83,7 +92,7 @@ def description(adapter: SavedAdapter) -> str:
         gates = "; gates, small networks of their own, decide from each input how much of them is let through"
     sublayers = listed(SUBLAYER_NAMES[kind] for kind in kinds) if kinds else ""
     groups = strategy_groups(adapter.config) if adapter.method == "s4" else ""
-    text = METHOD_TEXTS[adapter.method][1].format(sublayers=sublayers, gates=gates, groups=groups)
+    text = METHOD_TEXTS[text_key(adapter)][1].format(sublayers=sublayers, gates=gates, groups=groups)
     return f"{name(adapter)}{paper} {text}"
 
 

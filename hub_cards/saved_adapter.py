@@ -21,13 +21,13 @@ from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.suggestions import ranges
 
 SUBLAYER_KEY = re.compile(
-    r"(?P<host>.+)\.(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
+    r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
 )
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
-    **{"down.weight": (0, "r"), "A": (0, "r"), "P_K": (1, "tokens")},
+    **{"down.weight": (0, "r"), "down.bias": (0, "r"), "factors": (0, "n"), "A": (0, "r"), "P_K": (1, "tokens")},
     "side.up.weight": (1, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
 }
@@ -48,6 +48,7 @@ SITE_NAMES = {
     "ffn_output": "output projection of the FFN",
     "trained": "linear leaves and norms",
     "blocks": "beside the blocks",
+    "shared": "in no layer: factors that all share",
 }
 
 
@@ -132,7 +133,7 @@ class SavedAdapter:
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         path = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if self.is_ours and (match := SUBLAYER_KEY.fullmatch(path)) and (place := PLACE.fullmatch(match["place"])):
-            return Tensor(key, shape, match["host"], place["sublayer"], place["site"], match["rest"])
+            return Tensor(key, shape, match["host"] or "", place["sublayer"], place["site"], match["rest"])
         if self.is_ours and (match := LADDER_KEY.fullmatch(path)):
             return Tensor(key, shape, match["host"], "ladder", "blocks", f"side.{match['rest']}")
         parts = path.split(".")

@@ -11,6 +11,7 @@ from torch import nn
 from hf_peft_ext import (
     BitFitConfig,
     BottleneckConfig,
+    CompacterConfig,
     ComposedConfig,
     LadderConfig,
     LayerPrefixConfig,
@@ -77,6 +78,10 @@ METHODS = {
     "pfeiffer": Method(lambda **kw: BottleneckConfig(style="pfeiffer", **kw)),
     "parallel": Method(lambda **kw: BottleneckConfig(style="parallel", r=4, **kw)),
     "scaled_parallel": Method(lambda **kw: BottleneckConfig(style="scaled_parallel", r=4, **kw)),
+    "compacter": Method(lambda **kw: CompacterConfig(r=8, **kw)),
+    "compacter_unshared": Method(
+        lambda **kw: CompacterConfig(style="compacter++", r=8, phm_dim=2, shared_phm_rule=False, **kw)
+    ),
     "layer_prefix": Method(lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, **kw)),
     "projected_prefix": Method(
         lambda **kw: LayerPrefixConfig(

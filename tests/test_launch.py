@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
-from hf_peft_ext import LadderConfig, MAMConfig, UniPELTConfig
+from hf_peft_ext import CompacterConfig, LadderConfig, MAMConfig, UniPELTConfig
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -115,6 +115,7 @@ CONFIGS = {
     "unipelt": lambda: UniPELTConfig(bottleneck_size=4, num_virtual_tokens=4),
     "mam": lambda: MAMConfig(num_virtual_tokens=4, bottleneck_size=4),
     "ladder": lambda: LadderConfig(r=4),
+    "compacter": lambda: CompacterConfig(r=8),
 }
 
 
@@ -169,7 +170,13 @@ def sharded_worker(rank, folder, method, backbone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "backbone"),
-    [*(("unipelt", b) for b in ("bert", "llama", "t5")), ("mam", "llama"), ("ladder", "bert"), ("ladder", "t5")],
+    [
+        *(("unipelt", b) for b in ("bert", "llama", "t5")),
+        ("mam", "llama"),
+        ("compacter", "bert"),
+        ("ladder", "bert"),
+        ("ladder", "t5"),
+    ],
 )
 def test_sharded_equals_whole(method, backbone, tmp_path):
     """FSDP2 over two gloo processes, with accelerate's units, gives the gradients of one process on the joined batch,

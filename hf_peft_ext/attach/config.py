@@ -135,6 +135,8 @@ class PlacedConfig(RegisteredConfig):
         low_rank = any(p.sublayer == "low_rank" for p in placements)
         rule = f"names leaves for a low-rank branch, which {type(self).__name__} does not have here; see `sites`"
         check("target_modules", self.target_modules, low_rank or not self.target_modules, rule)
+        shared = {p.options["phm_dim"] for p in placements if p.shares_rule}
+        check("phm_dim", sorted(shared), len(shared) < 2, "must be one number where `shared_phm_rule` is True")
 
     @abstractmethod
     def to_placements(self) -> list[Placement]:

@@ -2,7 +2,7 @@
 
 Nothing of the base model is replaced. Its parameter names stay as they are, so nesting, unloading, quantised leaves
 and mixture-of-experts blocks need no code of their own. The four layers below act outside attention; those with a
-prefix are in `attention.py` and `cache_prefix.py`.
+prefix are in `attention.py` and `cache_prefix.py`. `SharedLayer` holds what other layers share.
 """
 
 from abc import abstractmethod
@@ -268,6 +268,20 @@ def add_of_span(key: str, name: str, host: nn.Module, args: tuple[Any, ...], out
     if isinstance(output, tuple):
         return with_first(output, layer.add(output[0], x))
     return layer.add(output, x)
+
+
+class SharedLayer(TunerLayer):
+    """Holds what the sub-layers of an adapter share, as a child of the whole model. It acts on nothing.
+
+    The whole model, because FSDP gathers a block's parameters for that block alone, but those of the model itself for
+    the whole forward and backward.
+    """
+
+    def hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        return []
+
+
+SHARED = Site("shared", None, "", "shared", 0, 0)
 
 
 def with_first(output: tuple[Any, ...], first: Tensor) -> Any:

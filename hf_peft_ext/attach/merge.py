@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_peft_ext.model.structure import innermost
-from hf_peft_ext.sublayers import Bias, LowRank
+from hf_peft_ext.sublayers import Bias, LowRank, PHMRule
 
 
 @torch.no_grad()
@@ -39,10 +39,13 @@ def merge_sublayer(layer: Any, sublayer: nn.Module, sign: int, safe: bool) -> No
 
 
 def can_merge(sublayer: nn.Module) -> bool:
-    """Whether a weight or a bias equals the sub-layer: biases, and low-rank branches without a gate or a fixed one."""
+    """Whether a weight or a bias equals the sub-layer: biases, and low-rank branches without a gate or a fixed one.
+
+    A rule by itself adds nothing; the bottlenecks that use it say why they cannot be merged.
+    """
     if isinstance(sublayer, LowRank):
         return sublayer.gate is None or sublayer.gate.is_constant
-    return isinstance(sublayer, Bias)
+    return isinstance(sublayer, Bias | PHMRule)
 
 
 def finite(value: Tensor, safe: bool) -> Tensor:

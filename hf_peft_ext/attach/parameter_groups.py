@@ -6,12 +6,12 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix
+from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, PHMRule, Prefix
 from hf_peft_ext.validation.checks import check, check_positive
 
 # Kind of parameters -> the modules that own them. A gate is inside its sub-layer, and comes after it.
-OWNERS: dict[str, type[nn.Module]] = {
-    "bottleneck": Bottleneck,
+OWNERS: dict[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {
+    "bottleneck": (Bottleneck, PHMRule),
     "prefix": Prefix,
     "low_rank": LowRank,
     "bias": Bias,

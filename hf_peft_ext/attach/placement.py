@@ -29,7 +29,10 @@ SITES: dict[str, tuple[str, ...]] = {
 }
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "bottleneck": ("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
+    "bottleneck": (
+        *("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
+        *("phm_dim", "phm_rank", "shared_phm_rule"),
+    ),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
     "prefix": ("num_virtual_tokens", "encoder_hidden_size", "form", "shift_positions"),
     "bias": (),
@@ -56,8 +59,9 @@ class Placement:
             "auto" (token where attention is causal, else mean).
         gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
-            `init`. low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix: `num_virtual_tokens`,
-            `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate"
+            `init`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
+            `sublayers.PHMBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
+            `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate"
             or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
             relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it,
             and the form is "joint").
@@ -99,9 +103,9 @@ class Placement:
 
     def _check_options(self) -> None:
         # None means "not set" where another option may be set instead
-        o = {key: value for key, value in self.options.items()
-             if value is not None or key not in ("r", "reduction_factor", "encoder_hidden_size")}  # fmt: skip
-        for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size"}:
+        optional = ("r", "reduction_factor", "encoder_hidden_size", "phm_dim")
+        o = {key: value for key, value in self.options.items() if value is not None or key not in optional}
+        for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size", "phm_dim", "phm_rank"}:
             check_count(key, o[key])
         for key in o.keys() & {"reduction_factor", "alpha"}:
             check_positive(key, o[key])
@@ -127,12 +131,27 @@ class Placement:
             init = o["init_lora_weights"]
             check("init_lora_weights", init, init is True or init == "gaussian", 'must be True or "gaussian"')
         if self.sublayer == "bottleneck":
-            one = ("r" in o) != ("reduction_factor" in o)
-            check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
+            self._check_bottleneck(o)
         if self.sublayer == "low_rank":
             check(
                 "r", self.options.get("r", 8), self.options.get("r", 8) is not None, "must be a positive whole number"
             )
+
+    def _check_bottleneck(self, o: dict[str, Any]) -> None:
+        one = ("r" in o) != ("reduction_factor" in o)
+        check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
+        for key in o.keys() & {"phm_rank", "shared_phm_rule"}:
+            check(key, o[key], "phm_dim" in o, "needs `phm_dim`")
+        if "phm_dim" in o:
+            shared = o.get("shared_phm_rule", True)
+            check("shared_phm_rule", shared, isinstance(shared, bool), "must be True or False")
+            rule = f"must be a multiple of `phm_dim` (={o['phm_dim']})"
+            check("r", o.get("r"), o.get("r", 0) % o["phm_dim"] == 0, rule)
+
+    @property
+    def shares_rule(self) -> bool:
+        """Whether the adapter's layers share the Kronecker factors of this bottleneck."""
+        return self.options.get("phm_dim") is not None and self.options.get("shared_phm_rule", True)
 
     @classmethod
     def of(cls, value: "Placement | Mapping[str, Any]") -> "Placement":

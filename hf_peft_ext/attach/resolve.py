@@ -203,6 +203,8 @@ def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
     ) if size not in (None, ours) and site.act in acts]  # fmt: skip
     if placement.sublayer == "bottleneck" and site.d_in != site.d_out:
         wrong.append(f"{site.d_in} for {site.d_out}")
+    n = placement.options.get("phm_dim") or 1
+    check("phm_dim", n, site.d_in % n == 0, f"must divide {site.d_in}, the width at {site.host}")
     if wrong:
         raise ValueError(f"{at}, whose widths are others ({', '.join(wrong)}); leave it out or pass `sites=`.")
 

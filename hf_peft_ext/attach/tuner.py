@@ -14,20 +14,23 @@ from hf_peft_ext.attach.attention import AttentionPrefix
 from hf_peft_ext.attach.cache_prefix import CachePrefix
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import (
+    SHARED,
     AddBeforeNorm,
     AddOfInput,
     AddOfSpan,
     AddToOutput,
+    SharedLayer,
     TunerLayer,
     child_name,
     holder_of,
 )
-from hf_peft_ext.attach.make_sublayer import Projections, build
+from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
 from hf_peft_ext.attach.resolve import excluded, plan
 from hf_peft_ext.attach.separate_prefix import SeparatePrefix
 from hf_peft_ext.model.quantization import keep_4bit_trainable
+from hf_peft_ext.model.site import Site
 from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
 
@@ -39,6 +42,7 @@ LAYERS: dict[str, type[TunerLayer]] = {
     "attention": AttentionPrefix,
     "cache": CachePrefix,
     "leaves": SeparatePrefix,
+    "shared": SharedLayer,
 }
 
 
@@ -60,7 +64,7 @@ class ComposedModel(AdapterTuner):
         self.peft_config[adapter_name] = config
         planned = plan(model, config)
         check_adapter_name(adapter_name)
-        self._plan, self._projections, self._excluded = planned, Projections(), excluded(model, config)
+        self._plan, self._shared, self._excluded = planned, SharedParts(), excluded(model, config)
         target_modules = config.target_modules
         if target_modules == "all-linear":  # peft includes leaves outside the blocks
             config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
@@ -84,7 +88,7 @@ class ComposedModel(AdapterTuner):
                 parameter.requires_grad = requires_grad
             raise
         finally:
-            del self._plan, self._projections, self._excluded
+            del self._plan, self._shared, self._excluded
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         return _ExcludedModule() if key in self._excluded else key in self._plan
@@ -100,11 +104,19 @@ class ComposedModel(AdapterTuner):
         parameter_name: str | None = None,
     ) -> None:
         for placement, site in self._plan[current_key]:
-            name = child_name(site.name, placement.sublayer)
-            holder = self.model.get_submodule(holder_of(site))
-            if not hasattr(holder, name):
-                holder.add_module(name, LAYERS[site.act](self.model, site, name))
-            getattr(holder, name).put(adapter_name, build(placement, site, self._projections))
+            sublayer = build(placement, site, self._shared)
+            self._layer_at(site, placement.sublayer).put(adapter_name, sublayer)
+        if self._shared.rule is not None:
+            rules = self._layer_at(SHARED, "bottleneck")
+            if adapter_name not in rules.sublayer_of:
+                rules.put(adapter_name, self._shared.rule)
+
+    def _layer_at(self, site: Site, sublayer: str) -> TunerLayer:
+        """The tuner layer of a site, which is made if it is not there."""
+        name, holder = child_name(site.name, sublayer), self.model.get_submodule(holder_of(site))
+        if not hasattr(holder, name):
+            holder.add_module(name, LAYERS[site.act](self.model, site, name))
+        return cast(TunerLayer, getattr(holder, name))
 
     # Saving and loading
 

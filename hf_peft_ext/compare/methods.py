@@ -74,6 +74,10 @@ COMPARED_METHODS = {
         LEARNING_RATES["BOTTLENECK"],
         {"r": 64},
     ),
+    "compacter": Method("Compacter", {"peft_type": "COMPACTER"}, LEARNING_RATES["COMPACTER"]),
+    "compacter++": Method(
+        "Compacter++", {"peft_type": "COMPACTER", "style": "compacter++"}, LEARNING_RATES["COMPACTER"]
+    ),
     "prefix": Method(
         "prefix in attention",
         {"peft_type": "LAYER_PREFIX"},

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Act = Literal["input", "output", "norm", "span", "attention", "cache", "leaves"]
+Act = Literal["input", "output", "norm", "span", "attention", "cache", "leaves", "shared"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Site:
         act: the tensors that a sub-layer reads and changes: the host's input and output ("input"), its output alone
             ("output"), a norm's input and output ("norm"), the input of `reads` and the host's output ("span"), the
             keys and values inside the host, through AttentionInterface ("attention") or the cache ("cache"), or the
-            output of the leaf `query` and the input of the leaf `output` ("leaves").
+            output of the leaf `query` and the input of the leaf `output` ("leaves"). "shared" acts nowhere: it is for
+            what the sub-layers of an adapter share.
         d_in, d_out: widths of the tensor that is read and of the one that is added.
         causal: whether the tokens of this layer must not see later ones.
         attention: path of the attention module whose mask covers the tokens read here; "" outside the blocks.

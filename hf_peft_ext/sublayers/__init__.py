@@ -8,6 +8,8 @@ from hf_peft_ext.sublayers.bottleneck import Bottleneck as Bottleneck
 from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
+from hf_peft_ext.sublayers.phm import PHMBottleneck as PHMBottleneck
+from hf_peft_ext.sublayers.phm import PHMRule as PHMRule
 from hf_peft_ext.sublayers.prefix import Prefix as Prefix
 from hf_peft_ext.sublayers.prefix import PrefixForm as PrefixForm
 from hf_peft_ext.sublayers.prefix import ProjectedPrefix as ProjectedPrefix

@@ -1,8 +1,9 @@
 """The bottleneck adapter: down to a few dimensions, through an activation, and up again."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -27,6 +28,8 @@ class Bottleneck(Additive):
         gate: g, of width d; None for none.
     """
 
+    down: Any
+    up: Any
     scaling: float | nn.Parameter
 
     def __init__(
@@ -61,14 +64,20 @@ class Bottleneck(Additive):
         token_mask: Tensor | None = None,  # shape: (batch, length)
     ) -> Tensor:  # shape: (*batch, d)
         """f(x)."""
-        z = self.activation(self.down(cast(x, self.down.weight)))  # (*batch, r)
-        return gate_factor(self.gate, x, token_mask) * self.scaling * self.up(self.dropout(z))
+        w_down, b_down, w_up, b_up = self.matrices()
+        z = self.activation(F.linear(cast(x, w_down), w_down, b_down))  # (*batch, r)
+        return gate_factor(self.gate, x, token_mask) * self.scaling * F.linear(self.dropout(z), w_up, b_up)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W_down, b_down, W_up and b_up."""
+        return self.down.weight, self.down.bias, self.up.weight, self.up.bias
 
     def code(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """[g s phi(W_down x + b_down), g s], shape (*batch, r + 1), and [W_up, b_up], shape (d, r + 1)."""
-        z, g = self.project(x, self.down.weight, token_mask)
-        z = self.dropout(self.activation(z + self.down.bias))
+        w_down, b_down, w_up, b_up = self.matrices()
+        z, g = self.project(x, w_down, token_mask)
+        z = self.dropout(self.activation(z + b_down))
         z = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)
         if not isinstance(self.scaling, float) or self.scaling != 1.0:
             z = z * self.scaling
-        return (z if g is None else z * g), torch.cat([self.up.weight, self.up.bias.unsqueeze(1)], dim=1)
+        return (z if g is None else z * g), torch.cat([w_up, b_up.unsqueeze(1)], dim=1)

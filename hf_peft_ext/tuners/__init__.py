@@ -12,6 +12,7 @@ from hf_peft_ext.attach.tuner import merge_prefix_projections as merge_prefix_pr
 from hf_peft_ext.registry import on_first_use, register, replace_tuner
 from hf_peft_ext.tuners.bitfit import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners.bottleneck import BottleneckConfig as BottleneckConfig
+from hf_peft_ext.tuners.compacter import CompacterConfig as CompacterConfig
 from hf_peft_ext.tuners.ia3.config import TFewConfig as TFewConfig
 from hf_peft_ext.tuners.ia3.tuner import IA3Model
 from hf_peft_ext.tuners.ladder.tuner import LadderConfig as LadderConfig
@@ -23,7 +24,10 @@ from hf_peft_ext.tuners.mam import MAMConfig as MAMConfig
 from hf_peft_ext.tuners.s4.config import S4Config as S4Config
 from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig
 
-for config in (BottleneckConfig, LayerPrefixConfig, BitFitConfig, UniPELTConfig, MAMConfig, S4Config, ComposedConfig):
+for config in (
+    *(BottleneckConfig, CompacterConfig, LayerPrefixConfig, BitFitConfig),
+    *(UniPELTConfig, MAMConfig, S4Config, ComposedConfig),
+):
     register(config.method, config, ComposedModel)
 register(LadderConfig.method, LadderConfig, LadderModel)
 on_first_use(partial(replace_tuner, PeftType.IA3, IA3Model))

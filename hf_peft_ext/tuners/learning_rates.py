@@ -10,6 +10,7 @@ LEARNING_RATES = {
     "MAM": 1e-3,
     "S4": 2e-3,
     "BOTTLENECK": 4e-3,
+    "COMPACTER": 3e-3,
     "LAYER_PREFIX": 1e-2,
     "PREFIX_TUNING": 1e-2,
     "PROMPT_TUNING": 3e-2,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from hf_peft_ext.attach.make_sublayer import build
+from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.placement import GatePooling, Placement
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, Settings
 from hf_peft_ext.model.site import Site
@@ -48,7 +48,7 @@ class ConvertedSublayer:
 
     def __post_init__(self) -> None:
         with torch.device("meta"):
-            sublayer = build(self.placement(), self.site, {})
+            sublayer = build(self.placement(), self.site, SharedParts())
         for name, expected in sublayer.state_dict().items():
             shape, rule = tuple(self.tensors[name].shape), f"must be {tuple(expected.shape)}, as at {self.site.host}"
             check(f"shape of {self.sublayer} {name}", shape, shape == expected.shape, rule)

@@ -16,7 +16,7 @@ from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites
 from hf_peft_ext.pruning.channels import RESIDUAL
-from hf_peft_ext.sublayers import Bottleneck, LowRank, Prefix, ProjectedPrefix
+from hf_peft_ext.sublayers import Bottleneck, LowRank, Prefix
 from hf_peft_ext.transfer.map.projections import Side
 from hf_peft_ext.validation.checks import check
 
@@ -187,7 +187,7 @@ def placed_tensors(base: nn.Module, adapter: str) -> Iterator[AdapterTensor]:
             continue
         sublayer: Any = layer.sublayer_of[adapter]
         site, kind = layer.site, type_before_parametrizations(sublayer).__name__
-        portable = isinstance(sublayer, LowRank | Bottleneck | Prefix) and not isinstance(sublayer, ProjectedPrefix)
+        portable = type_before_parametrizations(sublayer) in (LowRank, Bottleneck, Prefix)
         rule = f"holds a {kind} at {site.host}, which cannot be carried to another model"
         check("adapter_name", adapter, portable and site.layer is not None, rule)
         assert site.layer is not None

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_peft_ext.attach.config import PREFIX_FORMS, Beginning, ComposedConfig
-from hf_peft_ext.attach.make_sublayer import build
+from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.attach.resolve import layer_count, resolve
 from hf_peft_ext.model.calls import own_modules
@@ -129,7 +129,7 @@ def costs_of(model: nn.Module, strategies: Sequence[str], **fields: Any) -> Cost
 def cost_at(strategy: str, site: Site) -> Cost:
     """The cost of a strategy at one site, from two sizes of it on the meta device."""
     with torch.device("meta"):
-        sublayers = [build(placed(strategy, size, [])[0], site, {}) for size in (1, 2)]
+        sublayers = [build(placed(strategy, size, [])[0], site, SharedParts()) for size in (1, 2)]
     one, two = (sum(parameter.numel() for parameter in sublayer.parameters()) for sublayer in sublayers)
     return Cost(2 * one - two, two - one)
 
