@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_peft_ext.trainers.adalora import AdaLoraCallback as AdaLoraCallback
 from hf_peft_ext.trainers.bridge import BridgeTrainer as BridgeTrainer
 from hf_peft_ext.trainers.choice_data import DataCollatorForChoices as DataCollatorForChoices
 from hf_peft_ext.trainers.distillation import AdapterSoftLabelTrainer as AdapterSoftLabelTrainer

@@ -16,6 +16,7 @@ from hf_peft_ext.attach.parameter_groups import check_rates, split_groups
 from hf_peft_ext.hub_cards import TrainingRecord
 from hf_peft_ext.papers import Paper
 from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.trainers.adalora import rank_allocation
 from hf_peft_ext.trainers.adapted_model import add_adapter_to
 from hf_peft_ext.trainers.callbacks import GateLog
 from hf_peft_ext.trainers.checkpoint import AdapterCheckpoints
@@ -47,7 +48,6 @@ class AdapterTrainerMixin(AdapterCheckpoints):
     _name: ClassVar[str] = "Adapter"
     _paper: ClassVar[Paper | None] = None
     _tags: ClassVar[tuple[str, ...]] = ()
-
     push_in_progress: PushInProgress | None = None
 
     def __init__(
@@ -76,7 +76,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
             check("sublayer_rates", sublayer_rates, self.optimizer is None, "must be None beside `optimizers`")
             check_rates(self.peft_model, sublayer_rates)
         self.recorder.data.set_originals(self, kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock):
+        for callback in (self.recorder, self.loss_terms, self.gate_log, self.recorder.clock, *rank_allocation(self)):
             self.add_callback(callback)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
