@@ -100,8 +100,8 @@ and a recommendation, with the recommended adapter trained and saved. The
 recipe's eval_split is read once, at the end, to score that adapter.
 
 Methods: lora, dora, unipelt, mam, s4, pfeiffer, houlsby, prefix,
-prefix_tuning, prompt_tuning, ladder, ia3, tfew, bitfit, full (all weights),
-none (the head only).
+prefix_tuning, prompt_tuning, ladder, ia3, tfew, bitfit, intrinsic, full (all
+weights), none (the head only).
 
 Each command is a worker. Start several to share the work, or start one again
 to continue: all runs are in the database.
@@ -110,6 +110,24 @@ to continue: all runs are in the database.
   hf-peft-ext compare examples/recipes/unipelt.yaml
   hf-peft-ext compare RECIPE --methods lora,unipelt,full --budget 0.5% --seeds 5
   hf-peft-ext compare RECIPE --dev-split validation num_train_epochs=5
+"""
+
+INTRINSIC_HELP = """How few numbers must be trained? Measure the intrinsic dimension of a task.
+
+Full fine-tuning gives the score to compare with. Then each seed searches for
+the smallest d at which training d numbers, projected onto all parameters,
+reaches 90 % of it. The result is d90 with its interval, and a figure.
+
+The fields of the recipe's section peft count if its peft_type is INTRINSIC.
+Its score must be better when higher: a classification or regression.
+
+Each command is a worker. Start several to share the work, or start one again
+to continue: all runs are in the database.
+
+\b
+  hf-peft-ext intrinsic-dimension RECIPE
+  hf-peft-ext intrinsic-dimension RECIPE --smallest 30 --largest 30000 --rates 1/3,1,3
+  hf-peft-ext intrinsic-dimension RECIPE 'peft={peft_type: INTRINSIC, task_type: SEQ_CLS, variant: layer}'
 """
 
 COST_HELP = """What does it cost to fine-tune, and to show examples in every prompt instead?
@@ -240,6 +258,35 @@ def compare(
     options |= {"rates": rates, "dev_split": dev_split, "dev_share": dev_share, "general_text": general_text}
     options |= {"output_dir": output_dir, "storage": storage, "study_name": study_name, "train_winner": train_winner}
     compare_command(recipe, changes or (), options, json)
+
+
+@app.command("intrinsic-dimension", help=INTRINSIC_HELP)
+def intrinsic_dimension(
+    recipe: RecipeFile,
+    changes: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="Number of searches, each with a projection of its own.")] = 3,
+    share: Annotated[float, typer.Option(help="Share of full fine-tuning's score to reach.")] = 0.9,
+    smallest: Annotated[int, typer.Option(help="The smallest d to try.")] = 10,
+    largest: Annotated[int, typer.Option(help="The largest d to try.")] = 10_000,
+    precision: Annotated[float, typer.Option(help="Factor between a d that misses and one that reaches it.")] = 1.5,
+    rates: Annotated[str, typer.Option(help="Factors on the usual learning rates; the best one counts.")] = "1",
+    dev_split: Annotated[
+        str | None, typer.Option(help="The split to score on.", show_default="held-out training rows")
+    ] = None,
+    dev_share: Annotated[float, typer.Option(help="Share of the training rows to hold out.")] = 0.2,
+    output_dir: Annotated[Path, typer.Option("--output", help="Folder of the results.")] = Path("intrinsic_dimension"),
+    storage: Annotated[
+        str | None, typer.Option(help="URL of the database.", show_default="a SQLite file in the folder")
+    ] = None,
+    study_name: Annotated[str, typer.Option(help="The measurement's name in the database.")] = "intrinsic_dimension",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.intrinsic_dimension import intrinsic_dimension_command
+
+    options = {"seeds": seeds, "share": share, "smallest": smallest, "largest": largest, "precision": precision}
+    options |= {"rates": rates, "dev_split": dev_split, "dev_share": dev_share, "output_dir": output_dir}
+    options |= {"storage": storage, "study_name": study_name}
+    intrinsic_dimension_command(recipe, changes or (), options, json)
 
 
 @app.command(help=MEMORY_HELP)

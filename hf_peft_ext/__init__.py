@@ -23,6 +23,7 @@ from hf_peft_ext.tuners import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners import CompacterConfig as CompacterConfig
 from hf_peft_ext.tuners import ComposedConfig as ComposedConfig
 from hf_peft_ext.tuners import ComposedModel as ComposedModel
+from hf_peft_ext.tuners import IntrinsicConfig as IntrinsicConfig
 from hf_peft_ext.tuners import LadderConfig as LadderConfig
 from hf_peft_ext.tuners import LayerPrefixConfig as LayerPrefixConfig
 from hf_peft_ext.tuners import MAMConfig as MAMConfig

@@ -50,6 +50,8 @@ S4 = BY_KEY["chen2023design"]
 IA3 = BY_KEY["liu2022few"]
 LADDER = BY_KEY["sung2022lst"]
 PROMPT_TUNING = BY_KEY["lester2021power"]
+INTRINSIC = BY_KEY["li2018measuring"]
+SAID = BY_KEY["aghajanyan2021intrinsic"]
 
 # PEFT type, in lower case -> the papers of the method, its own first.
 PAPERS: dict[str, tuple[Paper, ...]] = {
@@ -62,6 +64,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "s4": (S4, PFEIFFER, PREFIX_TUNING, LORA, BITFIT),
     "composed": (),
     "ladder": (LADDER,),
+    "intrinsic": (INTRINSIC, SAID),
 }
 # The same for types of peft's own that results of this package are saved as, or compared with.
 STOCK_PAPERS: dict[str, tuple[Paper, ...]] = {

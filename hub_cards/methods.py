@@ -36,6 +36,10 @@ METHOD_TEXTS = {
         "runs a small network beside a frozen model. The network reads the hidden states of the model's blocks and "
         "computes the output in its place; no gradient passes through the model.",
     ),
+    "intrinsic": (
+        "Intrinsic dimension",
+        "trains a few numbers, which a fixed random projection maps onto all parameters of a frozen model.",
+    ),
     "lora": ("LoRA", "freezes the weights and adds a product of two low-rank matrices to some of them."),
     "ia3": (
         "(IA)³",

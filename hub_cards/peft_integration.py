@@ -79,7 +79,8 @@ def without_stock_card(model: PeftModel) -> Iterator[None]:
 
 def warn_of_new_tokens(model: Any) -> None:
     """Warn if the model has embeddings of new tokens that no part of the adapter saves."""
-    base, size = model.active_peft_config.base_model_name_or_path, getattr(model.config, "vocab_size", None)
+    base = model.active_peft_config.base_model_name_or_path
+    size = getattr(getattr(model, "config", None), "vocab_size", None)  # a plain torch module has no config
     if not base or size is None or isinstance(model.get_input_embeddings(), AuxiliaryTrainingWrapper):
         return
     try:

@@ -24,11 +24,13 @@ SUBLAYER_KEY = re.compile(
     r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
 )
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
+SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
     **{"down.weight": (0, "r"), "down.bias": (0, "r"), "factors": (0, "n"), "A": (0, "r"), "P_K": (1, "tokens")},
     "side.up.weight": (1, "d"),
+    "subspace.vector": (0, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},
 }
 SITE_NAMES = {
@@ -49,6 +51,7 @@ SITE_NAMES = {
     "trained": "linear leaves and norms",
     "blocks": "beside the blocks",
     "shared": "in no layer: factors that all share",
+    "projected": "parameters, by a random projection",
 }
 
 
@@ -136,6 +139,8 @@ class SavedAdapter:
             return Tensor(key, shape, match["host"] or "", place["sublayer"], place["site"], match["rest"])
         if self.is_ours and (match := LADDER_KEY.fullmatch(path)):
             return Tensor(key, shape, match["host"], "ladder", "blocks", f"side.{match['rest']}")
+        if self.is_ours and (match := SUBSPACE_KEY.fullmatch(path)):
+            return Tensor(key, shape, "", "subspace", "projected", f"subspace.{match['rest']}")
         parts = path.split(".")
         at = next((i for i, part in enumerate(parts) if not self.is_ours and part.startswith(self.prefix)), None)
         if at:

@@ -7,7 +7,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_peft_ext import BitFitConfig, LadderConfig, MAMConfig, S4Config, UniPELTConfig
+from hf_peft_ext import BitFitConfig, IntrinsicConfig, LadderConfig, MAMConfig, S4Config, UniPELTConfig
 from hf_peft_ext.hub_cards import DatasetRecord, Result, TrainingRecord
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
@@ -37,10 +37,11 @@ ADAPTERS = {
     ),
     "bitfit": lambda: get_peft_model(BACKBONES["gpt2"].build(), BitFitConfig()),
     "ladder": lambda: get_peft_model(BACKBONES["qwen2"].build(), LadderConfig(r=4, task_type="CAUSAL_LM")),
+    "intrinsic": lambda: get_peft_model(classifier(), IntrinsicConfig(d=200, variant="layer", task_type="SEQ_CLS")),
     "ia3": lambda: get_peft_model(BACKBONES["llama"].build(), IA3Config(task_type="CAUSAL_LM")),
     "lora": lambda: get_peft_model(BACKBONES["roberta"].build(), LoraConfig(task_type="FEATURE_EXTRACTION", r=2)),
 }
-OURS = ("unipelt", "mam", "s4", "bitfit", "ladder")
+OURS = ("unipelt", "mam", "s4", "bitfit", "ladder", "intrinsic")
 
 
 def saved(folder: Path, name: str, base: str | None = BASE) -> PeftModel:

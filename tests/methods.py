@@ -13,6 +13,7 @@ from hf_peft_ext import (
     BottleneckConfig,
     CompacterConfig,
     ComposedConfig,
+    IntrinsicConfig,
     LadderConfig,
     LayerPrefixConfig,
     MAMConfig,
@@ -118,6 +119,15 @@ OTHERS = {
         part="side_of",
         layers="layers_to_keep",
         refused=dict.fromkeys(("albert", "deepseek_v3"), "cannot be cut"),
+    ),
+    "intrinsic": Method(
+        lambda **kw: IntrinsicConfig(d=256, **kw), mergeable=True, mixes=False, part="intrinsic_subspace"
+    ),
+    "said": Method(
+        lambda **kw: IntrinsicConfig(d=256, variant="layer", **kw),
+        mergeable=True,
+        mixes=False,
+        part="intrinsic_subspace",
     ),
 }
 ALL = METHODS | OTHERS

@@ -18,7 +18,7 @@ from hf_peft_ext.validation.checks import check_writable
 HELPS = """
 import sys
 from hf_peft_ext_cli import app
-commands = ("train", "compare", "cost", "annotate-or-distil", "search", "search report", "push")
+commands = ("train", "compare", "cost", "annotate-or-distil", "intrinsic-dimension", "search", "search report", "push")
 for words in ("--help", "--version", *(f"{command} --help" for command in commands)):
     app(words.split(), standalone_mode=False)
 print("imported:", [name for name in ("torch", "transformers", "peft", "hf_peft_ext", "yaml") if name in sys.modules])
@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "imported: []"
     assert all(
         command in done.stdout
-        for command in ("train", "compare", "cost", "annotate-or-distil", "search", "push", "lm-eval", "report")
+        for command in ("train", "compare", "intrinsic-dimension", "cost", "search", "push", "lm-eval", "report")
     )
 
 

@@ -109,7 +109,7 @@ class Comparing:
                 raise RecipeError(f"`methods` (={name!r}) cannot train a quantized model; leave it out.")
         causal = str(recipe.written["peft"]["task_type"]) == "CAUSAL_LM"
         texts = read_texts(args.general_text) if causal else None
-        rows = ComparedRows.load(recipe, args)
+        rows = ComparedRows.load(recipe, args.dev_split, args.dev_share)
         task_type = recipe.written["peft"]["task_type"]
         methods = size_methods(named, args.budget, task_type, lambda: empty_model(recipe, rows.labels))
         for sized in methods.values():  # their errors now, not in each run

@@ -100,6 +100,12 @@ COMPARED_METHODS = {
     "ia3": Method("(IA)³", {"peft_type": "IA3"}, LEARNING_RATES["IA3"]),
     "tfew": Method("T-Few's (IA)³", {"peft_type": "TFEW"}, LEARNING_RATES["TFEW"]),
     "bitfit": Method("BitFit", {"peft_type": "BITFIT"}, LEARNING_RATES["BITFIT"]),
+    "intrinsic": Method(
+        "intrinsic dimension",
+        {"peft_type": "INTRINSIC", "d": 1000},
+        LEARNING_RATES["INTRINSIC"],
+        {"d": 1000},
+    ),
     "full": Method("full fine-tuning", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-4, trains_base=True),
     "none": Method("head only", {"peft_type": "LORA", "target_modules": NO_LAYERS}, 1e-2),
 }

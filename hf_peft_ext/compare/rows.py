@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_peft_ext.compare.settings import CompareArguments
 from hf_peft_ext.recipes.data import ClassificationData
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.validation.checks import check
@@ -31,8 +30,13 @@ class ComparedRows:
     share: float
 
     @classmethod
-    def load(cls, recipe: Recipe, args: CompareArguments) -> "ComparedRows":
+    def load(cls, recipe: Recipe, dev_split: str | None, dev_share: float) -> "ComparedRows":
         """Load the rows of training, and those of `dev_split`.
+
+        Args:
+            recipe: the recipe.
+            dev_split: the split of dev rows; None to hold out training rows.
+            dev_share: the share of the training rows to hold out.
 
         Raises:
             ValueError: a split does not exist, the dev split is the training split, or no rows are left to hold out.
@@ -40,16 +44,16 @@ class ComparedRows:
         data, seed = replace(recipe.data, eval_split=None), recipe.training.seed
         train, _, labels = data.load(seed)
         rule = f"must differ from `data.train_split` (={data.train_split!r}), or be left out to hold out training rows"
-        check("dev_split", args.dev_split, args.dev_split != data.train_split, rule)
+        check("dev_split", dev_split, dev_split != data.train_split, rule)
         dev = None
-        if args.dev_split is not None:
+        if dev_split is not None:
             limit = data.max_eval_samples
-            dev = replace(data, train_split=args.dev_split, max_train_samples=limit).load(seed)[0]
-        held = round(args.dev_share * len(train))
+            dev = replace(data, train_split=dev_split, max_train_samples=limit).load(seed)[0]
+        held = round(dev_share * len(train))
         rule = f"must leave rows to train on and dev rows to choose by; of {len(train)} rows it holds out {held}"
-        check("dev_share", args.dev_share, dev is not None or 1 < held < len(train) - 1, rule)
+        check("dev_share", dev_share, dev is not None or 1 < held < len(train) - 1, rule)
         column = data.label_column if isinstance(data, ClassificationData) and not data.is_regression else None
-        return cls(train, dev, labels, column, args.dev_share)
+        return cls(train, dev, labels, column, dev_share)
 
     def of(self, seed: int) -> RowsAndLabels:
         """The training and dev rows of a seed. Held-out rows have the shares of the classes of all rows."""

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 
+from hf_peft_ext.tuners.intrinsic.config import IntrinsicConfig
 from hf_peft_ext.validation.checks import check
 
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 SPARE = 2**22  # elements that an adapter may allocate beyond those in its file: 16 MiB in float32
+DRAWN = 4  # numbers of 2 bytes, for each parameter of the model, that a random projection may hold
 
 
 class MetaAdapter(NamedTuple):
@@ -85,7 +87,8 @@ def attach_on_meta(
         expected = get_peft_model_state_dict(adapted, state, adapter_name, save_embedding_layers=False)
     new = [tensor for tensor in tensors_of(modules) if id(tensor) not in base_ids]
     size, in_file = (sum(tensor.numel() for tensor in group) for group in (new, expected.values()))
-    if size > 2 * in_file + SPARE:
+    drawn = DRAWN * sum(tensor.numel() for tensor in before) if isinstance(config, IntrinsicConfig) else 0
+    if size > 2 * in_file + SPARE + drawn:
         raise ValueError(f"The adapter would allocate {size} numbers, but its file must hold only {in_file}.")
     return MetaAdapter(adapted, modules, new, expected)
 

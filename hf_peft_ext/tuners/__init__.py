@@ -15,6 +15,8 @@ from hf_peft_ext.tuners.bottleneck import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners.compacter import CompacterConfig as CompacterConfig
 from hf_peft_ext.tuners.ia3.config import TFewConfig as TFewConfig
 from hf_peft_ext.tuners.ia3.tuner import IA3Model
+from hf_peft_ext.tuners.intrinsic.config import IntrinsicConfig as IntrinsicConfig
+from hf_peft_ext.tuners.intrinsic.tuner import IntrinsicModel as IntrinsicModel
 from hf_peft_ext.tuners.ladder.tuner import LadderConfig as LadderConfig
 from hf_peft_ext.tuners.ladder.tuner import LadderModel as LadderModel
 from hf_peft_ext.tuners.ladder.tuner import prune_ladder as prune_ladder
@@ -30,4 +32,5 @@ for config in (
 ):
     register(config.method, config, ComposedModel)
 register(LadderConfig.method, LadderConfig, LadderModel)
+register(IntrinsicConfig.method, IntrinsicConfig, IntrinsicModel)
 on_first_use(partial(replace_tuner, PeftType.IA3, IA3Model))

@@ -1,0 +1,1 @@
+"""Intrinsic dimension: d trained numbers, projected onto all parameters of a model."""
