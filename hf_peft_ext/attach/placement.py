@@ -61,8 +61,8 @@ class Placement:
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
             `init`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
             `sublayers.PHMBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
-            `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes), `form` ("separate"
-            or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
+            `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes),
+            `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
             relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it,
             and the form is "joint").
 
