@@ -62,9 +62,9 @@ class Placement:
             `init`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
             `sublayers.PHMBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
             `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes),
-            `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions` (True: T5's
-            relative positions count the prefix, as in AdapterHub's library; every layer of a stack must then have it,
-            and the form is "joint").
+            `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions`
+            (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
+            then have it, and the form is "joint").
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
