@@ -42,6 +42,15 @@ def test_architectures(capsys):
     assert found["all"][4] == "7"
 
 
+def test_intrinsic_step(capsys):
+    small = ("--layers", "1", "--vocab", "99", "--batch", "1", "--length", "4", "--rounds", "1", "--d", "10")
+    run("intrinsic_step", *small)
+    found = rows(capsys.readouterr().out)
+    assert list(found) == ["full fine-tuning", "LoRA", "intrinsic, d = 10", "intrinsic, d = 10, no embeddings"]
+    assert found["intrinsic, d = 10"][0] == "10"
+    assert found["LoRA"][3] == "1.00"
+
+
 def test_speed(capsys):
     args = ("--rounds", "1", "--batch", "2", "--length", "16", "--threads", "1", "--methods", "UniPELT", "adapter")
     module = run("speed", *args)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,6 +18,7 @@ from hf_peft_ext.intrinsic_dimension.measure import Measuring
 from .test_compare import tiny_model, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # 2026-11: the data loader
+STUDY = Path(__file__).parents[1] / "examples" / "studies" / "intrinsic_dimension.py"
 QUICK = {"progress": False, "heartbeat": 1}
 
 
@@ -206,3 +210,32 @@ def test_refused_recipes(models, recipe, tmp_path):
     done = CliRunner().invoke(app, ["intrinsic-dimension", str(recipe), "quantization={load_in_4bit: true}", *SMALL])
     assert done.exit_code == 2
     assert "`quantization` must be left out" in done.stderr
+
+
+def test_study(tmp_path, monkeypatch, capsys):
+    """The study's digits, with few steps, and its report."""
+    options = [
+        "--width",
+        "8",
+        "--steps",
+        "20",
+        "--seeds",
+        "2",
+        "--smallest",
+        "5",
+        "--largest",
+        "40",
+        "--precision",
+        "9",
+    ]
+    for stage in ("digits", "report"):
+        run_study(monkeypatch, ["--stage", stage, *options, "--output", str(tmp_path)])
+    assert "| digits-8 | 0." in capsys.readouterr().out
+    assert (tmp_path / "table.md").exists()
+    assert (tmp_path / "digits.png").stat().st_size > 0
+
+
+def run_study(monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", [str(STUDY), *options])
+    monkeypatch.syspath_prepend(STUDY.parent)  # as when it is started as a script
+    runpy.run_path(str(STUDY), run_name="__main__")
