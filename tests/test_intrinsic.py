@@ -5,6 +5,7 @@ transformers; what the contract tests do not see.
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -415,6 +416,16 @@ def test_several_forwards_before_a_backward():
     model(images()).sum().backward()
     model(2 * images()).sum().backward()
     torch.testing.assert_close(vector_of(model).grad, both)
+
+
+def test_threads_share_a_model():
+    """A forward stores nothing, so that threads can run one model at once."""
+    model = tuned(net(), d=30)
+    expected = model(images()).detach()
+    before = snapshot(model)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y.detach(), expected) for y in pool.map(lambda _: model(images()), range(12)))
+    assert snapshot(model) == before
 
 
 def snapshot(model):
