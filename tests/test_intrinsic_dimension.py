@@ -50,18 +50,19 @@ def result(brackets, **fields):
 
 
 def test_result():
-    """d is the geometric mean over seeds, with a t interval of the logarithms."""
+    """d is the geometric mean over seeds; the interval is that of the logarithms, from missed to reached dimensions."""
     found = result({0: (50, 100), 1: (200, 400)})
     assert found.threshold == pytest.approx(0.891)
     assert found.d == pytest.approx(200)
     low, high = found.interval
-    assert low * high == pytest.approx(200**2)
-    assert low < 100
+    assert low * high == pytest.approx(100 * 200)  # the middles of the lower and of the upper ends
+    assert low < 50 < 400 < high
     assert "d90 = 200 [" in found.sentence
     assert "accuracy 0.891, 90% of full fine-tuning's 0.990" in found.sentence
     assert found.means() == {10: 0.2, 100: 0.95}
     assert json.loads(found.to_json())["d"] == pytest.approx(200)
     assert result({0: (50, 100)}).interval is None
+    assert result({0: (50, 100), 1: (50, 100)}).interval == pytest.approx((50, 100))
     outside = result({0: (50, 100), 1: (400, 0), 2: (0, 10)})
     assert outside.d is None
     assert "1 seeds need more than the largest d and 1 seeds reach it at the smallest d" in outside.sentence

@@ -42,24 +42,33 @@ class IntrinsicDimension:
 
     @property
     def d(self) -> float | None:
-        """The smallest dimensions of all seeds that reach the threshold, their geometric mean.
+        """The geometric mean over seeds of the smallest dimension that was tried and reached the threshold.
 
         None if a seed's lies outside the searched range.
         """
         logs = self._logs()
-        return None if logs is None else math.exp(fmean(logs))
+        return None if logs is None else math.exp(fmean(logs[1]))
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % t interval of `d` over seeds, on the logarithmic scale; None for one seed, or without `d`."""
-        logs = self._logs()
-        interval = None if logs is None else mean_interval(logs)
-        return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
+        """The 95 % t interval over seeds, on the logarithmic scale; None for one seed, or without `d`.
 
-    def _logs(self) -> list[float] | None:
+        It begins at the lower bound for the dimensions that missed, and ends at the upper bound for those that
+        reached: brackets have a width, and seeds may share them.
+        """
+        logs = self._logs()
+        intervals = [] if logs is None else [mean_interval(ends) for ends in logs]
+        if not intervals or intervals[0] is None or intervals[1] is None:
+            return None
+        return math.exp(intervals[0][0]), math.exp(intervals[1][1])
+
+    def _logs(self) -> tuple[list[float], list[float]] | None:
+        """The logarithms of the brackets' lower and upper ends; None if one is open."""
         if not self.brackets or not all(low and high for low, high in self.brackets.values()):
             return None
-        return [math.log(high) for _, high in self.brackets.values()]
+        return [math.log(low) for low, _ in self.brackets.values()], [
+            math.log(high) for _, high in self.brackets.values()
+        ]
 
     @property
     def sentence(self) -> str:
