@@ -50,7 +50,7 @@ def result(brackets, **fields):
 
 
 def test_result():
-    """d is the geometric mean over seeds; the interval is that of the logarithms, from missed to reached dimensions."""
+    """d is the geometric mean over seeds; the interval, on the logarithmic scale, goes from missed to reached ones."""
     found = result({0: (50, 100), 1: (200, 400)})
     assert found.threshold == pytest.approx(0.891)
     assert found.d == pytest.approx(200)
