@@ -28,13 +28,18 @@ from hf_peft_ext.tuners import LadderConfig as LadderConfig
 from hf_peft_ext.tuners import LayerPrefixConfig as LayerPrefixConfig
 from hf_peft_ext.tuners import MAMConfig as MAMConfig
 from hf_peft_ext.tuners import S4Config as S4Config
+from hf_peft_ext.tuners import SparseConfig as SparseConfig
 from hf_peft_ext.tuners import TFewConfig as TFewConfig
 from hf_peft_ext.tuners import UniPELTConfig as UniPELTConfig
 from hf_peft_ext.tuners import fix_gates as fix_gates
 from hf_peft_ext.tuners import gate_values as gate_values
 from hf_peft_ext.tuners import merge_prefix_projections as merge_prefix_projections
+from hf_peft_ext.tuners import prune_bottlenecks as prune_bottlenecks
 from hf_peft_ext.tuners import prune_ladder as prune_ladder
+from hf_peft_ext.tuners import random_rank_pattern as random_rank_pattern
 from hf_peft_ext.tuners import recommended_learning_rate as recommended_learning_rate
+from hf_peft_ext.tuners import select_sparse_parameters as select_sparse_parameters
+from hf_peft_ext.tuners import sparse_search as sparse_search
 
 try:
     __version__ = version("hf_peft_ext")

@@ -50,6 +50,10 @@ S4 = BY_KEY["chen2023design"]
 IA3 = BY_KEY["liu2022few"]
 LADDER = BY_KEY["sung2022lst"]
 PROMPT_TUNING = BY_KEY["lester2021power"]
+FISH_MASK = BY_KEY["sung2021training"]
+LT_SFT = BY_KEY["ansell2022composable"]
+SPARSE_ADAPTER = BY_KEY["he2022sparseadapter"]
+DIFF_PRUNING = BY_KEY["guo2021diff"]
 INTRINSIC = BY_KEY["li2018measuring"]
 SAID = BY_KEY["aghajanyan2021intrinsic"]
 
@@ -64,6 +68,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     "s4": (S4, PFEIFFER, PREFIX_TUNING, LORA, BITFIT),
     "composed": (),
     "ladder": (LADDER,),
+    "sparse": (FISH_MASK, LT_SFT, DIFF_PRUNING),
     "intrinsic": (INTRINSIC, SAID),
 }
 # The same for types of peft's own that results of this package are saved as, or compared with.

@@ -6,13 +6,17 @@ from hf_peft_ext.hub_cards.markdown import listed
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.papers import (
     BITFIT,
+    DIFF_PRUNING,
+    FISH_MASK,
     HOULSBY,
     LORA,
+    LT_SFT,
     MAM,
     PAPERS,
     PFEIFFER,
     PREFIX_TUNING,
     S4,
+    SPARSE_ADAPTER,
     STOCK_PAPERS,
     UNIPELT,
     Paper,
@@ -36,6 +40,7 @@ METHOD_TEXTS = {
         "runs a small network beside a frozen model. The network reads the hidden states of the model's blocks and "
         "computes the output in its place; no gradient passes through the model.",
     ),
+    "sparse": ("Sparse fine-tuning", "trains a few entries of a model's parameters{groups}; the rest is frozen."),
     "intrinsic": (
         "Intrinsic dimension",
         "trains a few numbers, which a fixed random projection maps onto all parameters of a frozen model.",
@@ -48,6 +53,12 @@ METHOD_TEXTS = {
     "adalora": ("AdaLoRA", "is LoRA that assigns ranks during training: higher ones to more important matrices."),
     "prefix_tuning": ("Prefix-tuning", "adds trained keys and values that attention sees in front of every text."),
     "prompt_tuning": ("Prompt-tuning", "adds trained vectors in front of the embedded text."),
+}
+SELECTIONS = {
+    "fisher": (FISH_MASK, "those with the largest mean squared gradients (FISH mask)"),
+    "lottery_ticket": (LT_SFT, "those that moved most in a first training of all of them (LT-SFT)"),
+    "diff": (DIFF_PRUNING, "those with the largest differences after a training with an L0 penalty (diff pruning)"),
+    "random": (None, "drawn at random"),
 }
 STYLE_PAPERS = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": MAM, "scaled_parallel": MAM}
 SUBLAYER_NAMES = {
@@ -75,7 +86,9 @@ def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
     if not adapter.is_ours:
         return STOCK_PAPERS.get(adapter.method, ())
     if adapter.method == "bottleneck":
-        return (STYLE_PAPERS[adapter.config.style],)
+        return (STYLE_PAPERS[adapter.config.style], *([SPARSE_ADAPTER] if adapter.config.sparsity else []))
+    if adapter.method == "sparse":
+        return tuple(filter(None, SELECTIONS[adapter.config.selection][:1]))
     present = {placement.sublayer for placement in adapter.config.to_placements()}
     parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank", BITFIT: "bias"}
     if adapter.method == "composed":
@@ -96,6 +109,8 @@ def description(adapter: SavedAdapter) -> str:
         gates = "; gates, small networks of their own, decide from each input how much of them is let through"
     sublayers = listed(SUBLAYER_NAMES[kind] for kind in kinds) if kinds else ""
     groups = strategy_groups(adapter.config) if adapter.method == "s4" else ""
+    if adapter.method == "sparse":
+        groups = f", {SELECTIONS[adapter.config.selection][1]}"
     text = METHOD_TEXTS[text_key(adapter)][1].format(sublayers=sublayers, gates=gates, groups=groups)
     return f"{name(adapter)}{paper} {text}"
 

@@ -25,6 +25,8 @@ from hf_peft_ext.hub_cards.card_edits import CardEdits, read_text
 from hf_peft_ext.hub_cards.card_files import CARD
 from hf_peft_ext.hub_cards.push import explained, push_adapter
 from hf_peft_ext.registry import extend_on_first_use
+from hf_peft_ext.tuners.prune_bottlenecks import check_pruned
+from hf_peft_ext.tuners.sparse.select import check_selected
 from hf_peft_ext.validation.checks import check
 
 Stock = Callable[..., Any]
@@ -49,13 +51,15 @@ def save_pretrained(stock: Stock, model: PeftModel, save_directory: str | Path, 
         save_directory, args, kwargs: of peft's method.
 
     Raises:
-        ValueError: `save_embedding_layers` is True.
+        ValueError: `save_embedding_layers` is True, or a sparse adapter is not selected or pruned yet.
     """
     bound = inspect.signature(stock).bind(save_directory, *args, **kwargs)
     arguments = bound.arguments
     rule = "must not be True: name the embeddings in `modules_to_save`, or new tokens in `trainable_token_indices`"
     check("save_embedding_layers", True, arguments.get("save_embedding_layers") is not True, rule)
     arguments["save_embedding_layers"] = False
+    check_selected(model, arguments.get("selected_adapters"))
+    check_pruned(model, arguments.get("selected_adapters"))
     warn_of_new_tokens(model)
     with without_stock_card(model):
         stock(*bound.args, **bound.kwargs)

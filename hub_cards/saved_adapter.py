@@ -23,6 +23,7 @@ from hf_peft_ext.validation.suggestions import ranges
 SUBLAYER_KEY = re.compile(
     r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias))\.sublayer_of\.(?P<rest>.+)"
 )
+SPARSE_KEY = re.compile(r"(?:.+\.)?parameter_deltas\.deltas_of\.(?P<rest>values|indices)")
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
@@ -50,6 +51,7 @@ SITE_NAMES = {
     "ffn_output": "output projection of the FFN",
     "trained": "linear leaves and norms",
     "blocks": "beside the blocks",
+    "parameters": "entries of weights, biases, norms and embeddings",
     "shared": "in no layer: factors that all share",
     "projected": "parameters, by a random projection",
 }
@@ -139,6 +141,8 @@ class SavedAdapter:
             return Tensor(key, shape, match["host"] or "", place["sublayer"], place["site"], match["rest"])
         if self.is_ours and (match := LADDER_KEY.fullmatch(path)):
             return Tensor(key, shape, match["host"], "ladder", "blocks", f"side.{match['rest']}")
+        if self.is_ours and (match := SPARSE_KEY.fullmatch(path)):
+            return Tensor(key, shape, "", "sparse differences", "parameters", match["rest"])
         if self.is_ours and (match := SUBSPACE_KEY.fullmatch(path)):
             return Tensor(key, shape, "", "subspace", "projected", f"subspace.{match['rest']}")
         parts = path.split(".")
@@ -151,8 +155,8 @@ class SavedAdapter:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters."""
-        return sum(prod(tensor.shape) for tensor in self.tensors)
+        """The number of parameters, without indices and masks."""
+        return count(self.tensors)
 
     @property
     def bytes(self) -> int:
@@ -177,15 +181,18 @@ class SavedAdapter:
         return ArchitectureRow(
             sublayer=sublayer.replace("_", " ") if self.is_ours or sublayer == "saved whole" else sublayer.upper(),
             site=self._site(sublayer, site, tensors),
-            layers=self._side_blocks() if sublayer == "ladder" else layers(tensor.host for tensor in tensors),
+            layers=self._layers(sublayer, tensors),
             size=", ".join(f"{name} = {ranges(values)}" for name, values in sizes.items()),
             gate=self._gate(sublayer, site) if any(t.rest.startswith("gate.") for t in tensors) else "",
-            parameters=sum(prod(tensor.shape) for tensor in tensors),
+            parameters=count(tensors),
         )
 
-    def _side_blocks(self) -> str:
-        kept = self.config.layers_to_keep
-        return "all" if kept is None else ranges(set(kept))
+    def _layers(self, sublayer: str, tensors: list[Tensor]) -> str:
+        named = {"ladder": "layers_to_keep", "sparse differences": "layers_to_transform"}
+        if sublayer not in named:
+            return layers(tensor.host for tensor in tensors)
+        chosen = getattr(self.config, named[sublayer])
+        return "all" if chosen is None else ranges(set(chosen))
 
     def _site(self, sublayer: str, site: str, tensors: list[Tensor]) -> str:
         bare = site.removeprefix("cross_")
@@ -207,6 +214,11 @@ class SavedAdapter:
         heads = [t.shape[0] for t in self.tensors if t.sublayer == "saved whole" and len(t.shape) == 2
                  and re.search(r"(^|\.)(classifier|score|classification_head|logits_proj)\.", t.key)]  # fmt: skip
         return min(heads, default=None)
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """The number of parameters in these tensors; indices and masks are none."""
+    return sum(prod(tensor.shape) for tensor in tensors if not tensor.rest.endswith(("indices", "_mask")))
 
 
 def layers(hosts: Iterable[str]) -> str:

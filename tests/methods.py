@@ -19,6 +19,7 @@ from hf_peft_ext import (
     MAMConfig,
     Placement,
     S4Config,
+    SparseConfig,
     TFewConfig,
     UniPELTConfig,
 )
@@ -119,6 +120,12 @@ OTHERS = {
         part="side_of",
         layers="layers_to_keep",
         refused=dict.fromkeys(("albert", "deepseek_v3"), "cannot be cut"),
+    ),
+    "sparse": Method(
+        lambda **kw: SparseConfig(selection="random", density=0.3, **kw),
+        mergeable=True,
+        mixes=False,
+        part="deltas_of",
     ),
     "intrinsic": Method(
         lambda **kw: IntrinsicConfig(d=256, **kw), mergeable=True, mixes=False, part="intrinsic_subspace"

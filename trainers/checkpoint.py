@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,7 @@ from hf_peft_ext.trainers.restore import (
     restore,
     trainable,
 )
+from hf_peft_ext.trainers.sparse import select_before_training
 from hf_peft_ext.validation.checks import check
 
 if TYPE_CHECKING:
@@ -134,6 +136,8 @@ class AdapterCheckpoints(Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from a checkpoint: the last complete one for `resume_from_checkpoint=True`.
 
+        The entries of a sparse adapter are selected first, if they are not yet.
+
         Args:
             resume_from_checkpoint: a folder, or True.
             args, kwargs: of the other class's method.
@@ -153,6 +157,8 @@ class AdapterCheckpoints(Base):
                 rule = "training goes on with a new one, and not exactly as it would have without a break"
                 warnings.warn(f"{resume_from_checkpoint} holds no state of the optimizer: {rule}.", stacklevel=2)
         self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.resumed is None:
+            select_before_training(self, partial(super().train, None, *args, **kwargs))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -49,10 +49,10 @@ class LossTerms(TrainerCallback):
 
     def on_training_batch_end(self, num_items_in_batch: Any) -> None:
         """Add a micro-batch's terms to the sums, with the weight that its loss has in the step."""
-        scaled = self._is_scaled(num_items_in_batch)
+        scaled = self.is_scaled(num_items_in_batch)
         add(self._training, self._batch, 1 if scaled else 1 / self.trainer.current_gradient_accumulation_steps)
 
-    def _is_scaled(self, num_items_in_batch: Any) -> bool:
+    def is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether a micro-batch's loss is its share of the step's, by the conditions of `Trainer.training_step`."""
         trainer = self.trainer
         declared = getattr(trainer, "loss_is_scaled_for_ga", None)  # None in older versions of transformers

@@ -199,21 +199,27 @@ def difference(cells: dict[str, dict[str, dict[str, float]]], title: str, refere
 
 
 def table(args: Arguments, stage: str) -> str:
-    """Mean and standard deviation of each method on each task, and its difference from LoRA."""
-    cells = cells_of(args, stage)
+    """The table of a stage."""
+    return table_of(stage, cells_of(args, stage), "LoRA")
+
+
+def table_of(title: str, cells: dict[str, dict[str, dict[str, float]]], reference: str) -> str:
+    """Mean and standard deviation of each method on each task, and its difference from the reference."""
     if not cells:
         return ""
-    titles = list(dict.fromkeys(title for methods in cells.values() for title in methods))
+    titles = list(dict.fromkeys(method for methods in cells.values() for method in methods))
     rows = [
-        f"| method | {' | '.join(cells)} | mean | against LoRA | p |",
+        f"| method | {' | '.join(cells)} | mean | against {reference} | p |",
         f"|---|{'--:|' * len(cells)}--:|--:|--:|",
     ]
-    means = {t: fmean(fmean(c[t].values()) for c in cells.values() if c.get(t)) for t in titles}
-    for title in sorted(titles, key=lambda title: -means[title]):
-        scores = [methods.get(title) or {} for methods in cells.values()]
+    scored = {t: [fmean(c[t].values()) for c in cells.values() if c.get(t)] for t in titles}
+    means = {t: fmean(scores) for t, scores in scored.items() if scores}
+    for method in sorted(means, key=lambda method: -means[method]):
+        scores = [methods.get(method) or {} for methods in cells.values()]
         texts = [f"{fmean(s.values()):.1f} ± {stdev(s.values()):.1f}" if len(s) > 1 else "" for s in scores]
-        rows.append(f"| {title} | {' | '.join(texts)} | {means[title]:.1f} | {difference(cells, title, 'LoRA')} |")
-    return f"## {stage}\n\n" + "\n".join(rows) + "\n"
+        against = difference(cells, method, reference)
+        rows.append(f"| {method} | {' | '.join(texts)} | {means[method]:.1f} | {against} |")
+    return f"## {title}\n\n" + "\n".join(rows) + "\n"
 
 
 def rates(args: Arguments) -> str:

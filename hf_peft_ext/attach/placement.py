@@ -30,7 +30,7 @@ SITES: dict[str, tuple[str, ...]] = {
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": (
-        *("r", "reduction_factor", "activation", "dropout", "scaling", "init"),
+        *("r", "reduction_factor", "activation", "dropout", "scaling", "init", "sparsity"),
         *("phm_dim", "phm_rank", "shared_phm_rule"),
     ),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
@@ -59,7 +59,7 @@ class Placement:
             "auto" (token where attention is causal, else mean).
         gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
-            `init`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
+            `init`, `sparsity`; for Compacter's form `phm_dim`, `phm_rank`, `shared_phm_rule` (see
             `sublayers.PHMBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
             `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes),
             `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions`
@@ -109,8 +109,8 @@ class Placement:
             check_count(key, o[key])
         for key in o.keys() & {"reduction_factor", "alpha"}:
             check_positive(key, o[key])
-        if "dropout" in o:
-            check_dropout("dropout", o["dropout"])
+        for key in o.keys() & {"dropout", "sparsity"}:
+            check_dropout(key, o[key])
         if "activation" in o:
             in_transformers = isinstance(o["activation"], str) and o["activation"] in ACT2FN
             check("activation", o["activation"], in_transformers, "must be an activation of transformers")
@@ -140,6 +140,8 @@ class Placement:
     def _check_bottleneck(self, o: dict[str, Any]) -> None:
         one = ("r" in o) != ("reduction_factor" in o)
         check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
+        sparsity = o.get("sparsity", 0)
+        check("sparsity", sparsity, not sparsity or "phm_dim" not in o, "must be 0 with `phm_dim`")
         for key in o.keys() & {"phm_rank", "shared_phm_rule"}:
             check(key, o[key], "phm_dim" in o, "needs `phm_dim`")
         if "phm_dim" in o:

@@ -68,6 +68,12 @@ COMPARED_METHODS = {
         LEARNING_RATES["BOTTLENECK"],
         {"r": 48},
     ),
+    "sparse_adapter": Method(
+        "SparseAdapter",
+        {"peft_type": "BOTTLENECK", "style": "pfeiffer", "init": "paper", "sparsity": 0.8},
+        LEARNING_RATES["BOTTLENECK"],
+        {"r": 240},
+    ),
     "houlsby": Method(
         "Houlsby adapter",
         {"peft_type": "BOTTLENECK", "style": "houlsby"},
@@ -100,6 +106,24 @@ COMPARED_METHODS = {
     "ia3": Method("(IA)³", {"peft_type": "IA3"}, LEARNING_RATES["IA3"]),
     "tfew": Method("T-Few's (IA)³", {"peft_type": "TFEW"}, LEARNING_RATES["TFEW"]),
     "bitfit": Method("BitFit", {"peft_type": "BITFIT"}, LEARNING_RATES["BITFIT"]),
+    "fish_mask": Method(
+        "FISH mask",
+        {"peft_type": "SPARSE", "selection": "fisher"},
+        LEARNING_RATES["SPARSE"],
+        {"num_values": 100_000},
+    ),
+    "lt_sft": Method(
+        "LT-SFT",
+        {"peft_type": "SPARSE", "selection": "lottery_ticket"},
+        LEARNING_RATES["SPARSE"],
+        {"num_values": 100_000},
+    ),
+    "diff_pruning": Method(
+        "diff pruning",
+        {"peft_type": "SPARSE", "selection": "diff"},
+        LEARNING_RATES["SPARSE"],
+        {"num_values": 100_000},
+    ),
     "intrinsic": Method(
         "intrinsic dimension",
         {"peft_type": "INTRINSIC", "d": 1000},

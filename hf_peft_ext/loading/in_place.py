@@ -89,7 +89,7 @@ def can_load_in_place(
 
 
 def allocate(adapter: MetaAdapter, adapter_name: str, before: list[Tensor]) -> None:
-    """Give the adapter's parameters memory on the device, and in the type, that peft and the tuner would choose.
+    """Give the adapter's tensors memory on the device, and in the type, that peft and the tuner would choose.
 
     Args:
         before: parameters and buffers of the model without the adapter.
@@ -101,6 +101,9 @@ def allocate(adapter: MetaAdapter, adapter_name: str, before: list[Tensor]) -> N
             if parameter is not None and parameter.is_meta:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
     if devices or any(tensor.dtype == torch.float64 for tensor in before):  # else float32 on `device` is right
         for module in adapter.modules:
             if isinstance(module, BaseTunerLayer):

@@ -15,6 +15,9 @@ from hf_peft_ext.loading.files import adapter_folder
 from hf_peft_ext.loading.in_place import NeedsCopyError, load_in_place
 from hf_peft_ext.loading.weights import check_header, check_weights
 from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.tuners.sparse.config import SparseConfig
+from hf_peft_ext.tuners.sparse.targets import find_targets
+from hf_peft_ext.tuners.sparse.tuner import check_saved_indices
 from hf_peft_ext.validation.checks import check
 
 
@@ -98,9 +101,13 @@ def load_via_copy(
     """Check the weights against an adapter on a copy of the model without data, then load as peft does.
 
     Raises:
-        ValueError: the config does not fit the model, or the weights do not fit the config.
+        ValueError: the config does not fit the model, the weights do not fit the config, or an index is of no entry.
     """
-    check_weights(folder / SAFETENSORS_WEIGHTS_NAME, expected_tensors(model, config, adapter_name))
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    check_weights(weights, expected_tensors(model, config, adapter_name))
+    if isinstance(config, SparseConfig):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_saved_indices(weights, find_targets(base, config)[-1].stop)
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable, config=config)
     model.add_adapter(adapter_name, config)

@@ -23,6 +23,7 @@ from hf_peft_ext.search.result import DECISION, RESULT, Decision, SearchResult, 
 from hf_peft_ext.search.run_record import Record, Run
 from hf_peft_ext.search.training import RunArguments, SearchTask, adapted, evaluate, train_adapter
 from hf_peft_ext.search.trial_queue import Queue, frozen_garbage
+from hf_peft_ext.sublayers import Bottleneck
 from hf_peft_ext.validation.checks import check, check_count
 
 MODELS = "models"  # the study's attribute for weights, config and metric of each task
@@ -250,6 +251,8 @@ def to_json(config: PeftConfig) -> dict[str, Any]:
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Number of trained parameters of the adapter, without the head, which every method trains."""
+    """Number of trained parameters of the adapter, without the head, which every method trains, and pruned entries."""
     trained = ((name, p.numel()) for name, p in model.named_parameters() if p.requires_grad)
-    return sum(size for name, size in trained if "modules_to_save" not in name)
+    sparse = [module for module in model.modules() if isinstance(module, Bottleneck) and module.sparsity]
+    pruned = sum(round(m.sparsity * (m.down.weight.numel() + m.up.weight.numel())) for m in sparse)
+    return sum(size for name, size in trained if "modules_to_save" not in name) - pruned

@@ -26,11 +26,17 @@ class Bottleneck(Additive):
         init: "lora": W_down Kaiming uniform and W_up zero, so that f = 0 at the start; or the standard deviation of
             both matrices, as the papers have it.
         gate: g, of width d; None for none.
+        sparsity: share of the entries of both matrices that are pruned before training (`prune`); SparseAdapter, He et
+            al. 2022 (https://arxiv.org/abs/2210.04284).
     """
 
     down: Any
     up: Any
     scaling: float | nn.Parameter
+    down_mask: Tensor  # shape: (r, d), False where an entry is pruned
+    up_mask: Tensor  # shape: (d, r)
+    sparsity: float = 0.0
+    is_pruned: bool = True
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class Bottleneck(Additive):
         scaling: float | Literal["learned"] = 1.0,
         init: float | Literal["lora"] = "lora",
         gate: Gate | None = None,
+        sparsity: float = 0.0,
     ):
         super().__init__()
         self.down = nn.Linear(d, r)
@@ -57,6 +64,10 @@ class Bottleneck(Additive):
             nn.init.normal_(self.up.weight, std=init)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
+        if sparsity:
+            self.sparsity, self.is_pruned = sparsity, False
+            self.register_buffer("down_mask", torch.ones(r, d, dtype=torch.bool))
+            self.register_buffer("up_mask", torch.ones(d, r, dtype=torch.bool))
 
     def forward(
         self,
@@ -70,7 +81,27 @@ class Bottleneck(Additive):
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W_down, b_down, W_up and b_up."""
+        if self.sparsity:
+            if self.training and torch.is_grad_enabled() and not self.is_pruned:
+                raise RuntimeError(
+                    f"`sparsity` (={self.sparsity}) needs a pruned adapter. Call `prune_bottlenecks` first, or train "
+                    "by a trainer of `hf_peft_ext.trainers`, which prunes it first."
+                )
+            down, up = self.down.weight * self.down_mask, self.up.weight * self.up_mask
+            return down, self.down.bias, up, self.up.bias
         return self.down.weight, self.down.bias, self.up.weight, self.up.bias
+
+    @torch.no_grad()
+    def prune(self, down_mask: Tensor, up_mask: Tensor) -> None:
+        """Keep the entries of W_down and W_up where the masks are True; the others become zero and stay it."""
+        for linear, mask, kept in ((self.down, self.down_mask, down_mask), (self.up, self.up_mask, up_mask)):
+            mask.copy_(kept)
+            linear.weight.mul_(mask)
+        self.is_pruned = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.is_pruned = True  # only pruned adapters are trained and saved
 
     def code(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """[g s phi(W_down x + b_down), g s], shape (*batch, r + 1), and [W_up, b_up], shape (d, r + 1)."""

@@ -23,7 +23,13 @@ from hf_peft_ext.tuners.ladder.tuner import prune_ladder as prune_ladder
 from hf_peft_ext.tuners.layer_prefix import LayerPrefixConfig as LayerPrefixConfig
 from hf_peft_ext.tuners.learning_rates import recommended_learning_rate as recommended_learning_rate
 from hf_peft_ext.tuners.mam import MAMConfig as MAMConfig
+from hf_peft_ext.tuners.prune_bottlenecks import prune_bottlenecks as prune_bottlenecks
+from hf_peft_ext.tuners.random_rank import random_rank_pattern as random_rank_pattern
 from hf_peft_ext.tuners.s4.config import S4Config as S4Config
+from hf_peft_ext.tuners.sparse.config import SparseConfig as SparseConfig
+from hf_peft_ext.tuners.sparse.select import select_sparse_parameters as select_sparse_parameters
+from hf_peft_ext.tuners.sparse.select import sparse_search as sparse_search
+from hf_peft_ext.tuners.sparse.tuner import SparseModel
 from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (
@@ -32,5 +38,6 @@ for config in (
 ):
     register(config.method, config, ComposedModel)
 register(LadderConfig.method, LadderConfig, LadderModel)
+register(SparseConfig.method, SparseConfig, SparseModel)
 register(IntrinsicConfig.method, IntrinsicConfig, IntrinsicModel)
 on_first_use(partial(replace_tuner, PeftType.IA3, IA3Model))

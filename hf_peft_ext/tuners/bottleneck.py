@@ -1,11 +1,13 @@
 """Bottleneck adapters: Houlsby, Pfeiffer, parallel and scaled parallel."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_peft_ext.attach.config import InitConfig, PlacedConfig
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.validation.checks import check
+
+Pruning = Literal["snip", "grasp", "magnitude", "random"]
 
 # style -> its sites, and the paper's defaults; `init` holds with `init="paper"` alone
 STYLES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -38,6 +40,11 @@ class BottleneckConfig(InitConfig, PlacedConfig):
         activation: a name in transformers' `ACT2FN`; None for the style's.
         dropout: probability, inside the bottleneck.
         scaling: s, a number or "learned" (starts at 1); None for the style's.
+        sparsity: share of the matrices' entries that are pruned before training: SparseAdapter, He et al. 2022
+            (https://arxiv.org/abs/2210.04284). A trainer of `hf_peft_ext.trainers` does it, or `prune_bottlenecks`.
+            The paper's large-sparse setting is a wider bottleneck with as many entries left.
+        pruning: the scores of the entries that stay, over all layers together: "snip" |w dL/dw|, "grasp" w (H dL/dw),
+            "magnitude" |w|, or "random". All but "random" need random matrices: `init="paper"`.
 
     Raises:
         ValueError: a value breaks a rule.
@@ -56,8 +63,20 @@ class BottleneckConfig(InitConfig, PlacedConfig):
         default=None, metadata={"help": "Factor; the style's by default."}
     )
 
+    sparsity: float = field(default=0.0, metadata={"help": "Share of the entries pruned before training."})
+    pruning: Pruning = field(default="snip", metadata={"help": "The scores of the entries that stay."})
+
     def __post_init__(self) -> None:
         check("style", self.style, self.style in STYLES, f"must be one of {', '.join(STYLES)}")
+        check(
+            "pruning",
+            self.pruning,
+            self.pruning in get_args(Pruning),
+            f"must be one of {', '.join(get_args(Pruning))}",
+        )
+        is_random = self.init == "paper" and STYLES[self.style][1]["init"] != "lora"
+        rule = 'needs random matrices, or all of W_up would be pruned: init="paper" with "houlsby" or "pfeiffer"'
+        check("pruning", self.pruning, not self.sparsity or self.pruning == "random" or is_random, rule)
         super().__post_init__()
 
     def to_placements(self) -> list[Placement]:
@@ -68,4 +87,6 @@ class BottleneckConfig(InitConfig, PlacedConfig):
         for key in ("activation", "scaling"):
             if getattr(self, key) is not None:
                 options[key] = getattr(self, key)
+        if self.sparsity:
+            options["sparsity"] = self.sparsity
         return [Placement("bottleneck", site, options=options) for site in sites]
