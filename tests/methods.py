@@ -1,4 +1,4 @@
-"""The methods; a row each. Every row runs the whole contract."""
+"""The methods; a row each. Every row runs the whole contract, other settings of a method in part as slow tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,6 +138,12 @@ OTHERS = {
     ),
 }
 ALL = METHODS | OTHERS
+# Other settings of a method above: the fast tests run the contract on them with these families alone.
+VARIANTS = {
+    *("houlsby", "parallel", "compacter_unshared", "projected_prefix", "said"),
+    *("unipelt_paper", "unipelt_aplb", "unipelt_nogate"),
+}
+VARIANT_FAMILIES = {"bert", "t5", "gpt2", "llama", "albert", "deepseek_v3"}
 
 
 def randomise(model: nn.Module, adapter: str = "default", seed: int = 0, std: float = 0.2) -> None:

@@ -10,14 +10,22 @@ from safetensors.torch import load_file
 
 from .backbones import BACKBONES, output
 from .methods import ALL as METHODS
-from .methods import randomise
+from .methods import VARIANT_FAMILIES, VARIANTS, randomise
 from .saved_adapters import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
 PAIRS = [(b, m) for m, method in METHODS.items() for b in BACKBONES if b not in method.refused]
-every_pair = pytest.mark.parametrize(("backbone", "method"), PAIRS)
+
+
+def cases(pairs):
+    """The pairs as parameters of a test, slow for variants on most families."""
+    slow = [m in VARIANTS and b not in VARIANT_FAMILIES for b, m in pairs]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * s) for pair, s in zip(pairs, slow, strict=True)]
+
+
+every_pair = pytest.mark.parametrize(("backbone", "method"), cases(PAIRS))
 decoders = pytest.mark.parametrize(
-    ("backbone", "method"), [(b, m) for b, m in PAIRS if BACKBONES[b].kind != "encoder"]
+    ("backbone", "method"), cases([(b, m) for b, m in PAIRS if BACKBONES[b].kind != "encoder"])
 )
 refusals = pytest.mark.parametrize(
     ("backbone", "method"), [(b, m) for m, method in METHODS.items() for b in method.refused]
