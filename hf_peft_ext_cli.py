@@ -160,8 +160,8 @@ MEMORY_HELP = """What fits? Estimate the peak memory of a training step from a m
 The real model and adapter run on tensors without data, so no weights are
 loaded and no GPU is needed. A 7B model takes some ten seconds a method.
 
-Methods: full, lora, qlora, unipelt, qunipelt, ladder, qladder, or folders of
-saved adapters.
+Methods: full, lora, qlora, unipelt, qunipelt, ladder, qladder, plug_in (the
+stage that trains the paper's bridge), or folders of saved adapters.
 
 \b
   hf-peft-ext memory meta-llama/Llama-2-7b-hf --length 2048 --dtype bfloat16
@@ -292,7 +292,12 @@ def intrinsic_dimension(
 @app.command(help=MEMORY_HELP)
 def memory(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder or config.json.", show_default=False)],
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,lora,qlora,unipelt,ladder",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods, separated by commas.", show_default="full,lora,qlora,unipelt,ladder,plug_in as they apply"
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch, on each device.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     target_length: Annotated[

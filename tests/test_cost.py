@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hf_peft_ext import LadderConfig, UniPELTConfig
 from hf_peft_ext.budget import Workload, compare_by_count, compare_by_rule, count_flops, kv_cache_bytes, rule_flops
-from hf_peft_ext.budget.fake_model import head_task
+from hf_peft_ext.budget.model_class import head_task
 from hf_peft_ext.cli import app
 
 from .backbones import BACKBONES
@@ -111,6 +111,31 @@ def test_cached_tokens_are_read_and_not_computed():
     assert counted == pytest.approx(linear + head + LAYERS * 4 * 10 * 100 * D, rel=0.02)
 
 
+EXPERTS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS |= {"num_key_value_heads": 2, "vocab_size": 300, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "width"),
+    [
+        ("mixtral", {"num_local_experts": 5}, 96),
+        ("gpt_oss", {"num_local_experts": 5, "head_dim": 16}, 96),
+        ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 48, "head_dim": 16}, 48),
+        ("granitemoe", {"num_local_experts": 5}, 96),
+    ],
+)
+def test_experts_by_hand(name, fields, width):
+    """A token counts for two experts of five; also where the config asks for the loop over experts."""
+    config = AutoConfig.for_model(name, **EXPERTS, **fields)
+    linear = 2 * 40 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 64 * 5 + 2 * 3 * 64 * width)
+    by_hand = linear + 2 * 4 * 40 * 40 * 64 + 2 * 40 * 64 * 300
+    assert count_flops(config, 40, training=False).forward == pytest.approx(by_hand, rel=0.02)
+    counted = count_flops(config, 40)
+    assert counted.training == pytest.approx(3 * by_hand, rel=0.02)
+    config._experts_implementation = "eager"
+    assert count_flops(config, 40) == counted
+
+
 @pytest.mark.parametrize("name", ["bert", "t5", "bart", "gpt2", "gemma2", "qwen2"])
 def test_families(name):
     """Every family counts, in all dtypes of its own buffers; doubling the batch doubles the count."""
@@ -121,10 +146,15 @@ def test_families(name):
 
 
 def test_the_task_follows_the_config():
-    assert head_task(BertConfig(architectures=["BertForMaskedLM"])) == "FEATURE_EXTRACTION"
+    """The adapter's task, else the architecture's; an encoder has no head, or one for classification."""
+    encoder = BertConfig(architectures=["BertForMaskedLM"])
+    assert head_task(encoder, encoder_task="FEATURE_EXTRACTION") == "FEATURE_EXTRACTION"
+    assert head_task(encoder) == head_task(BertConfig()) == "SEQ_CLS"
+    assert head_task(BertConfig(architectures=["BertLMHeadModel"])) == "CAUSAL_LM"
     assert head_task(LLAMA) == "CAUSAL_LM"
     assert head_task(T5Config()) == "SEQ_2_SEQ_LM"
-    assert head_task(BertConfig(), LoraConfig(task_type="SEQ_CLS")) == "SEQ_CLS"
+    assert head_task(LLAMA, LoraConfig(task_type="TOKEN_CLS")) == "TOKEN_CLS"
+    assert head_task(LLAMA, LoraConfig(task_type="FEATURE_EXTRACTION")) == "CAUSAL_LM"
 
 
 # against in-context learning
@@ -166,6 +196,15 @@ def test_counts_exceed_the_rule_by_attention():
         (
             lambda: kv_cache_bytes(BertConfig(num_hidden_layers=1), 3),
             r"`config` \(='bert'\) must be that of a model with",
+        ),
+        (lambda: count_flops(LLAMA, 3, task="SEQ"), r"`task` \(='SEQ'\) must be one of CAUSAL_LM, SEQ_2_SEQ_LM"),
+        (
+            lambda: count_flops(T5Config(), 3, task="CAUSAL_LM"),
+            r"`config` \(=T5Config\) must have a class for `AutoModelForCausalLM`",
+        ),
+        (
+            lambda: count_flops(AutoConfig.for_model("jetmoe", **EXPERTS, kv_channels=16), 3),
+            r"`config` \(='jetmoe'\) must have a forward pass that does not depend on the values of tensors",
         ),
         (
             lambda: count_flops(LLAMA, 3, LoraConfig(target_modules=["nothing"])),

@@ -35,13 +35,18 @@ def lora():
 
 
 def real_peak(adapter, dtype=torch.float32, checkpointing=False, batch=4, length=64):
-    """Bytes at the peak of two real steps."""
+    """Bytes at the peak of two real steps of a Llama."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(), dtype=dtype)
     model = model if adapter is None else get_peft_model(model, adapter)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    return peak_of_steps(model, batch, length)
+
+
+def peak_of_steps(model, batch, length):
+    """Bytes at the peak of two real steps."""
     ids = torch.randint(300, (batch, length))
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], fused=True)
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -246,12 +251,89 @@ def test_side_by_side(tmp_path):
     """Methods in one table and one figure."""
     from hf_peft_ext.budget.memory.figure import memory_figure
 
-    estimates = compare_memory(config(), ["full", "lora", "qlora", "unipelt", "ladder"], length=32, dtype="bfloat16")
-    assert list(estimates) == ["full fine-tuning", "LoRA", "QLoRA", "UniPELT", "ladder"]
+    estimates = compare_memory(config(), length=32, dtype="bfloat16")
+    assert list(estimates) == ["full fine-tuning", "LoRA", "QLoRA", "UniPELT", "ladder", "plug-in, bridge"]
     assert estimates["QLoRA"].weights < estimates["LoRA"].weights
     assert estimates["ladder"].activations < estimates["LoRA"].activations
     memory_figure(estimates, "T4").savefig(tmp_path / "memory.svg")
     assert "optimizer states" in (tmp_path / "memory.svg").read_text() or (tmp_path / "memory.svg").stat().st_size
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "qwen2"])
+def test_bridge_of_families(family):
+    """The bridge trains a pruned copy and needs less than full fine-tuning."""
+    made = AutoConfig.for_model(
+        BACKBONES[family].model_type,
+        **{"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **BACKBONES[family].config},
+    )
+    full, bridged = compare_memory(made, ["full", "plug_in"], length=16, target_length=4).values()
+    assert bridged.trained < full.trained / 2
+    assert bridged.weights < full.weights / 2
+    assert 0 < bridged.adapter_weights < full.weights / 2
+    assert bridged.largest("batch", bridged.framework + 4 * bridged.allocated) > 1
+
+
+def test_bridge_within_15_percent_of_the_allocator():
+    """Real steps in a bridge whose large model has no weights, by torch's memory events."""
+    from hf_peft_ext.transfer import Projections, bridge, plug, pruned_copy
+
+    made = config(hidden_size=256, intermediate_size=512, num_attention_heads=8)
+    adapter = UniPELTConfig(methods=["lora"], gated=False)
+    large = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    small = get_peft_model(pruned_copy(large, 16, "parameters").model, adapter)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    plugged = plug(small, shapes, Projections("slice", trainable=False))
+    peak = peak_of_steps(bridge(plugged, pruned_copy(large, 16, "parameters")), batch=4, length=64)
+    options = {"batch": 4, "length": 64, "dtype": "float32", "device": "cpu"}
+    assert compare_memory(made, ["plug_in"], **options)["plug-in, bridge"].peak == pytest.approx(peak, rel=0.15)
+
+
+def test_methods_that_a_model_does_not_take():
+    """Experts cannot be cut: by default the bridge is left out, by name it is an error."""
+    experts = config("mixtral", num_key_value_heads=2, num_local_experts=4)
+    assert list(compare_memory(experts, length=8)) == ["full fine-tuning", "LoRA", "QLoRA", "UniPELT", "ladder"]
+    with pytest.raises(ValueError, match="cannot be cut"):
+        compare_memory(experts, ["plug_in"], length=8)
+
+
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 64},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts(family, dtype):
+    """Every family runs, in each type, with the loop over experts replaced; more experts a token need more."""
+    made = config(family, num_key_value_heads=2, **EXPERTS[family])
+    eager = config(family, num_key_value_heads=2, **EXPERTS[family])
+    eager._experts_implementation = "eager"
+    peaks = [estimate_memory(one, length=32, batch=2, dtype=dtype).peak for one in (made, eager)]
+    assert peaks[0] == peaks[1]
+    assert eager._experts_implementation == "eager"
+
+
+def test_experts_within_15_percent_of_the_allocator():
+    """Real steps of a tiny Mixtral, whose tokens are routed as they come."""
+    made = config("mixtral", num_key_value_heads=2, **EXPERTS["mixtral"])
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    peak = peak_of_steps(model, batch=4, length=64)
+    estimate = estimate_memory(made, batch=4, length=64, dtype="float32", device="cpu")
+    assert estimate.peak == pytest.approx(peak, rel=0.15)
+
+
+def test_routing_that_needs_values():
+    made = AutoConfig.for_model("jetmoe", vocab_size=300, hidden_size=64, num_hidden_layers=1, kv_channels=16)
+    with pytest.raises(
+        ValueError, match=r"`model_or_config` \(=JetMoe.*\) must have a forward pass that does not depend"
+    ):
+        estimate_memory(made, length=8)
 
 
 def test_command(tmp_path):

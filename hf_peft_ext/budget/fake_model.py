@@ -1,5 +1,6 @@
 """A model with its adapter from a config alone, with fake tensors: shapes and types, but no memory."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,36 +8,32 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PretrainedConfig
 
-HEAD_CLASSES = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "FEATURE_EXTRACTION": AutoModel,
-}
-ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
+from hf_peft_ext.budget.experts import GroupedProducts, expert_options
+from hf_peft_ext.budget.model_class import head_task, model_class
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 
 
-def head_task(config: PretrainedConfig, peft_config: PeftConfig | None = None) -> str:
-    """The task that decides on the model's head: the adapter's, else one that fits the config's architecture."""
-    task = None if peft_config is None else peft_config.task_type
-    if task is not None and str(getattr(task, "value", task)) in HEAD_CLASSES:
-        return str(getattr(task, "value", task))
-    if config.is_encoder_decoder:
-        return "SEQ_2_SEQ_LM"
-    architectures = getattr(config, "architectures", None) or [""]
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not architectures[0].endswith(ENCODER_HEADS):
-        return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION"
+@contextmanager
+def errors_of_fake_runs(name: str, value: str) -> Iterator[None]:
+    """Turn an error of a run on fake tensors into a ValueError that names a field and its value, as text."""
+    try:
+        yield
+    except RuntimeError as error:
+        rule = "run on fake tensors"
+        if isinstance(error, NEEDS_VALUES):
+            rule = "have a forward pass that does not depend on the values of tensors"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"`{name}` (={value}) must {rule}: {reason}.") from error
 
 
 def model_on_meta(
@@ -50,16 +47,17 @@ def model_on_meta(
     Args:
         config: the model's config.
         peft_config: the adapter's config; None for the model alone.
-        task: see `head_task`.
+        task: see `head_task`; an encoder has no head by default.
         dtype: type of the model's parameters.
 
     Raises:
         ValueError: the model or the adapter cannot be built.
     """
-    task = task or head_task(config, peft_config)
+    config = copy.deepcopy(config)  # building changes it
+    built = model_class(config, task or head_task(config, peft_config, "FEATURE_EXTRACTION"), "config")
     try:
         with torch.device("meta"):
-            model = HEAD_CLASSES[task].from_config(config, attn_implementation="eager", dtype=dtype)
+            model = built._from_config(config, attn_implementation="eager", dtype=dtype, **expert_options(config))
             return model if peft_config is None else get_peft_model(model, peft_config)
     except (NotImplementedError, RuntimeError, AttributeError, TypeError, KeyError) as error:
         what = f"{config.model_type}{'' if peft_config is None else f' with {peft_config.peft_type}'}"
@@ -72,7 +70,7 @@ def fake_tensors(model: nn.Module) -> Iterator[None]:
 
     Code that branches on the device, such as autocast, then runs as on a CPU; it fails on the meta device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, GroupedProducts():
         replaced: dict[int, Tensor] = {}  # tied weights stay tied
         for module in model.modules():
             stores: Any = (module._parameters, module._buffers)

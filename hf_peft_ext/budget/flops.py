@@ -1,7 +1,6 @@
 """FLOPs of training and inference: by the papers' rules, and counted from a config."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
-from hf_peft_ext.budget.fake_model import call_on_zeros, fake_tensors, model_on_meta, parameter_counts
+from hf_peft_ext.budget.experts import GROUPED_MM, grouped_flops
+from hf_peft_ext.budget.fake_model import (
+    call_on_zeros,
+    errors_of_fake_runs,
+    fake_tensors,
+    model_on_meta,
+    parameter_counts,
+)
 from hf_peft_ext.validation.checks import check, check_count, check_positive
 
 
@@ -70,7 +76,8 @@ def count_flops(
 
     Every matrix product counts 2 a multiplication and addition; element-wise operations count 0. Attention scores are
     counted whole, although a causal kernel may skip half of them. With an adapter, frozen weights get no gradients,
-    and nothing is passed back below the first adapter.
+    and nothing is passed back below the first adapter. In a mixture of experts each token counts for as many experts
+    as the config says, wherever it is routed.
 
     Args:
         config: the model's config.
@@ -92,14 +99,17 @@ def count_flops(
     check("cached_tokens", cached_tokens, not (cached_tokens and config.is_encoder_decoder), rule)
     model = model_on_meta(config, peft_config, task).train(training)
     counts = parameter_counts(model)
-    with fake_tensors(model), name_config_in_errors(config):
+    with fake_tensors(model), errors_of_fake_runs("config", repr(config.model_type)):
         kwargs: dict[str, Any] = {}
         if cached_tokens:
             with torch.no_grad():
                 kwargs["past_key_values"] = call_on_zeros(
                     model, cached_tokens, 1, batch, use_cache=True
                 ).past_key_values
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        with (
+            FlopCounterMode(display=False, custom_mapping={GROUPED_MM: grouped_flops}) as counter,
+            torch.set_grad_enabled(training),
+        ):
             output = call_on_zeros(model, tokens, target_tokens, batch, **kwargs)
             forward = counter.get_total_flops()
             if training:
@@ -127,7 +137,7 @@ def kv_cache_bytes(
     """
     check_count("tokens", tokens)
     model = model_on_meta(config, dtype=dtype).eval()
-    with fake_tensors(model), name_config_in_errors(config), torch.no_grad():
+    with fake_tensors(model), errors_of_fake_runs("config", repr(config.model_type)), torch.no_grad():
         cache = getattr(call_on_zeros(model, tokens, target_tokens, use_cache=True), "past_key_values", None)
     check("config", config.model_type, cache is not None, "must be that of a model with a cache")
     return sum({id(t): t.numel() * t.element_size() for t in cached_tensors(cache)}.values())
@@ -144,13 +154,3 @@ def cached_tensors(value: Any) -> Iterator[Tensor]:
         yield from cached_tensors(list(value.values()))
     elif type(value).__module__ == "transformers.cache_utils":
         yield from cached_tensors(vars(value))
-
-
-@contextmanager
-def name_config_in_errors(config: PretrainedConfig) -> Iterator[None]:
-    """Turn an error of a run on fake tensors into a ValueError that names the config."""
-    try:
-        yield
-    except RuntimeError as error:  # data-dependent operations included
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"`config` (={config.model_type!r}) must run on fake tensors: {reason}.") from error

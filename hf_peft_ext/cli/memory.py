@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def memory_command(
     model: str,
-    methods: str,
+    methods: str | None,
     options: dict[str, Any],
     *,
     card: str | int | None = None,
@@ -33,7 +33,7 @@ def memory_command(
 
     Args:
         model: Hub id, folder, or config file.
-        methods: names of methods, and folders of saved adapters, separated by commas.
+        methods: names of methods, and folders of saved adapters, separated by commas; None for the usual ones.
         options: arguments of `estimate_memory`.
         card: a card, to say what fits.
         largest: "batch" or "length", to find the largest that fits the card.
@@ -71,10 +71,12 @@ def memory_command(
         print_estimates(out, estimates, size, {f"largest {largest}": fitting} if largest else {})
 
 
-def estimates_of(model: str, methods: str, options: dict[str, Any]) -> "dict[str, MemoryEstimate]":
+def estimates_of(model: str, methods: str | None, options: dict[str, Any]) -> "dict[str, MemoryEstimate]":
     """Title -> estimate, of methods by name and of saved adapters."""
     from hf_peft_ext.budget.memory import compare_memory, estimate_memory
 
+    if methods is None:
+        return compare_memory(model, **options)
     estimates: dict[str, Any] = {}
     for name in (name.strip() for name in methods.split(",")):
         if Path(name, "adapter_config.json").is_file():

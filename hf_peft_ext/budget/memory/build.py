@@ -11,16 +11,13 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_peft_ext.budget.experts import expert_options
 from hf_peft_ext.budget.memory.gpu_kernels import GpuKernels
 from hf_peft_ext.budget.memory.quantize import packed
-from hf_peft_ext.budget.memory.settings import MEMORY_TASKS, MemorySettings
+from hf_peft_ext.budget.memory.settings import MemorySettings
+from hf_peft_ext.budget.model_class import head_task, model_class
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class ModelSource:
 
     Args:
         config: the config.
-        model_class: a class with `_from_config`, or an auto class with `from_config`.
+        model_class: a class of transformers.
         peft_config: the adapter; None for full fine-tuning.
     """
 
@@ -57,11 +54,8 @@ def model_source(model_or_config: Any, peft_config: PeftConfig | None, settings:
     else:
         kind = type(model_or_config).__name__
         raise TypeError(f"`model_or_config` (={kind}) must be a config, a transformers model, a Hub id or a folder.")
-    auto: Any = MEMORY_TASKS[settings.task_type or task_type_of(config, peft_config)]
-    if type(config) not in auto._model_mapping:
-        rule = f"must have a class for `{auto.__name__}`; name another `task_type`"
-        raise ValueError(f"`model_or_config` (={type(config).__name__}) {rule}.")
-    return ModelSource(config, auto._model_mapping[type(config)], peft_config)
+    task = settings.task_type or head_task(config, peft_config)
+    return ModelSource(config, model_class(config, task, "model_or_config"), peft_config)
 
 
 def config_named(name: str | Path) -> PreTrainedConfig:
@@ -73,17 +67,6 @@ def config_named(name: str | Path) -> PreTrainedConfig:
         raise ValueError(
             f"`model_or_config` (={str(name)!r}) must have a config that can be read: {reason}"
         ) from error
-
-
-def task_type_of(config: PreTrainedConfig, peft_config: PeftConfig | None) -> str:
-    """The task that the adapter names; else generation if the model is made for it; else classification."""
-    named = str(getattr(peft_config, "task_type", None) or "").removeprefix("TaskType.")
-    if named in MEMORY_TASKS:
-        return named
-    if config.is_encoder_decoder:
-        return "SEQ_2_SEQ_LM"
-    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    return "CAUSAL_LM" if generates else "SEQ_CLS"
 
 
 def build_model(source: ModelSource, settings: MemorySettings) -> tuple[Any, set[int]]:
@@ -140,7 +123,9 @@ def meta_base_model(source: ModelSource, settings: MemorySettings) -> PreTrained
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     attention = "eager" if settings.attention == "eager" else None  # None: sdpa, where the model has it
     try:
-        return source.model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+        return source.model_class._from_config(
+            config, dtype=dtype, attn_implementation=attention, **expert_options(config)
+        )
     except Exception as error:
         name = type(config).__name__
         reason = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """The memory of a training step, from a config alone: the real model and adapter run on fake tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -7,13 +8,15 @@ import torch
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig
 
-from hf_peft_ext.budget.memory.build import build_model, model_source
+from hf_peft_ext.budget.memory.build import ModelSource, build_model, model_source
 from hf_peft_ext.budget.memory.cards import card_bytes
 from hf_peft_ext.budget.memory.fit import largest_fitting
 from hf_peft_ext.budget.memory.settings import MODEL_STATES, SHARDINGS, MemorySettings
 from hf_peft_ext.budget.memory.step import trace_step
 from hf_peft_ext.hub_cards.markdown import BYTES, in_units
 from hf_peft_ext.validation.checks import check
+
+ModelBuilder = Callable[[ModelSource, MemorySettings], tuple[Any, set[int]]]  # as `build_model`
 
 # Bytes that a process holds on a device beside torch's tensors: the CUDA context with the kernels of torch and cuBLAS.
 # It depends on driver and card, about 0.4 to 0.7 GiB; torch's own counters leave it out.
@@ -48,7 +51,7 @@ class MemoryEstimate:
         framework: a constant for the CUDA context; torch's counters leave it out.
         trained: number of trained parameters.
         settings: the settings.
-        source: what the model is built from.
+        source: the model or config, the adapter, and the function that builds the trained model.
     """
 
     weights: int
@@ -97,13 +100,13 @@ class MemoryEstimate:
             ValueError: there is no such card, or nothing of that name to vary.
         """
         check("what", what, what in ("batch", "length"), "must be batch or length")
-        model, peft_config = self.source
+        model, peft_config, build = self.source
         limit = getattr(model_source(model, peft_config, self.settings).config, "max_position_embeddings", None)
 
         def peak(value: int) -> int:
             if value == getattr(self.settings, what):
                 return self.peak
-            return estimate(model, peft_config, replace(self.settings, **{what: value})).peak
+            return estimate(model, peft_config, replace(self.settings, **{what: value}), build).peak
 
         start = getattr(self.settings, what)
         return largest_fitting(peak, card_bytes(card), start, limit if what == "length" else None)
@@ -139,7 +142,8 @@ def estimate_memory(
 
     The model is built by transformers, the adapter attached by peft, and forward pass, loss, backward pass and
     optimizer run on torch's FakeTensor, which have shapes but no data. So everything that torch runs is counted as it
-    runs, and no architecture is written down.
+    runs, and no architecture is written down. A mixture of experts is estimated with transformers' default,
+    "grouped_mm", whose tensors have the same sizes wherever tokens are routed.
 
     Args:
         model_or_config: a config, a transformers model on any device (its weights are not read), a PeftModel, a Hub
@@ -187,13 +191,15 @@ def estimate_memory(
     return estimate(model_or_config, peft_config, settings)
 
 
-def estimate(model_or_config: Any, peft_config: PeftConfig | None, settings: MemorySettings) -> MemoryEstimate:
-    """`estimate_memory` with checked settings."""
+def estimate(
+    model_or_config: Any, peft_config: PeftConfig | None, settings: MemorySettings, build: ModelBuilder = build_model
+) -> MemoryEstimate:
+    """`estimate_memory` with checked settings, of the model that `build` makes."""
     source = model_source(model_or_config, peft_config, settings)
     full_rule = "must be None for full fine-tuning: packed weights cannot be trained"
     is_valid = settings.quantization is None or source.peft_config is not None
     check("quantization", settings.quantization, is_valid, full_rule)
-    model, base = build_model(source, settings)
+    model, base = build(source, settings)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     check("peft_config", type(source.peft_config).__name__, trained > 0, "must train a parameter")
     gathered = gathered_bytes(model, settings)
@@ -208,7 +214,7 @@ def estimate(model_or_config: Any, peft_config: PeftConfig | None, settings: Mem
         framework=FRAMEWORK[settings.device],
         trained=trained,
         settings=settings,
-        source=(model_or_config, peft_config),
+        source=(model_or_config, peft_config, build),
     )
 
 

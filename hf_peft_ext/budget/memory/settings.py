@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformers import BitsAndBytesConfig
 from transformers.training_args import OptimizerNames
 
+from hf_peft_ext.budget.model_class import HEAD_CLASSES
 from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.suggestions import did_you_mean
 
@@ -20,13 +20,7 @@ MODEL_STATES = ("weights", "quantization_constants", "adapter_weights", "gradien
 SHARDINGS = {"zero1": MODEL_STATES[4:], "zero2": MODEL_STATES[3:], "zero3": MODEL_STATES, "fsdp": MODEL_STATES}
 QUANTIZATIONS = ("nf4", "nf4-dq", "int8")
 DEVICES = ("cuda", "cpu")
-MEMORY_TASKS = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-}
+MEMORY_TASKS = [task for task in HEAD_CLASSES if task != "FEATURE_EXTRACTION"]  # the others have a loss
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import import_utils
 
+from hf_peft_ext.budget.experts import GroupedProducts
+from hf_peft_ext.budget.fake_model import errors_of_fake_runs
 from hf_peft_ext.budget.memory.allocations import Allocations
 from hf_peft_ext.budget.memory.build import FakeCopies, without_warnings
 from hf_peft_ext.budget.memory.gpu_kernels import GpuKernels
 from hf_peft_ext.budget.memory.settings import MemorySettings
 
 BLOCKS = {"cuda": 512, "cpu": 1}  # bytes that the allocator rounds up to
-NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 IN_FORWARD = "forward"  # label of what the forward pass allocates, until it is known whether autograd keeps it
 
 
@@ -42,10 +37,11 @@ def trace_step(model: nn.Module, base: set[int], settings: MemorySettings) -> Co
         Part of the estimate -> bytes, at the peak.
 
     Raises:
-        ValueError: the forward pass depends on the values of tensors, which fake tensors lack.
+        ValueError: the model does not run on fake tensors, for example because its forward pass depends on values.
     """
     allocations = Allocations(BLOCKS[settings.device])
-    with without_warnings(), eager_rules(settings), FakeTensorMode(), torch.device("cpu"):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # projections of a bridge index rows by real tensors
+    with without_warnings(), eager_rules(settings), fake, torch.device("cpu"):
         copies = FakeCopies()
         copies.replace_in(model)
         for tensor in copies.originals:
@@ -54,17 +50,14 @@ def trace_step(model: nn.Module, base: set[int], settings: MemorySettings) -> Co
         allocations.relabel(copies.constants, "quantization_constants")
         batch = training_batch(model, settings)
         with ExitStack() as stack:
+            stack.enter_context(errors_of_fake_runs("model_or_config", type(model).__name__))
+            stack.enter_context(GroupedProducts())
             if settings.device == "cuda":
                 stack.enter_context(GpuKernels(settings.attention))
             stack.enter_context(allocations)
-            try:
-                optimizer = initialized_optimizer(model, allocations, settings)
-                run_step(model, batch, allocations, settings)
-                del optimizer  # its states lived until here
-            except NEEDS_VALUES as error:
-                name = type(model).__name__
-                rule = "must have a forward pass that does not depend on the values of tensors"
-                raise ValueError(f"`model_or_config` (={name}) {rule}: {error}") from error
+            optimizer = initialized_optimizer(model, allocations, settings)
+            run_step(model, batch, allocations, settings)
+            del optimizer  # its states lived until here
     return allocations.peak()
 
 
