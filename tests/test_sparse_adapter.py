@@ -10,7 +10,7 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS
 from hf_peft_ext.compare.sizes import size_methods
 from hf_peft_ext.hub_cards import write_card
 from hf_peft_ext.search.search import adapter_parameters
-from hf_peft_ext.tuners.prune_bottlenecks import bottlenecks
+from hf_peft_ext.tuners.prune_bottlenecks import sparse_bottlenecks
 
 from .backbones import BACKBONES, output
 from .test_training import classifier, separable
@@ -32,11 +32,11 @@ def batches():
 
 
 def masks(model):
-    return torch.cat([m.flatten() for b in bottlenecks(model, "default") for m in (b.down_mask, b.up_mask)])
+    return torch.cat([m.flatten() for b in sparse_bottlenecks(model, "default") for m in (b.down_mask, b.up_mask)])
 
 
 def weights(model):
-    return [w for b in bottlenecks(model, "default") for w in (b.down.weight, b.up.weight)]
+    return [w for b in sparse_bottlenecks(model, "default") for w in (b.down.weight, b.up.weight)]
 
 
 def top(scores, like):

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_peft_ext.tuners.prune_bottlenecks import bottlenecks, prune_bottlenecks
+from hf_peft_ext.tuners.prune_bottlenecks import prune_bottlenecks, sparse_bottlenecks
 from hf_peft_ext.tuners.sparse.deltas import DenseDelta
 from hf_peft_ext.tuners.sparse.select import select_sparse_parameters, sparse_search, unselected_adapters
 from hf_peft_ext.validation.checks import check
 
 PRUNING_BATCHES = 32
 # Settings of the first phase: it leaves no checkpoint and no evaluation
-QUIET = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+FIRST_PHASE = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
 
 def select_before_training(trainer: Any, train: Callable[[], Any]) -> None:
@@ -38,7 +38,7 @@ def select_before_training(trainer: Any, train: Callable[[], Any]) -> None:
     model = trainer.peft_model
     name = model.active_adapter
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    unpruned = any(not bottleneck.is_pruned for bottleneck in bottlenecks(model, name))
+    unpruned = any(not bottleneck.is_pruned for bottleneck in sparse_bottlenecks(model, name))
     if unpruned or name in unselected_adapters(model):
         rule = "must be None for a sparse adapter: it would be replaced after its entries were selected"
         check("model_init", "a function", trainer.model_init is None, rule)
@@ -52,7 +52,7 @@ def select_before_training(trainer: Any, train: Callable[[], Any]) -> None:
         with torch.random.fork_rng(devices):  # the order of training does not change
             select_sparse_parameters(model, prepared(trainer), name, minus_loss(trainer))
         return
-    with sparse_search(model, name) as search, penalized(trainer, search, config), quiet(trainer, config):
+    with sparse_search(model, name) as search, penalized(trainer, search, config), first_phase(trainer, config):
         train()
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model_wrapped = trainer.model
@@ -99,9 +99,9 @@ def penalized(trainer: Any, search: DenseDelta, config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(trainer: Any, config: Any) -> Iterator[None]:
+def first_phase(trainer: Any, config: Any) -> Iterator[None]:
     """Within, the trainer saves and evaluates nothing, and trains for the epochs of the first phase."""
-    args, changed = trainer.args, dict(QUIET)
+    args, changed = trainer.args, dict(FIRST_PHASE)
     if config.search_epochs is not None:
         changed |= {"num_train_epochs": config.search_epochs, "max_steps": -1}
     before = {name: getattr(args, name) for name in changed}

@@ -1,6 +1,6 @@
 """SparseAdapter: prunes bottleneck adapters before they are trained."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_peft_ext.attach.layer import TunerLayer
 from hf_peft_ext.model.modes import evaluating
+from hf_peft_ext.pruning.importance import Batch
 from hf_peft_ext.sublayers import Bottleneck
 from hf_peft_ext.tuners.sparse.select import sum_over_processes
 from hf_peft_ext.validation.checks import check
 
-Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
 WITH_DATA = ("snip", "grasp")
 
@@ -44,7 +44,7 @@ def prune_bottlenecks(
         ValueError: the model has no such adapter, or there is no batch.
     """
     name = cast(str, adapter_name or model.active_adapter)
-    config, pairs = model.peft_config.get(name), bottlenecks(model, name)
+    config, pairs = model.peft_config.get(name), sparse_bottlenecks(model, name)
     check("adapter_name", name, bool(pairs), "is no adapter with a `sparsity` of this model")
     weights = [linear.weight for layer in pairs for linear in (layer.down, layer.up)]
     pruning, sparsity = getattr(config, "pruning", "random"), pairs[0].sparsity
@@ -63,7 +63,7 @@ def prune_bottlenecks(
         layer.prune(down, up)
 
 
-def bottlenecks(model: nn.Module, adapter_name: str) -> list[Bottleneck]:
+def sparse_bottlenecks(model: nn.Module, adapter_name: str) -> list[Bottleneck]:
     """The bottlenecks of an adapter that are, or will be, pruned."""
     layers = (m.sublayer_of for m in model.modules() if isinstance(m, TunerLayer))
     own = [sublayers[adapter_name] for sublayers in layers if adapter_name in sublayers]
@@ -81,7 +81,9 @@ def check_pruned(model: nn.Module, names: Sequence[str] | None = None) -> None:
         ValueError: there is one.
     """
     configs: Any = getattr(model, "peft_config", {})
-    waiting = [name for name in names or configs if any(not layer.is_pruned for layer in bottlenecks(model, name))]
+    waiting = [
+        name for name in names or configs if any(not layer.is_pruned for layer in sparse_bottlenecks(model, name))
+    ]
     check("adapter_name", waiting[:1], not waiting, "is not pruned to its `sparsity` yet; see `prune_bottlenecks`")
 
 

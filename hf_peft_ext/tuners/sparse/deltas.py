@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_peft_ext.tuners.sparse.config import SparseConfig
-from hf_peft_ext.tuners.sparse.targets import Target
+from hf_peft_ext.tuners.sparse.targets import SparseTarget
 
 # The stretched interval (l, r) of the hard-concrete distribution, and log alpha at the start: the paper's code.
 LOW, HIGH, START = -1.5, 1.5, 5.0
@@ -24,7 +24,7 @@ class SparseDelta(nn.Module):
 
     indices: Tensor  # shape: (k,), increasing; -1 before they are selected
 
-    def __init__(self, k: int, targets: Sequence[Target]):
+    def __init__(self, k: int, targets: Sequence[SparseTarget]):
         super().__init__()
         self.borders = [0, *(target.stop for target in targets)]
         self.values = nn.Parameter(torch.zeros(k))
@@ -79,7 +79,7 @@ class DenseDelta(nn.Module):
         device: of the tensors.
     """
 
-    def __init__(self, targets: Sequence[Target], gated: bool, device: torch.device):
+    def __init__(self, targets: Sequence[SparseTarget], gated: bool, device: torch.device):
         super().__init__()
         self.w = nn.ParameterList(torch.zeros(t.shape, device=device) for t in targets)
         gates = targets if gated else ()

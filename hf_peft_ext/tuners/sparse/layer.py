@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_peft_ext.model.structure import innermost, leaf_size
 from hf_peft_ext.tuners.sparse.deltas import SparseDelta
 from hf_peft_ext.tuners.sparse.product import dense, embedding_delta, linear_delta, with_deltas
-from hf_peft_ext.tuners.sparse.targets import Target, is_packed
+from hf_peft_ext.tuners.sparse.targets import SparseTarget, is_packed
 
-CHILD = "parameter_deltas"  # among the children of the first module with parameters
+LAYER_NAME = "parameter_deltas"  # among the children of the first module with parameters
 
 Parts = dict[str, tuple[Tensor, Tensor | None, torch.Size]]  # parameter -> values, indices (None: dense) and shape
 
@@ -35,7 +35,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
     def __init__(self, host: nn.Module):
         super().__init__()
         self.deltas_of = nn.ModuleDict()
-        self.targets_of: dict[str, list[Target]] = {}
+        self.targets_of: dict[str, list[SparseTarget]] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
@@ -49,7 +49,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """The module that has this layer as a child."""
         return self._host[0]
 
-    def put(self, adapter_name: str, delta: SparseDelta, targets: list[Target], model: nn.Module) -> None:
+    def put(self, adapter_name: str, delta: SparseDelta, targets: list[SparseTarget], model: nn.Module) -> None:
         """Add the differences of an adapter, and hooks on the modules of its targets."""
         self.deltas_of[adapter_name] = delta
         self.targets_of[adapter_name] = targets
@@ -75,7 +75,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         """Take this layer off the model."""
         for handle in self._handles:
             handle.remove()
-        delattr(self.get_base_layer(), CHILD)
+        delattr(self.get_base_layer(), LAYER_NAME)
 
     def drop(self, adapter_name: str) -> None:
         """Remove an adapter, if it is there."""
@@ -97,11 +97,11 @@ class SparseLayer(nn.Module, BaseTunerLayer):
             delta, targets = self.deltas_of[adapter], self.targets_of[adapter]
             for name, i in self._places[adapter].get(path, ()):
                 if delta.search is not None:
-                    parts[name] = joined(parts.get(name), (delta.search(i), None, targets[i].shape))
+                    parts[name] = joined_deltas(parts.get(name), (delta.search(i), None, targets[i].shape))
                 elif delta.is_selected:
                     values, index = delta.segment(i)
                     if len(values):
-                        parts[name] = joined(parts.get(name), (values, index, targets[i].shape))
+                        parts[name] = joined_deltas(parts.get(name), (values, index, targets[i].shape))
                 elif self.training and torch.is_grad_enabled() and delta.values.requires_grad:
                     raise RuntimeError(unselected(adapter))
         return parts
@@ -126,7 +126,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
                 parameter.data[place] = after
             self.merged_adapters = [*self.merged_adapters, name]
 
-    def _change(self, target: Target, values: Tensor, index: Tensor) -> tuple[nn.Parameter, Any, Tensor]:
+    def _change(self, target: SparseTarget, values: Tensor, index: Tensor) -> tuple[nn.Parameter, Any, Tensor]:
         """A target's parameter, the places of its entries, and their values with the differences added."""
         path, parameter_name = target.uses[0]
         module = self._hosts[path]
@@ -146,7 +146,7 @@ class SparseLayer(nn.Module, BaseTunerLayer):
         self._replaced, self.merged_adapters = [], []
 
 
-def joined(one: Any, other: Any) -> Any:
+def joined_deltas(one: Any, other: Any) -> Any:
     """The differences of two adapters at one parameter."""
     if one is None:
         return other

@@ -1,6 +1,6 @@
 """Selects the entries of a sparse adapter: by squared gradients, or by a first phase that trains all of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from hf_peft_ext.model.modes import frozen
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.model.structure import innermost
-from hf_peft_ext.pruning.importance import log_likelihood_of_labels, wide
+from hf_peft_ext.pruning.importance import Batch, LogLikelihood, log_likelihood_of_labels, wide
 from hf_peft_ext.tuners.sparse.config import SparseConfig
 from hf_peft_ext.tuners.sparse.deltas import DenseDelta, SparseDelta
 from hf_peft_ext.tuners.sparse.layer import SparseLayer
-from hf_peft_ext.tuners.sparse.targets import Target, is_packed
+from hf_peft_ext.tuners.sparse.targets import SparseTarget, is_packed
 from hf_peft_ext.tuners.sparse.tuner import random_indices, sparse_layers
 from hf_peft_ext.validation.checks import check
-
-Batch = Mapping[str, Tensor]
-LogLikelihood = Callable[[Any, Batch], Tensor]
 
 
 def select_sparse_parameters(
@@ -192,7 +189,7 @@ def examples(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 @contextmanager
-def watched(base: nn.Module, target: Target, scores: Tensor) -> Iterator[None]:
+def watched(base: nn.Module, target: SparseTarget, scores: Tensor) -> Iterator[None]:
     """Within, each backward adds the squared gradient of a target to `scores`."""
     modules = [(innermost(base.get_submodule(path)), name) for path, name in target.uses]
     module, name = modules[0]

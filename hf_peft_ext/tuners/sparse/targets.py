@@ -18,7 +18,7 @@ from hf_peft_ext.validation.module_patterns import matching
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
-class Target(NamedTuple):
+class SparseTarget(NamedTuple):
     """A parameter whose entries may be selected.
 
     Args:
@@ -37,7 +37,7 @@ class Target(NamedTuple):
         return self.start + math.prod(self.shape)
 
 
-def find_targets(model: nn.Module, config: SparseConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: SparseConfig) -> list[SparseTarget]:
     """The targets of a config in the order of the model's modules. Tied weights are one target.
 
     Raises:
@@ -47,12 +47,12 @@ def find_targets(model: nn.Module, config: SparseConfig) -> list[Target]:
     uses: dict[int, list[tuple[str, str]]] = {}
     for path in target_paths(model, config):
         module = innermost(model.get_submodule(path))
-        for name, (owner, shape) in own_parameters(module).items():
+        for name, (owner, shape) in parameter_shapes(module).items():
             shapes.setdefault(id(owner), shape)
             uses.setdefault(id(owner), []).append((path, name))
-    targets, start = list[Target](), 0
+    targets, start = list[SparseTarget](), 0
     for owner, shape in shapes.items():
-        targets.append(Target(start, shape, tuple(uses[owner])))
+        targets.append(SparseTarget(start, shape, tuple(uses[owner])))
         start = targets[-1].stop
     pattern = config.target_modules
     check("target_modules", pattern, bool(targets), "and the other fields leave no parameter to select")
@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: SparseConfig) -> list[Target]:
 
 def host_path(model: nn.Module, config: SparseConfig) -> str:
     """The module that holds the tuner layer: the first with parameters of its own, so that all adapters share it."""
-    return next(path for path in leaf_paths(model, config) if own_parameters(innermost(model.get_submodule(path))))
+    return next(path for path in leaf_paths(model, config) if parameter_shapes(innermost(model.get_submodule(path))))
 
 
 def leaf_paths(model: nn.Module, config: SparseConfig) -> list[str]:
@@ -89,7 +89,7 @@ def is_leaf(module: nn.Module) -> bool:
     return leaf_size(module) is not None or not own_children(innermost(module))
 
 
-def own_parameters(module: nn.Module) -> dict[str, tuple[object, torch.Size]]:
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[object, torch.Size]]:
     """Name -> the parameter and its shape. A packed weight has the shape (d_out, d_in), and may be no parameter."""
     own: dict[str, tuple[object, torch.Size]] = {
         name: (p, p.shape) for name, p in module.named_parameters(recurse=False) if p.is_floating_point()

@@ -14,7 +14,7 @@ from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, u
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.tuners.sparse.config import SparseConfig
 from hf_peft_ext.tuners.sparse.deltas import SparseDelta
-from hf_peft_ext.tuners.sparse.layer import CHILD, SparseLayer
+from hf_peft_ext.tuners.sparse.layer import LAYER_NAME, SparseLayer
 from hf_peft_ext.tuners.sparse.targets import find_targets, host_path
 from hf_peft_ext.validation.checks import check
 
@@ -72,12 +72,12 @@ class SparseModel(AdapterTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not hasattr(target, CHILD):
-            target.add_module(CHILD, SparseLayer(target))
+        if not hasattr(target, LAYER_NAME):
+            target.add_module(LAYER_NAME, SparseLayer(target))
         config, delta = cast(SparseConfig, peft_config), SparseDelta(self._count, self._targets)
         if config.selection == "random" and not delta.indices.is_meta:
             delta.select(random_indices(self._count, delta.size, config.seed))
-        cast(SparseLayer, getattr(target, CHILD)).put(adapter_name, delta, self._targets, self.model)
+        cast(SparseLayer, getattr(target, LAYER_NAME)).put(adapter_name, delta, self._targets, self.model)
 
     # Saving and loading
 
