@@ -14,7 +14,6 @@ import typer
 app = typer.Typer(
     help="Train adapters, search for their architecture, and push them to the Hub.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # bug reports need Python's own traceback
 )
@@ -99,8 +98,9 @@ trains with several seeds at the best one. The result is a table, an HTML page
 and a recommendation, with the recommended adapter trained and saved. The
 recipe's eval_split is read once, at the end, to score that adapter.
 
-Methods: lora, dora, unipelt, mam, s4, pfeiffer, houlsby, prefix,
-prefix_tuning, prompt_tuning, ladder, ia3, tfew, bitfit, intrinsic, full (all
+Methods: lora, dora, rslora, adalora, krona, vera, fourierft, oft, boft, shira,
+ln_tuning, beft, unipelt, mam, s4, pfeiffer, houlsby, prefix, prefix_tuning,
+prompt_tuning, p_tuning, ladder, ia3, tfew, bitfit, intrinsic, full (all
 weights), none (the head only).
 
 Each command is a worker. Start several to share the work, or start one again
@@ -170,6 +170,45 @@ stage that trains the paper's bridge), or folders of saved adapters.
 """
 
 
+METHODS_HELP = """Which methods are there? The catalogue: those of peft and of this package.
+
+Each with its kind, what it costs in storage, memory and at inference, and what
+it can do: start at the base model, merge, become LoRA, mix in a batch. With
+--for, the parameters that it trains and stores on a model, from the model's
+config alone. With a NAME everything about one method, or why it is refused.
+
+\b
+  hf-peft-ext methods
+  hf-peft-ext methods --for meta-llama/Llama-2-7b-hf
+  hf-peft-ext methods KronA --json
+"""
+
+INSPECT_HELP = """What is in this adapter, and is it safe to load? What are a model's sites?
+
+An adapter: its sub-layers, sizes, gates, base model, hashes, and whether peft
+alone and `load_adapter` load it. No pickle is read and no code is run; of the
+base model only the config is read.
+
+A model: its layers, the sites of sub-layers, and the names of its linear layers
+for `target_modules`. Only its config is read.
+
+\b
+  hf-peft-ext inspect user/adapter
+  hf-peft-ext inspect ./adapter --base ./model --json
+  hf-peft-ext inspect meta-llama/Llama-2-7b-hf
+"""
+
+IMPORT_HELP = """Import an adapter of AdapterHub's library, and save it as an adapter of peft.
+
+The base model is loaded to find its modules. An ungated lora or ia3 becomes
+peft's own; others become methods of this package.
+
+\b
+  hf-peft-ext import-adapterhub ./my_adapter ./my_peft_adapter
+  hf-peft-ext import-adapterhub AdapterHub/some_adapter OUT --model bert-base-uncased
+"""
+
+
 def show_version(wanted: bool) -> None:
     """Print the versions that a bug report should name, and exit."""
     if wanted:
@@ -187,6 +226,7 @@ def installed(name: str) -> str:
 
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe: a YAML file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
 ]
@@ -211,10 +251,11 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load model and data and print the plan; train and write nothing.")
     ] = False,
+    json: Json = False,
 ) -> None:
     from hf_peft_ext.cli.train import train_command
 
-    train_command(recipe, changes or (), dry_run)
+    train_command(recipe, changes or (), dry_run, json)
 
 
 @app.command(help=COMPARE_HELP)
@@ -249,7 +290,7 @@ def compare(
     ] = None,
     study_name: Annotated[str, typer.Option(help="The comparison's name in the database.")] = "compare",
     train_winner: Annotated[bool, typer.Option(help="Train and save the recommended method.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: no lines of its profiler
     from hf_peft_ext.cli.compare import compare_command
@@ -322,7 +363,7 @@ def memory(
     card: Annotated[str | None, typer.Option(help="A GPU (H100, RTX-4090) or a size (24GiB).")] = None,
     largest: Annotated[str | None, typer.Option(help="batch or length: the largest that fits the card.")] = None,
     figure: Annotated[Path | None, typer.Option(help="A file for stacked bars: SVG, PNG or PDF.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     from hf_peft_ext.cli.memory import memory_command
 
@@ -352,7 +393,7 @@ def cost(
     queries: Annotated[int, typer.Option(help="Queries to answer.")] = 1000,
     price_per_gpu_hour: Annotated[float | None, typer.Option(help="To print money as well.")] = None,
     flops_per_second: Annotated[float | None, typer.Option(help="What the GPU really does, such as 1e14.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     from hf_peft_ext.cli.cost import cost_command
 
@@ -368,11 +409,58 @@ def annotate_or_distil(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the inputs.", show_default=False)
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Write score against budget to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     from hf_peft_ext.cli.annotate import annotate_command
 
     annotate_command(inputs, changes or (), figure, json)
+
+
+@app.command(help=METHODS_HELP)
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A method, for everything about it.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--for", metavar="MODEL", help="A model's name, folder or config.json: adds sizes.")
+    ] = None,
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    from hf_peft_ext.cli.methods import methods_command
+
+    methods_command(name, model, json, markdown)
+
+
+@app.command(help=INSPECT_HELP)
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder, a config.json or an id on the Hub.")],
+    base: Annotated[
+        str | None, typer.Option(help="An adapter's base model.", show_default="the one that it names")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json: Json = False,
+) -> None:
+    from hf_peft_ext.cli.inspect import inspect_command
+
+    inspect_command(path, base, revision, json)
+
+
+@app.command("import-adapterhub", help=IMPORT_HELP)
+def import_adapterhub(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or an id on the Hub.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model.", show_default="the one that the adapter names")
+    ] = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="The model's head: CAUSAL_LM, SEQ_CLS.", show_default="suits the model")
+    ] = None,
+    json: Json = False,
+) -> None:
+    from hf_peft_ext.cli.adapterhub import import_command
+
+    import_command(adapter, output, model, task_type, json)
 
 
 search_app = typer.Typer(help=SEARCH_HELP, invoke_without_command=True, rich_markup_mode="rich")
@@ -386,6 +474,7 @@ def search(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", help="The search: a YAML file.")] = None,
     changes: Changes = None,
+    json: Json = False,
 ) -> None:
     if context.invoked_subcommand is not None:
         return
@@ -393,12 +482,15 @@ def search(
         raise typer.BadParameter("is missing", param_hint="--config")
     from hf_peft_ext.cli.search import search_command
 
-    search_command(config, changes or ())
+    search_command(config, changes or (), json)
 
 
 @search_app.command()
 def report(config: Config, changes: Changes = None) -> None:
-    """Write the report of a search, finished or not: report.html and runs.csv."""
+    """Write the report of a search, finished or not: report.html and runs.csv.
+
+    Example: `hf-peft-ext search report --config examples/search.yaml`.
+    """
     from hf_peft_ext.cli.search import report_command
 
     report_command(config, changes or ())
@@ -431,6 +523,7 @@ def push(
         bool,
         typer.Option("--dry-run", help="Run all local checks and show the files to push; send nothing."),
     ] = False,
+    json: Json = False,
 ) -> None:
     """Push a saved adapter to the Hub.
 
@@ -451,7 +544,7 @@ def push(
 
     options = {"revision": revision, "private": private or None, "create_pr": create_pr}
     options |= {"commit_message": commit_message, "commit_description": commit_description}
-    push(folder, repo_id, options, dry_run)
+    push(folder, repo_id, options, dry_run, json)
 
 
 @app.command(

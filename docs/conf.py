@@ -43,7 +43,8 @@ def copy_notebooks() -> None:
     target = HERE / "notebooks"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for notebook in sorted((HERE.parent / "examples" / "notebooks").glob("*.ipynb")):
+    examples = HERE.parent / "examples"
+    for notebook in [*sorted((examples / "notebooks").glob("*.ipynb")), examples / "tour.ipynb"]:
         shutil.copy(notebook, target)
 
 

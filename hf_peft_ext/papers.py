@@ -77,4 +77,13 @@ STOCK_PAPERS: dict[str, tuple[Paper, ...]] = {
     "ia3": (IA3,),
     "prefix_tuning": (PREFIX_TUNING,),
     "prompt_tuning": (PROMPT_TUNING,),
+    "p_tuning": (BY_KEY["liu2023gpt"],),
+    "adalora": (BY_KEY["zhang2023adalora"], LORA),
+    "lokr": (BY_KEY["yeh2024lycoris"],),
+    "vera": (BY_KEY["kopiczko2024vera"],),
+    "fourierft": (BY_KEY["gao2024fourierft"],),
+    "oft": (BY_KEY["qiu2023oft"],),
+    "boft": (BY_KEY["liu2024boft"],),
+    "shira": (BY_KEY["bhardwaj2024shira"],),
+    "ln_tuning": (BY_KEY["zhao2024layernorm"],),
 }

@@ -106,7 +106,11 @@ def reweigh(folder, change):
 
 def refused(folder, message, backbone="llama", **kwargs):
     """Loading is refused with a ValueError, and the base model is as before."""
-    base = BACKBONES[backbone].build()
+    refused_on(BACKBONES[backbone].build(), folder, message, **kwargs)
+
+
+def refused_on(base, folder, message, **kwargs):
+    """The same on a model."""
     before = fingerprint(base)
     with pytest.raises(ValueError, match=message):
         load_adapter(base, folder, **kwargs)

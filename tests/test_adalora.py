@@ -121,6 +121,8 @@ def test_refused(tmp_path):
         trained(tmp_path, adalora(init_r=2))
     with pytest.raises(ValueError, match="`tinit` \\(=50\\) must leave steps to prune in: of 2 steps, 1 come before"):
         trained(tmp_path, adalora(total_step=100, tinit=50, tfinal=49), max_steps=2)
+    with pytest.raises(ValueError, match="`tinit` \\(=10\\) must leave steps to prune in: of 2 steps, 0 come before"):
+        trained(tmp_path, adalora(total_step=100, tinit=10, tfinal=30), max_steps=2)
     best = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     args, rows = arguments(tmp_path, load_best_model_at_end=True, **best), separable(16)
     trainer = AdapterTrainer(adalora(), args, train_dataset=rows, eval_dataset=rows)

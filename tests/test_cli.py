@@ -1,24 +1,37 @@
 """The command line as a whole: what it imports, its version, and what each command says when something is wrong."""
 
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from importlib.metadata import version
 
 import pytest
+from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_peft_ext.cli import app
 from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.tables import print_table
 from hf_peft_ext.recipes.progress import TrainingLines
 from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.search.progress import SearchLines
 from hf_peft_ext.validation.checks import check_writable
 
+COMMANDS = ("train", "compare", "cost", "annotate-or-distil", "search", "push", "memory", "methods", "inspect",
+            "import-adapterhub")  # fmt: skip
 HELPS = """
 import sys
 from hf_peft_ext_cli import app
-commands = ("train", "compare", "cost", "annotate-or-distil", "intrinsic-dimension", "search", "search report", "push")
+commands = ("train", "compare", "cost", "annotate-or-distil", "search", "search report", "push", "memory")
+commands = (*commands, "intrinsic-dimension", "methods", "inspect", "import-adapterhub")
 for words in ("--help", "--version", *(f"{command} --help" for command in commands)):
     app(words.split(), standalone_mode=False)
 print("imported:", [name for name in ("torch", "transformers", "peft", "hf_peft_ext", "yaml") if name in sys.modules])
@@ -29,10 +42,68 @@ def test_help_imports_nothing_heavy():
     """Help and version come without the package, whose import takes seconds."""
     done = subprocess.run([sys.executable, "-c", HELPS], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-1] == "imported: []"
-    assert all(
-        command in done.stdout
-        for command in ("train", "compare", "intrinsic-dimension", "cost", "search", "push", "lm-eval", "report")
+    assert all(command in done.stdout for command in (*COMMANDS, "lm-eval", "report"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command):
+    """At 80 columns, with no line longer; and each that prints data takes --json."""
+    text = CliRunner().invoke(app, [command, "--help"], terminal_width=80).output
+    assert f"hf-peft-ext {command}" in text
+    assert "--json" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_completion():
+    """typer's, for the shells that it knows."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from hf_peft_ext_cli import app; app(prog_name='hf-peft-ext')"],
+        env={
+            **os.environ,
+            "_HF_PEFT_EXT_COMPLETE": "complete_bash",
+            "COMP_WORDS": "hf-peft-ext met",
+            "COMP_CWORD": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert done.stdout.split() == ["methods"]
+    text = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    assert "--install-completion" in text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_wide_tables(width):
+    """A table wider than the terminal is printed in blocks of columns; no line is cut or wrapped."""
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    rows = [{"method": name, **{f"column {i}": f"{i}{name}" * 3 for i in range(8)}} for name in ("one", "[two]")]
+    print_table(console, rows, ["bold", None])
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert words.count("[two]") == words.count("one") == words.count("method") == (1 if width == 200 else 3)
+    assert all(row[column] in words for row in rows for column in row)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_in_a_terminal_of_80_columns():
+    """In a real terminal, colours included, no line of the catalogue is longer than the terminal."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    command = [sys.executable, "-W", "ignore", "-m", "hf_peft_ext.cli", "methods"]
+    process = subprocess.Popen(command, stdout=side, stderr=subprocess.DEVNULL, env=environment | {"TERM": "xterm"})
+    os.close(side)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of the terminal
+        while part := os.read(main, 65536):
+            shown += part
+    assert process.wait(timeout=300) == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert max(map(len, plain.splitlines())) <= 80
+    assert "Ladder side-tuning" in plain
+    assert b"\x1b[" in shown
 
 
 def test_importing_the_package_registers_the_methods():

@@ -81,6 +81,17 @@ def stages(folder):
     return [(r.run.stage, r.run.constraint, r.run.seed, r.state) for r in records]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_methods_of_peft(recipe, tmp_path):
+    """All that are wired run, none fails, and AdaLoRA ends at its target."""
+    methods = ["lora", "rslora", "dora", "adalora", "krona", "vera", "fourierft", "oft", "boft", "shira", "ln_tuning",
+               "beft", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]  # fmt: skip
+    result = compare(recipe, methods, output_dir=tmp_path / "out", train_winner=False, **QUICK)
+    assert [m.name for m in result.methods] == methods
+    assert {m.name: m.error for m in result.methods if m.error} == {}
+
+
 def test_classification(recipe, models, tmp_path):
     """Every method has its numbers, the winner is saved with its card and recipe, and loads again."""
     methods = ["lora", "unipelt", "ia3", "ladder", "full", "none"]

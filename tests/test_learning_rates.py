@@ -1,7 +1,7 @@
 """The learning rate to begin with."""
 
 import pytest
-from peft import FourierFTConfig, IA3Config, LoraConfig
+from peft import HRAConfig, IA3Config, LoraConfig
 
 from hf_peft_ext import TFewConfig, recommended_learning_rate
 from hf_peft_ext.compare.methods import COMPARED_METHODS
@@ -31,5 +31,5 @@ def test_by_type():
     """peft's own configs have one too; types without one are refused."""
     assert recommended_learning_rate(LoraConfig()) > 0
     assert recommended_learning_rate(TFewConfig()) == recommended_learning_rate(IA3Config())
-    with pytest.raises(ValueError, match=r"`peft_type` \(='FOURIERFT'\) must be one of LORA, UNIPELT, .*; no rate"):
-        recommended_learning_rate(FourierFTConfig())
+    with pytest.raises(ValueError, match=r"`peft_type` \(='HRA'\) must be one of LORA, ADALORA, .*; no rate"):
+        recommended_learning_rate(HRAConfig())

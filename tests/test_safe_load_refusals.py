@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_peft_ext import ComposedConfig, Placement, load_adapter
-from hf_peft_ext.loading.config import ONLY
 
 from .backbones import BACKBONES
 from .methods import METHODS, OTHERS
@@ -47,7 +46,7 @@ FORBIDDEN = {
 }
 
 
-@pytest.mark.parametrize("field", ONLY)
+@pytest.mark.parametrize("field", FORBIDDEN)
 def test_fields_that_reach_beyond_the_adapter(field, tmp_path):
     saved(tmp_path, STOCK_METHODS["prompt_tuning" if field == "tokenizer_kwargs" else "lora"]())
     refused(rewrite(tmp_path, **{field: FORBIDDEN[field]}), f"`{field}`")
@@ -69,7 +68,8 @@ BAD_FIELDS = [
     ({"modules_to_save": [f"x{i}" for i in range(65)]}, "`modules_to_save` .* must have at most 64 entries"),
     ({"bias": None}, "`bias` \\(=None\\) must be of type Literal\\['none', 'all', 'lora_only'\\]"),
     ({"auto_mapping": {"a": [[[[[[1]]]]]]}}, "`auto_mapping` .* 5 levels"),
-    ({"peft_type": "XLORA"}, "`peft_type` \\(='XLORA'\\) must be one of those that are checked"),
+    ({"peft_type": "XLORA"}, "`peft_type` \\(='XLORA'\\) loads further adapters"),
+    ({"peft_type": "NEWEST"}, "`peft_type` \\(='NEWEST'\\) must be one of those that are checked"),
     ({"peft_type": ["LORA"]}, "`peft_type` .* must be one of those"),
     ({"modules_to_save": ["a|b"]}, "`modules_to_save` .* must name modules by"),
     ({"r": -1}, "makes no LoraConfig|does not fit|positive"),

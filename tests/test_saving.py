@@ -4,6 +4,7 @@ Over HTTP, against a small Hub (hub_server.py).
 """
 
 import base64
+import json
 import re
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def test_an_error_says_that_it_is_on_the_hub(hub, tmp_path, temporary, content):
     assert not list(temporary.iterdir())
     adapter().save_pretrained(str(tmp_path / "out"))
     code, text = run(f"hf-peft-ext push {tmp_path / 'out'} ann/tiny")
-    assert code == 1
+    assert code == 2
     assert "ann/tiny on the Hub" in text
     (tmp_path / "out" / "README.md").write_text("---\nlicense: here\n---\n")
     if "UTF-8" not in BROKEN[content]:
@@ -324,6 +325,9 @@ def test_dry_run(hub, tmp_path):
     assert re.search(r"keep +training_args.bin", text)
     assert contents(folder) == before
     assert not hub.log
+    code, text = run(f"hf-peft-ext push {folder} ann/tiny --dry-run --json")
+    assert code == 0
+    assert json.loads(text) == {"files": ["README.md", "adapter_config.json", "adapter_model.safetensors"]}
 
 
 REFUSED = {
@@ -356,7 +360,7 @@ def test_a_dry_run_refuses_what_the_push_refuses(case, dry, hub, tmp_path):
     before = contents(folder)
     arguments, rule = REFUSED[case]
     code, text = run(f"hf-peft-ext push {folder} {arguments} {dry}")
-    assert code == 1, text
+    assert code == 2, text
     assert re.search(rule, text), text
     assert "Traceback" not in text
     assert (str(folder) in text) == ("`folder`" in text)
@@ -387,13 +391,13 @@ def test_command_takes_adapters_of_peft_s_own(hub, tmp_path):
 
 
 def test_command_line_errors(hub, tmp_path):
-    """One sentence and exit code 1, no traceback."""
+    """One sentence and no traceback; exit code 2 if the folder must be changed, 1 if the Hub failed."""
     folder = tmp_path / "out"
     adapter().save_pretrained(str(folder))
     (folder / "merges.txt").write_text(f"[b]{OWNER}[/b]")
     code, text = run(f"hf-peft-ext push {folder} ann/tiny")
-    assert code == 1
-    assert text.splitlines()[-1].startswith("`file` (='merges.txt') holds an access token of the Hub")
+    assert code == 2
+    assert text.splitlines()[-1].startswith("Error `file` (='merges.txt') holds an access token of the Hub")
     assert OWNER not in text
     (folder / "merges.txt").unlink()
     hub.fail("POST .*/commit/", "500")

@@ -1,6 +1,7 @@
 """The report page and the command line, on a search of tiny models: every stage and model is on the page, the page
 needs nothing else, and what is wrong in a file is said with its line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -129,6 +130,8 @@ def test_command(file):
         assert (file.parent / "out" / name).exists()
     for decision in result.decisions:
         assert f"{decision.stage}  {decision.winner}" in done.output
+    shown = json.loads(run("--config", "search.yaml", "--json").stdout)
+    assert [one["winner"] for one in shown["decisions"]] == [decision.winner for decision in result.decisions]
     (file.parent / "out" / "report.html").unlink()
     assert run("report", "--config", "search.yaml").exit_code == 0
     assert (file.parent / "out" / "report.html").exists()

@@ -59,14 +59,14 @@ def fit_schedule(config: AdaLoraConfig, steps: int) -> None:
     """Stretch a schedule to a number of steps.
 
     Raises:
-        ValueError: `init_r` is not above `target_r`, or no step is left between `tinit` and the last `tfinal`.
+        ValueError: `init_r` is not above `target_r`, or no step is left to prune in, and one before it to measure in.
     """
     rule = f"must be above `target_r` (={config.target_r}), or AdaLoRA has nothing to prune"
     check("init_r", config.init_r, config.init_r > config.target_r, rule)
     factor = steps / cast(int, config.total_step)
     first, last = round(config.tinit * factor), round(config.tfinal * factor)
     rule = f"must leave steps to prune in: of {steps} steps, {first} come before and {last} after"
-    check("tinit", config.tinit, first < steps - last, rule)
+    check("tinit", config.tinit, max(first, 1) < steps - last, rule)
     config.tinit, config.tfinal, config.total_step = first, last, steps
 
 

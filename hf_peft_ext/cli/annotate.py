@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hf_peft_ext.cli.failures import one_line, quiet_consoles
+from hf_peft_ext.cli.tables import print_table
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -50,17 +49,19 @@ def annotate_command(path: Path, changes: Sequence[str], figure: Path | None, as
 
 def print_plan(out: Console, plan: "AnnotationPlan") -> None:
     """Print the allocations, the best one, break-even budgets and the effect of prices."""
-    columns = ("strategy", "score", "95 % interval", "cost", "labels", "LLM labels", "distilled on", "GPU hours")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    rows, styles = [], []
     for option in plan.allocations:
         low, high = option.interval or (option.score, option.score)
-        amounts = (option.labels_bought, option.llm_labels, option.unlabelled)
-        table.add_row(
-            option.strategy, f"{option.score:.4g}", f"{low:.4g} to {high:.4g}", f"{option.cost:,.2f}",
-            *(f"{amount:,}" if amount else "" for amount in amounts), f"{option.gpu_hours:,.1f}",
-            style="bold cyan" if option is plan.best else None,
-        )  # fmt: skip
-    out.print(table)
+        amounts = {"labels": option.labels_bought, "LLM labels": option.llm_labels, "distilled on": option.unlabelled}
+        row = {
+            "strategy": option.strategy,
+            "score": f"{option.score:.4g}",
+            "95 % interval": f"{low:.4g} to {high:.4g}",
+        }
+        row |= {"cost": f"{option.cost:,.2f}"} | {name: f"{n:,}" if n else "" for name, n in amounts.items()}
+        rows.append(row | {"GPU hours": f"{option.gpu_hours:,.1f}"})
+        styles.append("bold cyan" if option is plan.best else None)
+    print_table(out, rows, styles)
     sure = f"best in {plan.probability_best:.0%} of the bootstrap draws; {plan.score_now:.4g} without spending"
     out.print(f"[bold]{plan.best.strategy}[/]: expected score {plan.best.score:.4g}, {sure}\n")
     for point in plan.break_even:

@@ -5,12 +5,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from hf_peft_ext.cli.failures import one_line, quiet_consoles
+from hf_peft_ext.cli.tables import print_table
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def factors(text: str) -> list[float]:
 
 def print_result(out: Console, result: "MethodComparison", folder: Path) -> None:
     """Print the table, the recommendation, and the paths of the files."""
-    out.print(compare_table(result))
+    print_methods(out, result)
     for note in result.notes:
         out.print(f"[dim]{escape(note)}[/]")
     for method in result.methods:
@@ -72,12 +71,10 @@ def print_result(out: Console, result: "MethodComparison", folder: Path) -> None
     out.print(f"[cyan]numbers[/]  {escape(str(folder / 'compare.json'))}")
 
 
-def compare_table(result: "MethodComparison") -> Table:
-    """The table for the terminal; columns without a value are left out."""
+def print_methods(out: Console, result: "MethodComparison") -> None:
+    """Print the table; columns without a value are left out."""
     rows = result.table()
     shown = [column for column in rows[0] if any(row[column] for row in rows)]
-    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False)
-    for method, row in zip(result.methods, rows, strict=True):
-        style = "bold cyan" if method.name == result.winner else "red" if method.verdict == "failed" else None
-        table.add_row(*(escape(row[column]) for column in shown), style=style)
-    return table
+    colors = {"failed": "red"}
+    styles = ["bold cyan" if one.name == result.winner else colors.get(one.verdict) for one in result.methods]
+    print_table(out, [{column: row[column] for column in shown} for row in rows], styles)

@@ -1,9 +1,11 @@
 """Consoles of a command, and its errors: one line on stderr, and an exit code."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import typer
 from rich.console import Console
@@ -12,17 +14,24 @@ from rich.markup import escape
 # Errors of files, values and packages. Any other error is a bug and keeps its traceback.
 EXPECTED: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, ImportError)
 
+FILE_WIDTH = 200
+
 
 def quiet_consoles() -> tuple[Console, Console]:
     """The consoles on stdout and stderr of a command that prints tables; warnings are switched off.
 
-    Warnings are for developers, who ask for them by `python -W`. A terminal wraps the long lines of a table; rich
-    would squeeze its columns.
+    Warnings are for developers, who ask for them by `python -W`. A terminal has its own width, a file 200 columns.
+    Lines of text are not wrapped, so that paths can be copied; `print_table` fits tables to the width.
     """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    out, errors = (Console(stderr=e, width=200, soft_wrap=True, highlight=False) for e in (False, True))
-    return out, errors
+    return console(sys.stdout, stderr=False), console(sys.stderr, stderr=True)
+
+
+def console(stream: TextIO, stderr: bool) -> Console:
+    """A console on a stream."""
+    width = None if stream.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
+    return Console(stderr=stderr, width=width, soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from peft import PeftConfig
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from hf_peft_ext.cli.failures import one_line, quiet_consoles
+from hf_peft_ext.cli.tables import print_table
 from hf_peft_ext.recipes.recipe_source import optional
 
 if TYPE_CHECKING:
@@ -105,9 +103,12 @@ def print_estimates(
     from hf_peft_ext.budget.memory.side_by_side import memory_rows
 
     rows = memory_rows(estimates)
-    table = Table(*rows[0], *(["fits"] if size else []), *more, box=box.SIMPLE_HEAD, pad_edge=False)
     for row, (title, estimate) in zip(rows, estimates.items(), strict=True):
-        fits = [] if not size else ["[green]yes[/]" if estimate.peak <= size else "[red]no[/]"]
-        table.add_row(*map(escape, row.values()), *fits, *(str(column[title]) for column in more.values()))
-    out.print(table)
-    out.print("[dim]The framework's share is a constant. Fragmentation of the allocator's memory is not counted.[/]")
+        if size is not None:
+            row["fits"] = "yes" if estimate.peak <= size else "no"
+        row.update({name: str(column[title]) for name, column in more.items()})
+    print_table(out, rows)
+    out.print(
+        "[dim]The framework's share is a constant. Fragmentation of the allocator's memory is not counted.[/]",
+        soft_wrap=False,
+    )

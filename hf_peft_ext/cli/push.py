@@ -1,5 +1,6 @@
 """`hf-peft-ext push`: pushes an adapter's folder to the Hub."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +9,11 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import typer
 from peft.utils import CONFIG_NAME
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
 from hf_peft_ext.hub_cards.card import write_card
 from hf_peft_ext.hub_cards.card_files import CARD
 from hf_peft_ext.hub_cards.peft_integration import full_id, published_cards
@@ -22,7 +22,7 @@ from hf_peft_ext.hub_cards.push import check_adapter, check_files, check_request
 WEIGHTS_SUFFIX = ".safetensors"
 
 
-def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> None:
+def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool, as_json: bool = False) -> None:
     """Push a folder, or show what would be pushed.
 
     Args:
@@ -30,31 +30,36 @@ def push(folder: Path, repo_id: str, options: dict[str, Any], dry_run: bool) -> 
         repo_id: the repository on the Hub.
         options: further arguments of `push_adapter`.
         dry_run: whether to send nothing.
+        as_json: whether to print JSON in place of the table and the address.
 
     Raises:
         typer.Exit: the folder was refused or the push failed; the error was printed.
     """
-    console, errors = Console(), Console(stderr=True)
-    try:
+    out, errors = quiet_consoles()
+    with one_line(errors):
         check_request(repo_id, options)
         check_adapter(folder, publishable(folder))
         if dry_run:
-            console.print(preview(folder, repo_id, options))
+            table, files = preview(folder, repo_id, options)
+            print(json.dumps({"files": files})) if as_json else out.print(table, soft_wrap=False)
             return
         with explained(folder, repo_id, options):
             repo_id = full_id(repo_id)
             published = published_cards(repo_id, options["revision"])
         renew_cards(folder, repo_id, published)
-        console.print(contents(folder, publishable(folder)))
+        files = publishable(folder)
+        if not as_json:
+            out.print(contents(folder, files), soft_wrap=False)
         info = push_adapter(folder, repo_id, **options)
-    except (ValueError, OSError) as error:
-        errors.print(" ".join(str(error).split()), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-    console.print(info.pr_url or info.commit_url, markup=False, soft_wrap=True)
+    address = info.pr_url or info.commit_url
+    print(json.dumps({"url": address, "commit": info.oid, "files": files}) if as_json else address)
 
 
-def preview(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
-    """The files that a push would send. It does all but the sending on a copy, so it refuses what the push refuses."""
+def preview(folder: Path, repo_id: str, options: dict[str, Any]) -> tuple[Table, list[str]]:
+    """The files that a push would send, as a table and a list.
+
+    It does all but the sending on a copy, so it refuses what the push refuses.
+    """
     weights = [name for name in publishable(folder) if name.endswith(WEIGHTS_SUFFIX)]
     with copied(folder, weights) as copy:
         try:
@@ -63,7 +68,7 @@ def preview(folder: Path, repo_id: str, options: dict[str, Any]) -> Table:
             check_files(copy, files, options)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(folder))) from error
-        return contents(copy, files, original=folder)
+        return contents(copy, files, original=folder), files
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """`hf-peft-ext search`: a worker of a search, and the search's report."""
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 out, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def search_command(path: Path, changes: Sequence[str]) -> None:
+def search_command(path: Path, changes: Sequence[str], as_json: bool = False) -> None:
     """Work on a search until it is finished; write its report and the resulting config.
 
     Args:
         path: the search's YAML file.
         changes: each `section.key=value`.
+        as_json: whether to print the decisions as JSON.
 
     Raises:
         typer.Exit: an error was printed. Errors of single runs are recorded in the search instead.
@@ -37,12 +39,18 @@ def search_command(path: Path, changes: Sequence[str]) -> None:
         no_bars()
         with recipe.recipe_errors():
             result = recipe.load().search()
-        for decision in result.decisions:
-            tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
-            out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
-        print_report(recipe, result)
+        report = recipe.write_report(result)
         result.config.save_pretrained(recipe.search.output_dir)
-        out.print(f"[cyan]config[/]  {Path(recipe.search.output_dir) / 'adapter_config.json'}")
+    config = Path(recipe.search.output_dir) / "adapter_config.json"
+    if as_json:
+        decisions = [{"stage": d.stage, "winner": d.winner, "means": d.means, "tie": d.tie} for d in result.decisions]
+        print(json.dumps({"decisions": decisions, "report": str(report), "config": str(config)}))
+        return
+    for decision in result.decisions:
+        tie, score = "  (a tie)" if decision.tie else "", decision.means[decision.winner]
+        out.print(f"[cyan]{decision.stage}[/]  {escape(decision.winner)}  {score:.4f}{tie}")
+    out.print(f"[cyan]report[/]  {escape(str(report))}")
+    out.print(f"[cyan]config[/]  {escape(str(config))}")
 
 
 def report_command(path: Path, changes: Sequence[str]) -> None:
@@ -58,7 +66,7 @@ def report_command(path: Path, changes: Sequence[str]) -> None:
     with one_line(errors):
         recipe = read_search(path, changes)
         recipe.check_writable()
-        print_report(recipe, recipe.result())
+        out.print(f"[cyan]report[/]  {escape(str(recipe.write_report(recipe.result())))}")
 
 
 def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
@@ -68,8 +76,3 @@ def read_search(path: Path, changes: Sequence[str]) -> "SearchRecipe":
     from hf_peft_ext.recipes.search import SearchRecipe
 
     return SearchRecipe.read(path, changes)
-
-
-def print_report(recipe: "SearchRecipe", result: Any) -> None:
-    """Write the report and print its path."""
-    out.print(f"[cyan]report[/]  {escape(str(recipe.write_report(result)))}")

@@ -1,5 +1,6 @@
 """`hf-peft-ext train`: trains an adapter by a recipe."""
 
+import json
 import os
 import sys
 import warnings
@@ -9,30 +10,32 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
+from transformers import PrinterCallback, ProgressCallback
 
-from hf_peft_ext.cli.failures import one_line
+from hf_peft_ext.cli.failures import console, one_line
+from hf_peft_ext.cli.tables import print_values
 from hf_peft_ext.hub_cards import CardWarning
 from hf_peft_ext.recipes import Outcome, prepare, train
 from hf_peft_ext.recipes.progress import lines_for_bars, no_bars
 from hf_peft_ext.recipes.recipe import RECIPE_FILE, Recipe
 
 
-def train_command(path: Path, changes: Sequence[str], dry_run: bool) -> None:
+def train_command(path: Path, changes: Sequence[str], dry_run: bool, as_json: bool = False) -> None:
     """Train an adapter, or show the plan.
 
     Args:
         path: the recipe's YAML file.
         changes: each `section.key=value`, or `key=value` if only one section has the key.
         dry_run: whether to train and write nothing.
+        as_json: whether to print the results as JSON in place of the tables; the plan of a dry run as well.
 
     Raises:
         typer.Exit: an error was printed.
     """
     is_first = int(os.environ.get("RANK", 0)) == 0  # of several processes, only this one prints
-    out, errors = (Console(stderr=e, quiet=not is_first, soft_wrap=True, highlight=False) for e in (False, True))
+    out, errors = console(sys.stdout, False), console(sys.stderr, True)
+    out.quiet = errors.quiet = not is_first
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # for developers: python -W default -m hf_peft_ext.cli shows them
         warnings.simplefilter("default", CardWarning)
@@ -43,15 +46,32 @@ def train_command(path: Path, changes: Sequence[str], dry_run: bool) -> None:
             recipe.training.output_dir, recipe.training.push_to_hub = unused, False
         no_bars()
         trainer = prepare(recipe)
-        out.print(plan_table(recipe, trainer))
+        plan = plan_values(recipe, trainer)
+        if not as_json:
+            print_values(out, plan)
         if dry_run:
-            out.print("\nThe recipe, changes included:\n", Text(recipe.text()), sep="\n")
-        else:
-            lines_for_bars(trainer)
-            out.print(report_table(recipe, train(recipe, trainer)))
+            print_dry_run(out, plan, recipe.text(), as_json and is_first)
+            return
+        lines_for_bars(trainer)
+        for callback in (PrinterCallback, ProgressCallback) if as_json else ():  # they print each log on stdout
+            trainer.remove_callback(callback)
+        outcome = train(recipe, trainer)
+        if not as_json:
+            print_values(out, report_values(recipe, outcome))
+        elif is_first:
+            result = {"metrics": outcome.metrics, "seconds": outcome.seconds, "adapter": str(outcome.folder)}
+            print(json.dumps(result | {"recipe": str(outcome.folder / RECIPE_FILE)}))
 
 
-def plan_table(recipe: Recipe, trainer: Any) -> Table:
+def print_dry_run(out: Console, plan: dict[str, str], recipe: str, as_json: bool) -> None:
+    """Print the recipe of a dry run; with its plan as JSON."""
+    if as_json:
+        print(json.dumps({"plan": plan, "recipe": recipe}))
+    else:
+        out.print("\nThe recipe, changes included:\n", Text(recipe), sep="\n")
+
+
+def plan_values(recipe: Recipe, trainer: Any) -> dict[str, str]:
     """The plan of a run: adapter, data, length of training."""
     args = recipe.training
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -59,30 +79,21 @@ def plan_table(recipe: Recipe, trainer: Any) -> Table:
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
-    return table_of(
-        ("adapter", f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}"),
-        ("parameters", f"{trainable:,} of {total:,} are trained ({trainable / total:.2%})"),
-        ("data", f"{recipe.data.title}: {train} rows to train on, {evaluated} to evaluate on"),
-        ("training", f"{length}, {batch} rows a step, {processes} on {args.device.type}"),
-    )
+    return {
+        "adapter": f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}",
+        "parameters": f"{trainable:,} of {total:,} are trained ({trainable / total:.2%})",
+        "data": f"{recipe.data.title}: {train} rows to train on, {evaluated} to evaluate on",
+        "training": f"{length}, {batch} rows a step, {processes} on {args.device.type}",
+    }
 
 
-def report_table(recipe: Recipe, outcome: Outcome) -> Table:
+def report_values(recipe: Recipe, outcome: Outcome) -> dict[str, str]:
     """The results of a run, its files, and the next command."""
     measured = {name.removeprefix("eval_"): value for name, value in outcome.metrics.items()}
     shown = ["loss", "mean_token_accuracy", *recipe.metrics]
-    return table_of(
-        *((name, f"{measured[name]:.4g}") for name in shown if name in measured),
-        ("trained for", f"{outcome.seconds:,.0f} s"),
-        ("adapter", f"{outcome.folder}"),
-        ("recipe", f"{outcome.folder / RECIPE_FILE}"),
-        ("next", f"hf-peft-ext push {outcome.folder} USER/NAME"),
-    )
-
-
-def table_of(*pairs: tuple[str, str]) -> Table:
-    """A table of names and values."""
-    table = Table("name", "value", box=None, show_header=False, pad_edge=False)
-    for name, value in pairs:
-        table.add_row(f"[cyan]{name}[/]", escape(value))
-    return table
+    return {name: f"{measured[name]:.4g}" for name in shown if name in measured} | {
+        "trained for": f"{outcome.seconds:,.0f} s",
+        "adapter": str(outcome.folder),
+        "recipe": str(outcome.folder / RECIPE_FILE),
+        "next": f"hf-peft-ext push {outcome.folder} USER/NAME",
+    }

@@ -6,20 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftType, PromptLearningConfig
+from peft import AdaLoraConfig, PeftConfig, PeftType, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import nn
 
 from hf_peft_ext.attach.config import RegisteredConfig
+from hf_peft_ext.loading.kept_ranks import check_kept_ranks
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.config_schema import MAX_NAMES, MODULE_NAME, known_fields, read_json, refuse
 from hf_peft_ext.validation.module_patterns import PATTERN_SECONDS, endings_of, matching
 
-# peft's types that the tests load. Others read further files, allocate more than the file holds, or were not tested.
-STOCK = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS",
-         "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # fmt: skip
+# peft's types that the tests train, save and load. Types that are in neither of these lists were not tested.
+STOCK = (
+    *("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "VBLORA", "UNILORA", "TINYLORA", "RANDLORA", "DELORA"),
+    *("GRALORA", "GLORA", "HIRA", "LILY", "MISS", "C3A", "FOURIERFT", "WAVEFT", "OFT", "BOFT", "PSOFT", "HRA"),
+    *("ROAD", "OSF", "DEFT", "PEANUT", "SHIRA", "SUPERTUNING", "LN_TUNING", "TRAINABLE_TOKENS", "IA3", "BEFT"),
+    *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"),
+    *("ADAPTION_PROMPT", "SHADOW", "POLY"),
+)
+REFUSED = {
+    "XLORA": "loads further adapters, from places that its config names",
+    "FROD": "computes a basis from the weights of the base model, so its file cannot be checked first",
+    "ADAMSS": "has tensors whose shapes depend on the weights of the base model, so its file cannot be checked first",
+}
 # Field -> the only values it may have, and the reason.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "must be 'none': trained biases of the base model would overwrite its own"),
@@ -36,9 +47,17 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "monteclora_config": ((None,), "must be None: it is not checked"),
     "use_bdlora": ((None,), "must be None: it is not checked"),
     "velora_config": ((None,), "must be None: it is not checked"),
+    "prompt_tuning_init_state_dict_path": ((None,), "must be None: peft would read a further file"),
+    "shadow_model": (("mirror",), "must be 'mirror': peft would load a further model"),
+    "save_only_topk_weights": ((False,), "must be False: the indices in the file are not checked"),
+    "save_indices": ((False,), "must be False: the indices in the file are not checked"),
     "tokenizer_kwargs": ((None, {}), "must be None: it would be passed on to a tokenizer's loader"),
 }
 MOST = {"num_cayley_neumann_terms": 64}  # each term costs a matrix product per forward pass
+MOST_OF_TYPE = {
+    "BOFT": {"boft_n_butterfly_factor": 4},
+    "UNILORA": {"r": 64},
+}  # these are built before their file is read
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")  # a regular expression, or a list of suffixes
 KEYED_PATTERNS = ("rank_pattern", "alpha_pattern")  # regular expression -> number
 
@@ -57,10 +76,30 @@ def read_config(path: Path, model: nn.Module) -> PeftConfig:
         ValueError: the file is not strict JSON, its PEFT type cannot be checked, a key is unknown, a value has a wrong
             type, is too large or changes the base model, or a pattern takes too long.
     """
+    config = config_in_file(path)
+    if isinstance(config, PromptLearningConfig):
+        check_prompt(config, model)
+    paths = [path for path, _ in model.named_modules()]
+    if isinstance(config, AdaLoraConfig):
+        check_kept_ranks(config, paths)
+    name_modules(config, paths)
+    return config
+
+
+def config_in_file(path: Path) -> PeftConfig:
+    """Read and check a config without a model.
+
+    Args:
+        path: an adapter_config.json.
+
+    Raises:
+        ValueError: as `read_config`, but for what depends on the model.
+    """
     fields = read_json(path)
-    config_cls = config_class(fields.get("peft_type"))
+    kind = fields.get("peft_type")
+    config_cls = config_class(kind)
     fields = known_fields(config_cls, fields)
-    for name, most in MOST.items():
+    for name, most in (MOST | MOST_OF_TYPE.get(str(kind), {})).items():
         if (fields.get(name) or 0) > most:
             refuse(name, fields[name], f"must be at most {most}")
     for name, (allowed, rule) in ONLY.items():
@@ -74,9 +113,6 @@ def read_config(path: Path, model: nn.Module) -> PeftConfig:
         raise
     except Exception as error:  # untrusted values can cause any error, in peft's code or ours
         raise ValueError(f"{path} makes no {config_cls.__name__}: {error!r}.") from error
-    if isinstance(config, PromptLearningConfig):
-        check_prompt(config, model)
-    name_modules(config, [path for path, _ in model.named_modules()])
     return config
 
 
@@ -87,7 +123,10 @@ def config_class(peft_type: object) -> type[PeftConfig]:
         ValueError: it cannot be checked.
     """
     ours = {t.value: cls for t, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(cls, RegisteredConfig)}
-    classes = ours | {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]] for name in STOCK}
+    stock = {name: PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]] for name in STOCK if name in PeftType.__members__}
+    classes = ours | stock
+    if isinstance(peft_type, str) and peft_type in REFUSED:
+        refuse("peft_type", peft_type, REFUSED[peft_type])
     if not isinstance(peft_type, str) or peft_type not in classes:
         refuse("peft_type", peft_type, f"must be one of those that are checked: {', '.join(classes)}")
     return classes[peft_type]
@@ -138,7 +177,7 @@ def name_modules(config: Any, paths: list[str]) -> None:
             if not named and field == "target_modules":
                 refuse(field, pattern, "names no module of this model")
             setattr(config, field, type(pattern)(named))
-    for field in KEYED_PATTERNS:
+    for field in KEYED_PATTERNS if not isinstance(config, AdaLoraConfig) else ():
         numbers = getattr(config, field, None) or {}
         if len(numbers) > MAX_NAMES or not all(map(MODULE_NAME.fullmatch, numbers)):
             number_of: dict[str, Any] = {}

@@ -3,27 +3,37 @@
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    AdaLoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
+    ShiraConfig,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.shira import ShiraLayer
+from peft.tuners.supertuning.layer import SupertuningLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 
+from hf_peft_ext.loading.kept_ranks import left_by_pruning
 from hf_peft_ext.tuners.intrinsic.config import IntrinsicConfig
 from hf_peft_ext.validation.checks import check
 
+# Types that compute permutations or counts from values; their tensors on the CPU are bounded by `MOST_OF_TYPE`.
+BUILT_WITH_VALUES = (PeftType.BOFT, PeftType.UNILORA)
 FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 SPARE = 2**22  # elements that an adapter may allocate beyond those in its file: 16 MiB in float32
+# Types that may allocate as much as the base model: they keep permutations, factors or indices of its weights.
+KEEPS_FACTORS = (PeftType.BOFT, PeftType.PSOFT, PeftType.UNILORA, PeftType.OSF)
 DRAWN = 4  # numbers of 2 bytes, for each parameter of the model, that a random projection may hold
 
 
@@ -55,12 +65,15 @@ def expected_tensors(model: nn.Module, config: PeftConfig, adapter_name: str) ->
     copied = copy_without_data(model)
     paths = [path for path, _ in copied.named_modules()]
     before = tensors_of(copied.modules())
-    adapter = attach_on_meta(copied, copy.deepcopy(config), adapter_name, before, low_cpu_mem_usage=True)
+    config = copy.deepcopy(config)
+    pattern = config.rank_pattern if isinstance(config, AdaLoraConfig) else None
+    adapter = attach_on_meta(copied, config, adapter_name, before, low_cpu_mem_usage=True)
     with config_errors(model), torch.device("meta"):
         if any(adapter_name in name for name in (*paths, *adapter.expected)):
             check_name(adapter, adapter_name)
         check_token_indices(adapter, adapter_name)
-    return adapter.expected
+        add_index_limits(adapter)
+    return left_by_pruning(adapter.expected, pattern) if pattern else adapter.expected
 
 
 def attach_on_meta(
@@ -70,6 +83,7 @@ def attach_on_meta(
 
     Args:
         model: changes, also if the config does not fit.
+        config: the config; AdaLoRA's and SHiRA's change.
         before: parameters and buffers of the model.
         low_cpu_mem_usage: as in peft, whose way to the meta device copies each tensor once more.
 
@@ -77,18 +91,23 @@ def attach_on_meta(
         ValueError: the config does not fit the model, or the adapter would allocate more than its file holds.
     """
     base_ids = {id(tensor) for tensor in before}
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = None  # peft cannot select directions without data
+    if isinstance(config, ShiraConfig):
+        config.mask_fn = first_weights  # nor draw a mask
     with config_errors(model):
-        with WithoutValues():
+        with nullcontext() if config.peft_type in BUILT_WITH_VALUES else WithoutValues():
             adapted = with_adapter(model, config, adapter_name, low_cpu_mem_usage)
-        paths, modules = zip(*adapted.named_modules(), strict=True)
+        paths, modules = zip(*adapted.named_modules(remove_duplicate=False), strict=True)  # a state dict has all paths
         state = {
             name: tensor for name, tensor in tensors_by_name(paths, modules).items() if id(tensor) not in base_ids
         }
         expected = get_peft_model_state_dict(adapted, state, adapter_name, save_embedding_layers=False)
     new = [tensor for tensor in tensors_of(modules) if id(tensor) not in base_ids]
     size, in_file = (sum(tensor.numel() for tensor in group) for group in (new, expected.values()))
+    spare = SPARE + (sum(tensor.numel() for tensor in before) if config.peft_type in KEEPS_FACTORS else 0)
     drawn = DRAWN * sum(tensor.numel() for tensor in before) if isinstance(config, IntrinsicConfig) else 0
-    if size > 2 * in_file + SPARE + drawn:
+    if size > 2 * in_file + spare + drawn:
         raise ValueError(f"The adapter would allocate {size} numbers, but its file must hold only {in_file}.")
     return MetaAdapter(adapted, modules, new, expected)
 
@@ -130,6 +149,25 @@ def check_token_indices(adapter: MetaAdapter, adapter_name: str) -> None:
         if isinstance(module, TrainableTokensLayer):
             rows, size = module.token_indices.get(adapter_name, []), len(module.weight)
             check("token_indices", rows, all(0 <= row < size for row in rows), f"must be rows of 0 to {size - 1}")
+
+
+def add_index_limits(adapter: MetaAdapter) -> None:
+    """Note on each expected tensor of indices how large they may be: `index_limits`, one for each row."""
+    for path, module in adapter.model.named_modules():
+        if isinstance(module, (ShiraLayer, SupertuningLayer)):
+            base: Any = module.get_base_layer()
+            for name in ("shira_indices", "supertuning_indices"):
+                tensor: Any = adapter.expected.get(f"{path}.{name}")
+                if tensor is not None:
+                    tensor.index_limits = list(base.weight.shape) if name == "shira_indices" else [base.weight.numel()]
+
+
+def first_weights(base_layer: Any, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """A mask of as many weights as SHiRA trains, on the CPU: of the shape of the weights."""
+    rows, columns = base_layer.weight.shape
+    mask = torch.zeros(rows * columns, device="cpu")
+    mask[: r * (rows + columns)] = 1.0
+    return mask.view(rows, columns)
 
 
 def with_adapter(model: nn.Module, config: PeftConfig, adapter_name: str, low_cpu_mem_usage: bool) -> PeftModel:

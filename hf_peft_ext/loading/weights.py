@@ -1,6 +1,6 @@
 """Checks an adapter_model.safetensors against the tensors that its config implies, before it is loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def check_weights(path: Path, expected: Mapping[str, Tensor]) -> None:
             for key, tensor in expected.items():
                 check_shape(key, file.get_slice(key), tensor)
             for key in expected:
-                check_values(key, file.get_tensor(key))
+                check_values(key, file.get_tensor(key), getattr(expected[key], "index_limits", ()))
     except SafetensorError as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}.") from error
 
@@ -82,12 +82,20 @@ def check_shape(key: str, in_file: Any, expected: Tensor) -> None:
         raise ValueError(f"{key} is of type {dtype}, but its config implies {expected.dtype}.")
 
 
-def check_values(key: str, tensor: Tensor) -> None:
-    """Refuse weights that are NaN, infinite, or too large for half precision.
+def check_values(key: str, tensor: Tensor, limits: Sequence[int] = ()) -> None:
+    """Refuse weights that are NaN, infinite, or too large for half precision, and indices out of range.
+
+    Args:
+        key: the tensor's name.
+        tensor: the tensor.
+        limits: for indices, what those of each row, or of all, must be below.
 
     Raises:
-        ValueError: the tensor has such a weight.
+        ValueError: the tensor has such a weight or index.
     """
+    for limit, indices in zip(limits, tensor if len(limits) > 1 else [tensor], strict=False):
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
+            raise ValueError(f"{key} holds an index that is not in [0, {limit}).")
     if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max().item() <= MAX_WEIGHT:
         raise ValueError(
             f"{key} holds a weight that is not finite, or is larger than {MAX_WEIGHT}, the most in half precision."

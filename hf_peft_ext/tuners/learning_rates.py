@@ -6,6 +6,16 @@ from hf_peft_ext.validation.checks import check
 
 LEARNING_RATES = {
     "LORA": 4e-3,
+    "ADALORA": 4e-3,
+    "LOKR": 4e-3,
+    "VERA": 1e-2,
+    "FOURIERFT": 5e-2,
+    "OFT": 1e-3,
+    "BOFT": 1e-3,
+    "SHIRA": 4e-3,
+    "LN_TUNING": 5e-3,
+    "BEFT": 5e-3,
+    "P_TUNING": 1e-2,
     "UNIPELT": 4e-3,
     "MAM": 1e-3,
     "S4": 2e-3,
@@ -35,8 +45,8 @@ def recommended_learning_rate(config: PeftConfig) -> float:
     `hf-peft-ext compare` tries rates around these on your own model and rows.
 
     Args:
-        config: the config of an adapter: LoRA, (IA)³, prefix tuning or prompt tuning of peft, or any of this package
-            but `ComposedConfig`.
+        config: the config of an adapter: of a type of peft that `compare` knows, or any of this package but
+            `ComposedConfig`.
 
     Raises:
         ValueError: no rate is known for this type.

@@ -1,0 +1,54 @@
+"""`hf-peft-ext import-adapterhub`: an adapter of AdapterHub's library, saved as one of peft."""
+
+import json
+from pathlib import Path
+
+from hf_peft_ext.cli.failures import one_line, quiet_consoles
+from hf_peft_ext.cli.tables import print_values
+
+ADAPTERHUB_FILES = ("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+
+
+def import_command(path: str, output: Path, model: str | None, task_type: str | None, as_json: bool) -> None:
+    """Import an adapter, and save it.
+
+    Args:
+        path: the folder of an adapter that `adapters` saved, or its id on the Hub.
+        output: the folder to write.
+        model: the base model's folder or Hub id; None for the one that the adapter names.
+        task_type: peft's name of the task, which decides on the model's head; None for one that suits the model.
+        as_json: whether to print JSON in place of the lines.
+
+    Raises:
+        typer.Exit: an error was printed.
+    """
+    out, errors = quiet_consoles()
+    with one_line(errors):
+        from huggingface_hub import snapshot_download
+        from transformers import AutoConfig
+        from transformers.utils import logging
+
+        from hf_peft_ext.budget.fake_model import HEAD_CLASSES, head_task
+        from hf_peft_ext.loading.adapterhub import from_adapterhub
+        from hf_peft_ext.validation.checks import check, check_writable, is_hub_id
+        from hf_peft_ext.validation.config_schema import read_json
+
+        logging.set_verbosity_error()
+        check_writable("output", output)
+        folder = Path(path)
+        if not folder.exists():
+            check("path", path, is_hub_id(path), "is neither a folder nor an id on the Hub")
+            folder = Path(snapshot_download(path, allow_patterns=list(ADAPTERHUB_FILES)))
+        check("path", path, (folder / ADAPTERHUB_FILES[0]).is_file(), f"has no {ADAPTERHUB_FILES[0]}")
+        base = str(model or read_json(folder / ADAPTERHUB_FILES[0]).get("model_name") or "")
+        check("model", base, bool(base), "must name the base model, which the adapter does not")
+        task = task_type or head_task(AutoConfig.from_pretrained(base))
+        check("task_type", task, task in HEAD_CLASSES, f"must be one of {', '.join(HEAD_CLASSES)}")
+        adapter = from_adapterhub(folder, HEAD_CLASSES[task].from_pretrained(base))
+        adapter.save_pretrained(str(output))
+        kind = str(adapter.peft_config["default"].peft_type.value)  # pyright: ignore
+    values = {"adapter": str(output), "PEFT type": kind, "base model": base}
+    if as_json:
+        print(json.dumps({name.lower().replace(" ", "_"): value for name, value in values.items()}))
+    else:
+        print_values(out, values)
