@@ -208,6 +208,21 @@ peft's own; others become methods of this package.
   hf-peft-ext import-adapterhub AdapterHub/some_adapter OUT --model bert-base-uncased
 """
 
+TO_LORA_HELP = """Export an adapter as a plain LoRA, for servers and tools that load nothing else.
+
+Exactly, where a LoRA equals the adapter: low-rank branches without gates or
+with fixed ones. Else by distillation on texts without labels; what was lost
+is printed, and written into the LoRA's card.
+
+Model and texts are those of the recipe beside the adapter. Changes to it
+follow the folders: section.key=value. An adapter without a recipe needs
+--texts: lines of a text file, or a column of a CSV or JSON lines file.
+
+\b
+  hf-peft-ext to-lora results/unipelt results/unipelt-lora
+  hf-peft-ext to-lora ADAPTER OUTPUT --texts mails.txt --r 16 --steps 600
+"""
+
 
 def show_version(wanted: bool) -> None:
     """Print the versions that a bug report should name, and exit."""
@@ -400,6 +415,35 @@ def cost(
     work = {"shots": shots, "tokens_per_example": tokens_per_example, "query_tokens": query_tokens}
     work |= {"target_tokens": target_tokens, "steps": steps, "batch": batch, "queries": queries}
     cost_command(model, adapter, prompted_model, work, (price_per_gpu_hour, flops_per_second), json)
+
+
+@app.command("to-lora", help=TO_LORA_HELP)
+def to_lora(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The LoRA's folder.", show_default=False)],
+    changes: Overrides = None,
+    r: Annotated[int, typer.Option("--r", help="Rank of the LoRA, at most this where it is exact.")] = 32,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe with the model and the rows.", show_default="the adapter's")
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="Further texts: TXT, CSV or JSONL.")] = None,
+    column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    model: Annotated[
+        str | None, typer.Option(help="The base model, in place of a recipe.", show_default="the adapter's")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8, to quantize that model.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of distillation.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Texts of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-4,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text.", show_default="no limit")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    from hf_peft_ext.cli.to_lora import to_lora_command
+
+    options = {"r": r, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    options |= {"max_length": max_length, "seed": seed}
+    to_lora_command(adapter, output, recipe, changes or (), (texts, column), (model, bits), options, json)
 
 
 @app.command("annotate-or-distil", help=ANNOTATE_HELP)

@@ -7,6 +7,7 @@ from hf_peft_ext.attach.parameter_groups import sublayer_parameter_groups as sub
 from hf_peft_ext.attach.placement import Placement as Placement
 from hf_peft_ext.autoload import install_autoload as install_autoload
 from hf_peft_ext.autoload import uninstall_autoload as uninstall_autoload
+from hf_peft_ext.export import to_lora as to_lora
 from hf_peft_ext.loading import load_adapter as load_adapter
 from hf_peft_ext.loading.adapterhub import from_adapterhub as from_adapterhub
 from hf_peft_ext.model.backbone import load_backbone as load_backbone

@@ -6,6 +6,7 @@ report, which read `.value`.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -126,4 +127,26 @@ def extend(ours: Callable[..., Any]) -> Callable[..., Any]:
 def extend_on_first_use(ours: Callable[..., Any]) -> Callable[..., Any]:
     """As `extend`, at the first use of this package (see `extend_peft`)."""
     on_first_use(functools.partial(extend, ours))
+    return ours
+
+
+def extend_function(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Have peft use `ours` in place of its function of the same name, in every module of peft that has it.
+
+    `ours` is called with peft's own function and the arguments. This is done when this package is imported: later, a
+    program may have imported peft's function by name already.
+    """
+    modules = [module for name, module in list(sys.modules.items()) if name == "peft" or name.startswith("peft.")]
+    stock = getattr(sys.modules["peft"], ours.__name__)
+    stock = getattr(stock, "stock", stock)  # of a module that is loaded again
+
+    @functools.wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
+
+    vars(function)["stock"] = stock
+    for module in modules:
+        present = vars(module).get(ours.__name__)
+        if present is stock or getattr(present, "stock", None) is stock:
+            setattr(module, ours.__name__, function)
     return ours

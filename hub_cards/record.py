@@ -102,6 +102,8 @@ class TrainingRecord:
         trainer: the trainer's name, such as "SFT".
         paper: of the training method, with `title`, `arxiv` and `bibtex`; empty if it has no paper of its own.
         tags: the trainer's tags for the Hub.
+        exported_from: the PEFT type of the adapter that a LoRA was exported from; None if it was trained itself.
+        export: what the export lost, by name (see `hf_peft_ext.to_lora`).
     """
 
     base_model: str | None = None
@@ -130,6 +132,8 @@ class TrainingRecord:
     trainer: str | None = None
     paper: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    exported_from: str | None = None
+    export: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record into the adapter's folder; numbers that are not finite become null.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
@@ -9,13 +10,14 @@ from huggingface_hub.utils import yaml_dump
 from hf_peft_ext.hub_cards import figures, methods
 from hf_peft_ext.hub_cards.markdown import BYTES, SECONDS, cell, code, fenced, in_units, listed, number, table, whole
 from hf_peft_ext.hub_cards.metadata import base_model
+from hf_peft_ext.hub_cards.methods import METHOD_TEXTS
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
 from hf_peft_ext.hub_cards.redact import in_text, without_places
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
 from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
 from hf_peft_ext.validation.checks import is_hub_id
 
-METHOD_TITLES = {"adapter": "this adapter", "lora": "LoRA", "base": "base model"}
+METHOD_TITLES = {"adapter": "this adapter", "original": "original adapter", "lora": "LoRA", "base": "base model"}
 VERSION = re.compile(r"[0-9][0-9a-z.+]*")
 HUB = "https://huggingface.co"
 
@@ -44,6 +46,7 @@ def values(
         "labels": ", ".join(code(label) for label in record.labels),
         "results": results(record.results),
         "spread": spread(record.results),
+        "export": export_section(record),
         "description": methods.description(adapter),
         "architecture": architecture_table(adapter),
         "gates_note": gates_note(adapter),
@@ -113,6 +116,32 @@ def spread(measured: Sequence[Result]) -> str | None:
         return f"Mean ± standard deviation over {counted['adapter']} runs."
     listing = ", ".join(f"{METHOD_TITLES.get(method) or code(method)} {count}" for method, count in counted.items())
     return f"Mean ± standard deviation where there were several runs: {listing}."
+
+
+def export_section(record: TrainingRecord) -> str | None:
+    """How a LoRA was made from an adapter of another type, and what that lost."""
+    lost, kind = record.export, record.exported_from
+    if kind is None:
+        return None
+    titled = METHOD_TEXTS.get(kind.lower())
+    source = f"an adapter of {titled[0] if titled else cell(kind)}"
+    if lost.get("exact"):
+        return f"Made from {source} without training: the same function, up to rounding."
+    count = f"{lost.get('texts', 0):,.0f} texts without labels, in {lost.get('steps', 0):,.0f} steps"
+    paragraphs = [f"Distilled from {source} on {count}."]
+    if "kl" in lost and "kl_base" in lost:
+        rows = [["KL divergence from the original adapter", number(lost["kl"]), number(lost["kl_base"])]]
+        if "agreement" in lost and "agreement_base" in lost:
+            shares = [f"{lost[name]:.1%}" for name in ("agreement", "agreement_base")]
+            rows.append(["predictions that are the original adapter's", *shares])
+        header = [f"on {lost.get('rows', 0):,.0f} texts held out", "this adapter", "base model"]
+        paragraphs.append(table(header, rows, numbers=[1, 2]))
+        paragraphs.append("The base model has the adapter's head, if there is one.")
+    for metric in (name.removesuffix(" difference") for name in lost if name.endswith(" difference")):
+        low, high, change = (lost.get(f"{metric} difference{end}", nan) for end in (" low", " high", ""))
+        ends = f"95 % interval [{low:+.4g}, {high:+.4g}]"
+        paragraphs.append(f"{cell(metric)}: {change:+.4g} against the original adapter, {ends}.")
+    return "\n\n".join(paragraphs)
 
 
 def architecture_table(adapter: SavedAdapter) -> str:

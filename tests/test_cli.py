@@ -31,7 +31,7 @@ HELPS = """
 import sys
 from hf_peft_ext_cli import app
 commands = ("train", "compare", "cost", "annotate-or-distil", "search", "search report", "push", "memory")
-commands = (*commands, "intrinsic-dimension", "methods", "inspect", "import-adapterhub")
+commands = (*commands, "intrinsic-dimension", "methods", "inspect", "import-adapterhub", "to-lora")
 for words in ("--help", "--version", *(f"{command} --help" for command in commands)):
     app(words.split(), standalone_mode=False)
 print("imported:", [name for name in ("torch", "transformers", "peft", "hf_peft_ext", "yaml") if name in sys.modules])

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_peft_ext.attach.forward_state import FORWARD, hidden_states, new_key
 from hf_peft_ext.attach.hook_order import move_first
+from hf_peft_ext.attach.lora_conversion import LoraConversion
 from hf_peft_ext.attach.masks import UNMASKED, block_of, record_padding
 from hf_peft_ext.attach.merge import merge_sublayer
 from hf_peft_ext.model.site import Site
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):
+class TunerLayer(LoraConversion, nn.Module, BaseTunerLayer):
     """The sub-layers, one for each adapter, at one site.
 
     Args:

@@ -151,7 +151,8 @@ class LadderModel(AdapterTuner):
             ValueError: always.
         """
         raise ValueError(
-            "A ladder is a separate network, which cannot be merged into weights of the base model; use `unload`."
+            "A ladder is a separate network, which cannot be merged into weights of the base model; use `unload`. "
+            "`hf_peft_ext.to_lora` trains a LoRA that answers like it, which can be merged."
         )
 
     def _unload_and_optionally_merge(

@@ -1,0 +1,114 @@
+"""Trains a LoRA to predict what an adapter predicts, on texts without labels."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_peft_ext.export.divergence import Kind, divergence
+from hf_peft_ext.export.inputs import Inputs, Row, logits_of, predictions_that_count
+from hf_peft_ext.export.least_squares import fit_least_squares
+from hf_peft_ext.export.roles import Roles
+from hf_peft_ext.training_loop import train_steps
+from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How a LoRA is distilled from an adapter.
+
+    Args:
+        steps: training steps; 0 for the least-squares fit alone.
+        batch_size: rows of a step.
+        learning_rate: the highest learning rate; it rises over a tenth of the steps, and falls linearly. A higher one
+            spoils the fit before it improves it; without a fit take 1e-3.
+        fit_rows: rows of the least-squares fit that training begins from; 0 to begin with B = 0.
+        held_out: share of the texts that is kept for measuring, at least one.
+        max_length: longer texts are cut to so many tokens; None for the tokenizer's own limit.
+        max_new_tokens: length of the answers that an encoder-decoder generates for texts without labels.
+        seed: of the order of rows, and of the first A.
+
+    Raises:
+        ValueError: a value breaks its rule.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    fit_rows: int = 128
+    held_out: float = 0.1
+    max_length: int | None = None
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            check_count(name, getattr(self, name))
+        for name in ("steps", "fit_rows"):
+            value = getattr(self, name)
+            check(name, value, type(value) is int and value >= 0, "must be a whole number, 0 or more")
+        check_positive("learning_rate", self.learning_rate)
+        fits = is_number(self.held_out) and 0 < self.held_out < 1
+        check("held_out", self.held_out, fits, "must lie between 0 and 1")
+
+
+def distil(
+    roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, settings: DistillationSettings
+) -> Iterator[float]:
+    """Train the LoRA of an attached model by L = mean KL(adapter || LoRA).
+
+    The adapter's predictions are computed from the same weights, switched from one role to the other. They are kept
+    where a row has one prediction only.
+
+    Args:
+        roles: the model.
+        inputs: makes batches.
+        rows: rows of tokens.
+        kind: of the predictions.
+        settings: steps, rate, and the fit to begin from.
+
+    Yields:
+        The loss of each step.
+    """
+    generator = random.Random(settings.seed)
+    if settings.fit_rows:
+        chosen = generator.sample(rows, min(settings.fit_rows, len(rows)))
+        chosen.sort(key=lambda row: len(row["input_ids"]))  # less padding
+        fit_least_squares(roles, list(inputs.batches(chosen, settings.batch_size)))
+    kept: dict[int, Tensor] = {}
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        batch = inputs.collate([rows[i] for i in indices])
+        teacher = taught(roles, inputs, batch, indices, kept)
+        roles.use("lora")
+        logits = logits_of(roles.model, batch)
+        student = logits[predictions_that_count(logits, batch, inputs.writes_answers)]
+        return divergence(teacher, student, kind).mean()
+
+    order = shuffled(len(rows), settings.batch_size, generator)
+    warmup = settings.steps // 10
+    for value in train_steps(roles.parameters(), loss, order, settings.steps, settings.learning_rate, warmup):
+        yield value.item()
+
+
+@torch.no_grad()
+def taught(
+    roles: Roles, inputs: Inputs, batch: dict[str, Tensor], indices: Sequence[int], kept: dict[int, Tensor]
+) -> Tensor:  # shape: (predictions, classes)
+    """The adapter's predictions for a batch, from `kept` where all are there."""
+    if all(i in kept for i in indices):
+        return torch.stack([kept[i] for i in indices])
+    roles.use("adapter")
+    logits = logits_of(roles.model, batch)
+    if logits.ndim == 2:
+        kept.update(zip(indices, logits, strict=True))
+    return logits[predictions_that_count(logits, batch, inputs.writes_answers)]
+
+
+def shuffled(n: int, batch_size: int, generator: random.Random) -> Iterator[list[int]]:
+    """Batches of indices below n, without end, each epoch in another order."""
+    while True:
+        order = generator.sample(range(n), n)
+        yield from (order[i : i + batch_size] for i in range(0, n, batch_size))
