@@ -19,6 +19,8 @@ from hf_peft_ext.prompts import load_templates as load_templates
 from hf_peft_ext.ranking.classifier import RankClassifier as RankClassifier
 from hf_peft_ext.ranking.classifier import score_choices as score_choices
 from hf_peft_ext.registry import extend_peft as extend_peft
+from hf_peft_ext.tuners import AdaMixConfig as AdaMixConfig
+from hf_peft_ext.tuners import AttentionFusionConfig as AttentionFusionConfig
 from hf_peft_ext.tuners import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners import CompacterConfig as CompacterConfig
@@ -34,6 +36,7 @@ from hf_peft_ext.tuners import TFewConfig as TFewConfig
 from hf_peft_ext.tuners import UniPELTConfig as UniPELTConfig
 from hf_peft_ext.tuners import fix_gates as fix_gates
 from hf_peft_ext.tuners import gate_values as gate_values
+from hf_peft_ext.tuners import merge_experts as merge_experts
 from hf_peft_ext.tuners import merge_prefix_projections as merge_prefix_projections
 from hf_peft_ext.tuners import prune_bottlenecks as prune_bottlenecks
 from hf_peft_ext.tuners import prune_ladder as prune_ladder

@@ -45,6 +45,8 @@ LORA = BY_KEY["hu2022lora"]
 BITFIT = BY_KEY["benzaken2022bitfit"]
 UNIPELT = BY_KEY["mao2022unipelt"]
 COMPACTER = BY_KEY["karimimahabadi2021compacter"]
+ADAMIX = BY_KEY["wang2022adamix"]
+ATTENTION_FUSION = BY_KEY["cao2022attention"]
 MAM = BY_KEY["he2022towards"]
 S4 = BY_KEY["chen2023design"]
 IA3 = BY_KEY["liu2022few"]
@@ -60,6 +62,8 @@ SAID = BY_KEY["aghajanyan2021intrinsic"]
 # PEFT type, in lower case -> the papers of the method, its own first.
 PAPERS: dict[str, tuple[Paper, ...]] = {
     "bottleneck": (HOULSBY, PFEIFFER, MAM),
+    "adamix": (ADAMIX,),
+    "attention_fusion": (ATTENTION_FUSION,),
     "compacter": (COMPACTER,),
     "layer_prefix": (PREFIX_TUNING,),
     "bitfit": (BITFIT,),

@@ -31,6 +31,16 @@ METHOD_TEXTS = {
     "bottleneck": ("Bottleneck", "adds {sublayers} to a frozen model."),
     "compacter": ("Compacter", f"adds bottleneck adapters after attention and after the FFN{KRONECKER}."),
     "compacter++": ("Compacter++", f"adds bottleneck adapters after the FFN{KRONECKER}."),
+    "adamix": (
+        "AdaMix",
+        "adds several bottleneck adapters at each place of a frozen model. Each training batch goes through one of "
+        "them, drawn at random; for inference they are averaged.",
+    ),
+    "attention_fusion": (
+        "Attention fusion",
+        "weighs the outputs of several frozen adapters of one model by trained attention, for each token and at each "
+        "place. It needs these adapters, loaded under the same names.",
+    ),
     "layer_prefix": ("Prefix-tuning", "freezes a model and adds {sublayers}."),
     "bitfit": ("BitFit", "trains biases and freezes the weights."),
     "s4": ("S4", "puts {sublayers} into a frozen model, different ones into different layers{groups}."),

@@ -29,7 +29,15 @@ SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
 PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias)")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
-    **{"down.weight": (0, "r"), "down.bias": (0, "r"), "factors": (0, "n"), "A": (0, "r"), "P_K": (1, "tokens")},
+    **{
+        "down.weight": (0, "r"),
+        "down.bias": (0, "r"),
+        "factors": (0, "n"),
+        "down.weights": (1, "r"),
+        "down.biases": (0, "experts"),
+        "A": (0, "r"),
+        "P_K": (1, "tokens"),
+    },
     "side.up.weight": (1, "d"),
     "subspace.vector": (0, "d"),
     **{"lora_A.weight": (0, "r"), "lora_A": (0, "r"), "lora_embedding_A": (0, "r")},

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from torch import nn
 
 from hf_peft_ext import (
+    AdaMixConfig,
     BitFitConfig,
     BottleneckConfig,
     CompacterConfig,
@@ -84,6 +85,7 @@ METHODS = {
     "compacter_unshared": Method(
         lambda **kw: CompacterConfig(style="compacter++", r=8, phm_dim=2, shared_phm_rule=False, **kw)
     ),
+    "adamix": Method(lambda **kw: AdaMixConfig(r=4, num_experts=3, shared_projection="none", **kw)),
     "layer_prefix": Method(lambda **kw: LayerPrefixConfig(num_virtual_tokens=4, **kw)),
     "projected_prefix": Method(
         lambda **kw: LayerPrefixConfig(

@@ -77,6 +77,7 @@ def adapted(backbone, config=None, **overrides):
 
 def loss_and_gradients(model, packed, **kwargs):
     model.zero_grad()
+    torch.manual_seed(0)  # the same experts of AdaMix
     made = batch(**kwargs)
     scores = choice_token_scores(model, made, packed=packed)
     correct, example = CORRECT.to(made["example"].device), made["example"]

@@ -7,7 +7,7 @@ from hf_peft_ext import trainers
 
 PUBLIC = (
     *("AdapterTrainer", "AdapterSeq2SeqTrainer", "AdapterSFTTrainer", "TFewTrainer", "BridgeTrainer"),
-    *("SoftLabelTrainer", "AdapterSoftLabelTrainer"),
+    *("SoftLabelTrainer", "AdapterSoftLabelTrainer", "AdaMixTrainer"),
 )
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from hf_peft_ext.trainers.adalora import AdaLoraCallback as AdaLoraCallback
 from hf_peft_ext.trainers.bridge import BridgeTrainer as BridgeTrainer
 from hf_peft_ext.trainers.choice_data import DataCollatorForChoices as DataCollatorForChoices
+from hf_peft_ext.trainers.consistency import AdaMixTrainer as AdaMixTrainer
+from hf_peft_ext.trainers.consistency import ConsistencyMixin as ConsistencyMixin
 from hf_peft_ext.trainers.distillation import AdapterSoftLabelTrainer as AdapterSoftLabelTrainer
 from hf_peft_ext.trainers.distillation import SoftLabelMixin as SoftLabelMixin
 from hf_peft_ext.trainers.distillation import SoftLabelTrainer as SoftLabelTrainer

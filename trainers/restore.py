@@ -15,7 +15,7 @@ from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
 
 FILE_LIST = "checkpoint_files.json"  # the files of a complete checkpoint: name -> bytes
-TRAINED = "trained_weights.safetensors"  # all trainable weights, where a network computes the prefixes
+TRAINED = "trained_weights.safetensors"  # all trainable weights, where prefixes or prompts are computed
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -24,11 +24,21 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def projected(model: nn.Module, adapter: str = "") -> bool:
-    """Whether a network computes prefixes of this adapter (of any adapter for "")."""
+    """Whether prefixes or prompts of this adapter (of any adapter for "") are computed, by a network or in a subspace.
+
+    An adapter's file holds the result only.
+    """
     return any(
-        isinstance(module, ProjectedPrefix) and path.endswith(adapter and f".sublayer_of.{adapter}")
+        is_computed(path, module) and adapter in ("", path.rpartition(".")[2])
         for path, module in model.named_modules()
     )
+
+
+def is_computed(path: str, module: nn.Module) -> bool:
+    """Whether a module is a prefix or a prompt with other parameters than its vectors."""
+    if path.rpartition(".")[0] == "prompt_encoder":
+        return {name for name, _ in module.named_parameters()} != {"embedding.weight"}
+    return isinstance(module, ProjectedPrefix)
 
 
 def restore(model: PeftModel, folder: Path) -> None:
@@ -49,7 +59,7 @@ def restore(model: PeftModel, folder: Path) -> None:
             "resume_from_checkpoint", str(folder), not wrong, f"must hold the model's adapter {name!r}, but {problem}"
         )
     network = (folder / TRAINED).exists()
-    rule = f"must hold {TRAINED}, the network that computes the prefixes; only trainers for adapters save it"
+    rule = f"must hold {TRAINED}, the network that computes prefixes or prompts; only trainers for adapters save it"
     check("resume_from_checkpoint", str(folder), network or not projected(model), rule)
     for name, state in state_of.items():
         if not projected(model, name):  # peft would replace the network by its output

@@ -10,8 +10,10 @@ from hf_peft_ext.model.site import Site
 from hf_peft_ext.sublayers import (
     Bias,
     Bottleneck,
+    ExpertSharing,
     Gate,
     LowRank,
+    MixtureBottleneck,
     PHMBottleneck,
     PHMRule,
     Prefix,
@@ -68,12 +70,16 @@ def bottleneck(
     reduction_factor: float | None = None,
     phm_dim: int | None = None,
     shared_phm_rule: bool = True,
+    num_experts: int | None = None,
+    shared_projection: ExpertSharing = "none",
     **options: Any,
 ) -> Bottleneck:
     n = phm_dim or 1  # widths are multiples of n
     if reduction_factor is not None:
         r = n * max(1, round(site.d_in / reduction_factor / n))
     assert r is not None  # `Placement` has checked it
+    if num_experts is not None:
+        return MixtureBottleneck(site.d_in, r, num_experts, shared_projection, gate=gate, **options)
     if phm_dim is None:
         return Bottleneck(site.d_in, r, gate=gate, **options)
     if shared_phm_rule and shared.rule is None:

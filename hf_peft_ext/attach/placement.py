@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from transformers.activations import ACT2FN
 
-from hf_peft_ext.sublayers import PrefixForm
+from hf_peft_ext.sublayers import ExpertSharing, PrefixForm
 from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_positive, is_number
 
 GatePooling = Literal["auto", "mean", "mean_padded", "token"]
@@ -27,11 +27,13 @@ SITES: dict[str, tuple[str, ...]] = {
     "prefix": ("attention",),
     "bias": ("bias",),
 }
+EXPERT_OPTIONS = ("num_experts", "shared_projection")  # of a bottleneck with experts
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": (
         *("r", "reduction_factor", "activation", "dropout", "scaling", "init", "sparsity"),
         *("phm_dim", "phm_rank", "shared_phm_rule"),
+        *EXPERT_OPTIONS,
     ),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
     "prefix": ("num_virtual_tokens", "encoder_hidden_size", "form", "shift_positions"),
@@ -59,8 +61,9 @@ class Placement:
             "auto" (token where attention is causal, else mean).
         gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
-            `init`, `sparsity`; for Compacter's form `phm_dim`, `phm_rank`, `shared_phm_rule` (see
-            `sublayers.PHMBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
+            `init`, `sparsity`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
+            `sublayers.PHMBottleneck`), for AdaMix's `num_experts`, `shared_projection` (see
+            `sublayers.MixtureBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
             `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes),
             `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions`
             (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
@@ -103,7 +106,7 @@ class Placement:
 
     def _check_options(self) -> None:
         # None means "not set" where another option may be set instead
-        optional = ("r", "reduction_factor", "encoder_hidden_size", "phm_dim")
+        optional = ("r", "reduction_factor", "encoder_hidden_size", "phm_dim", "num_experts")
         o = {key: value for key, value in self.options.items() if value is not None or key not in optional}
         for key in o.keys() & {"r", "num_virtual_tokens", "encoder_hidden_size", "phm_dim", "phm_rank"}:
             check_count(key, o[key])
@@ -149,6 +152,15 @@ class Placement:
             check("shared_phm_rule", shared, isinstance(shared, bool), "must be True or False")
             rule = f"must be a multiple of `phm_dim` (={o['phm_dim']})"
             check("r", o.get("r"), o.get("r", 0) % o["phm_dim"] == 0, rule)
+        if "num_experts" in o:
+            several = type(o["num_experts"]) is int and o["num_experts"] > 1
+            check("num_experts", o["num_experts"], several, "must be a whole number of 2 or more")
+            check("num_experts", o["num_experts"], "phm_dim" not in o, "must be None with `phm_dim`")
+            check("sparsity", sparsity, not sparsity, "must be 0 with `num_experts`")
+        if "shared_projection" in o:
+            shared = o["shared_projection"]
+            check("shared_projection", shared, shared in get_args(ExpertSharing), "must be none, down or up")
+            check("shared_projection", shared, "num_experts" in o, "needs `num_experts`")
 
     @property
     def shares_rule(self) -> bool:

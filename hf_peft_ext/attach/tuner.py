@@ -13,6 +13,7 @@ from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, u
 from hf_peft_ext.attach.attention import AttentionPrefix
 from hf_peft_ext.attach.cache_prefix import CachePrefix
 from hf_peft_ext.attach.config import PlacedConfig
+from hf_peft_ext.attach.fusion import FusedLayers, FusionConfig, fused_layers
 from hf_peft_ext.attach.layer import (
     SHARED,
     AddBeforeNorm,
@@ -27,7 +28,7 @@ from hf_peft_ext.attach.layer import (
 from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
-from hf_peft_ext.attach.resolve import excluded, plan
+from hf_peft_ext.attach.resolve import Plan, excluded, plan
 from hf_peft_ext.attach.separate_prefix import SeparatePrefix
 from hf_peft_ext.model.quantization import keep_4bit_trainable
 from hf_peft_ext.model.site import Site
@@ -62,9 +63,11 @@ class ComposedModel(AdapterTuner):
         """
         config = cast(PlacedConfig, self.peft_config[adapter_name]).resolved(model)
         self.peft_config[adapter_name] = config
-        planned = plan(model, config)
+        fused = fused_layers(model, config) if isinstance(config, FusionConfig) else FusedLayers()
+        planned = Plan() if isinstance(config, FusionConfig) else plan(model, config)
         check_adapter_name(adapter_name)
-        self._plan, self._shared, self._excluded = planned, SharedParts(), excluded(model, config)
+        self._plan, self._fused, self._shared = planned, fused, SharedParts()
+        self._excluded = excluded(model, config)
         target_modules = config.target_modules
         if target_modules == "all-linear":  # peft includes leaves outside the blocks
             config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
@@ -88,10 +91,10 @@ class ComposedModel(AdapterTuner):
                 parameter.requires_grad = requires_grad
             raise
         finally:
-            del self._plan, self._shared, self._excluded
+            del self._plan, self._fused, self._shared, self._excluded
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
-        return _ExcludedModule() if key in self._excluded else key in self._plan
+        return _ExcludedModule() if key in self._excluded else key in self._plan or key in self._fused
 
     def _create_and_replace(
         self,
@@ -103,7 +106,9 @@ class ComposedModel(AdapterTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for placement, site in self._plan[current_key]:
+        for layer, names in self._fused.get(current_key, []):
+            layer.put(adapter_name, cast(FusionConfig, peft_config).sublayer(layer, names))
+        for placement, site in self._plan.get(current_key, []):
             sublayer = build(placement, site, self._shared)
             self._layer_at(site, placement.sublayer).put(adapter_name, sublayer)
         if self._shared.rule is not None:

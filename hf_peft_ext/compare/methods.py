@@ -103,6 +103,7 @@ COMPARED_METHODS = {
     "compacter++": Method(
         "Compacter++", {"peft_type": "COMPACTER", "style": "compacter++"}, LEARNING_RATES["COMPACTER"]
     ),
+    "adamix": Method("AdaMix", {"peft_type": "ADAMIX"}, LEARNING_RATES["ADAMIX"], {"r": 16}),
     "prefix": Method(
         "prefix in attention",
         {"peft_type": "LAYER_PREFIX"},

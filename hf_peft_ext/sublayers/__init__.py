@@ -5,6 +5,9 @@ A sub-layer knows nothing of models, adapters or peft; `hf_peft_ext.attach` atta
 
 from hf_peft_ext.sublayers.bias import Bias as Bias
 from hf_peft_ext.sublayers.bottleneck import Bottleneck as Bottleneck
+from hf_peft_ext.sublayers.experts import ExpertSharing as ExpertSharing
+from hf_peft_ext.sublayers.experts import MixtureBottleneck as MixtureBottleneck
+from hf_peft_ext.sublayers.fusion import AttentionFusion as AttentionFusion
 from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank

@@ -10,6 +10,9 @@ from hf_peft_ext.attach.gates import gate_values as gate_values
 from hf_peft_ext.attach.tuner import ComposedModel as ComposedModel
 from hf_peft_ext.attach.tuner import merge_prefix_projections as merge_prefix_projections
 from hf_peft_ext.registry import on_first_use, register, replace_tuner
+from hf_peft_ext.tuners.adamix import AdaMixConfig as AdaMixConfig
+from hf_peft_ext.tuners.adamix import merge_experts as merge_experts
+from hf_peft_ext.tuners.attention_fusion import AttentionFusionConfig as AttentionFusionConfig
 from hf_peft_ext.tuners.bitfit import BitFitConfig as BitFitConfig
 from hf_peft_ext.tuners.bottleneck import BottleneckConfig as BottleneckConfig
 from hf_peft_ext.tuners.compacter import CompacterConfig as CompacterConfig
@@ -33,8 +36,8 @@ from hf_peft_ext.tuners.sparse.tuner import SparseModel
 from hf_peft_ext.tuners.unipelt import UniPELTConfig as UniPELTConfig
 
 for config in (
-    *(BottleneckConfig, CompacterConfig, LayerPrefixConfig, BitFitConfig),
-    *(UniPELTConfig, MAMConfig, S4Config, ComposedConfig),
+    *(BottleneckConfig, CompacterConfig, AdaMixConfig, LayerPrefixConfig, BitFitConfig),
+    *(UniPELTConfig, MAMConfig, S4Config, ComposedConfig, AttentionFusionConfig),
 ):
     register(config.method, config, ComposedModel)
 register(LadderConfig.method, LadderConfig, LadderModel)

@@ -20,6 +20,8 @@ LEARNING_RATES = {
     "MAM": 1e-3,
     "S4": 2e-3,
     "BOTTLENECK": 4e-3,
+    "ADAMIX": 3e-4,
+    "ATTENTION_FUSION": 1e-2,
     "COMPACTER": 3e-3,
     "LAYER_PREFIX": 1e-2,
     "PREFIX_TUNING": 1e-2,
