@@ -27,7 +27,7 @@ LECTURE = [
     *("PHM Adapter", "Compacter", "Diff-Pruning", "Fish-Mask", "LT-SFT", "Sparse Adapter"),
 ]
 FAST = ("bitfit", "lora", "ia3", "prompt_tuning", "unipelt")
-UNMEASURED = {"xlora"}  # it needs trained LoRA adapters
+UNMEASURED = {"xlora", "attention_fusion"}  # they need trained adapters
 
 
 def run(*words, columns=None):
