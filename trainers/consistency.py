@@ -63,7 +63,8 @@ class ConsistencyMixin(Base):
     ) -> Any:
         """The loss of a batch, see the class."""
         # Trainer's loss pops `labels` from its inputs
-        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        result: Any = super().compute_loss(model, dict(inputs), return_outputs=True)
+        loss, outputs = result
         if not model.training:
             return (loss, outputs) if return_outputs else loss
         again = model(**self.gate_inputs(inputs))

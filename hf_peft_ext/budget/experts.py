@@ -26,7 +26,7 @@ class GroupedProducts(TorchDispatchMode):
         if func is not GROUPED_MM.default:
             return func(*args, **(kwargs or {}))
         a, b = args[:2]
-        offsets = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+        offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
         groups = [] if a.ndim != b.ndim else [len(offsets) if a.ndim == 2 else len(a)]
         return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 

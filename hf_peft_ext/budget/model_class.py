@@ -42,7 +42,8 @@ def head_task(config: PreTrainedConfig, peft_config: PeftConfig | None = None, e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return encoder_task
     architectures = getattr(config, "architectures", None) or [""]
-    is_named = architectures[0] == MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    generator: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    is_named = architectures[0] == generator.__name__
     return "CAUSAL_LM" if is_named or type(config) not in MODEL_FOR_MASKED_LM_MAPPING else encoder_task
 
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from hf_peft_ext.budget.fake_model import HEAD_CLASSES, model_on_meta
+from hf_peft_ext.budget.fake_model import model_on_meta
+from hf_peft_ext.budget.model_class import HEAD_CLASSES
 from hf_peft_ext.hub_cards.record import RECORD_FILE, TrainingRecord
 from hf_peft_ext.hub_cards.saved_adapter import ArchitectureRow, SavedAdapter
 from hf_peft_ext.loading.config import config_in_file, read_config

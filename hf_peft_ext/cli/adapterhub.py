@@ -28,7 +28,7 @@ def import_command(path: str, output: Path, model: str | None, task_type: str | 
         from transformers import AutoConfig
         from transformers.utils import logging
 
-        from hf_peft_ext.budget.fake_model import HEAD_CLASSES, head_task
+        from hf_peft_ext.budget.model_class import HEAD_CLASSES, head_task
         from hf_peft_ext.loading.adapterhub import from_adapterhub
         from hf_peft_ext.validation.checks import check, check_writable, is_hub_id
         from hf_peft_ext.validation.config_schema import read_json

@@ -117,7 +117,7 @@ def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batc
         if same is not None and same_base is not None:
             sums["same"] += same.sum().item()
             sums["same_base"] += same_base.sum().item()
-    means = {name: float(total) / max(1, count) for name, total in sums.items()}
+    means: dict[str, Any] = {name: float(total) / max(1, count) for name, total in sums.items()}
     agreed = (means.pop("same"), means.pop("same_base"))
     return Fidelity(len(rows), **means, agreement=agreed[0] if agrees else None,
                     agreement_base=agreed[1] if agrees else None)  # fmt: skip

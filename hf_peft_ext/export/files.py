@@ -86,6 +86,7 @@ def saved_whole_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            state = module.adapter_state_dict(adapter_name, module.state_dict())
+            wrapper: Any = module
+            state = wrapper.adapter_state_dict(adapter_name, module.state_dict())
             tensors |= {f"{path}.{name}": value.detach().cpu().clone() for name, value in state.items()}
     return tensors

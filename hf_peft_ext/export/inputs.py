@@ -40,7 +40,8 @@ class Inputs:
                 rows.append({name: plain(item[name]) for name in INPUTS if name in item})
             else:
                 texts = [item] if isinstance(item, str) else list(item)
-                rows.append(dict(self.tokenizer(*texts, truncation=max_length is not None, max_length=max_length)))
+                options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
+                rows.append(dict(self.tokenizer(*texts, **options)))
         return rows
 
     def collate(self, rows: Sequence[Row], labelled: bool = False) -> dict[str, Tensor]:
