@@ -215,20 +215,8 @@ def test_refused_recipes(models, recipe, tmp_path):
 
 def test_study(tmp_path, monkeypatch, capsys):
     """The study's digits, with few steps, and its report."""
-    options = [
-        "--width",
-        "8",
-        "--steps",
-        "20",
-        "--seeds",
-        "2",
-        "--smallest",
-        "5",
-        "--largest",
-        "40",
-        "--precision",
-        "9",
-    ]
+    sizes = {"width": 8, "steps": 20, "seeds": 2, "smallest": 5, "largest": 40, "precision": 9}
+    options = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
     for stage in ("digits", "report"):
         run_study(monkeypatch, ["--stage", stage, *options, "--output", str(tmp_path)])
     assert "| digits-8 | 0." in capsys.readouterr().out
