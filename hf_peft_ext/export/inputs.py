@@ -40,8 +40,8 @@ class Inputs:
                 rows.append({name: plain(item[name]) for name in INPUTS if name in item})
             else:
                 texts = [item] if isinstance(item, str) else list(item)
-                options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
-                rows.append(dict(self.tokenizer(*texts, **options)))
+                tokenizer: Any = self.tokenizer
+                rows.append(dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length)))
         return rows
 
     def collate(self, rows: Sequence[Row], labelled: bool = False) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_peft_ext.model.attention_shape import fused_rows, key_shape
 from hf_peft_ext.model.calls import ends_first, in_order, own_modules
 from hf_peft_ext.model.prefix_leaves import prefix_leaves
 from hf_peft_ext.model.site import Site
@@ -14,7 +15,6 @@ from hf_peft_ext.model.structure import (
     FFN_GATES,
     attention_leaves,
     covers,
-    fused_rows,
     has_final_norm,
     is_attention,
     is_bypassed,
@@ -22,7 +22,6 @@ from hf_peft_ext.model.structure import (
     is_cross,
     is_mixer,
     is_norm,
-    key_shape,
     leaf_size,
     prefix_act,
 )

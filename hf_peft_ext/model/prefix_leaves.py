@@ -6,7 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_peft_ext.model.structure import fused_rows, is_bypassed, leaf_size
+from hf_peft_ext.model.attention_shape import fused_rows
+from hf_peft_ext.model.structure import is_bypassed, leaf_size
 
 # Attention whose output leaf reads other tokens than its query leaf, or in another order: global tokens, hashed
 # buckets, n-gram streams, quantized pairs.

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_peft_ext.model.attention_shape import key_shape
 from hf_peft_ext.model.block_sites import BlockSites
 from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.site import Act, Site
@@ -20,7 +21,6 @@ from hf_peft_ext.model.structure import (
     innermost,
     is_bypassed,
     is_norm,
-    key_shape,
     layer_of,
     layer_paths,
     leaf_size,

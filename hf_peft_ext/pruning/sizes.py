@@ -7,9 +7,10 @@ from typing import NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_peft_ext.model.attention_shape import key_shape
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites
-from hf_peft_ext.model.structure import key_shape, role_sizes
+from hf_peft_ext.model.structure import role_sizes
 
 
 @dataclass(frozen=True)
