@@ -72,7 +72,7 @@ def to_lora_command(
         recipe = recipe or (own if own.exists() and model[0] is None else None)
         check("changes", list(changes), recipe is not None or not changes, "need a recipe, which the adapter lacks")
         source = of_recipe(recipe, changes) if recipe else of_config(adapter, *model)
-        source.texts += read_texts(texts[0], texts[1]) if texts[0] else []
+        source.texts += read_unlabelled_texts(texts[0], texts[1]) if texts[0] else []
         r, settings = options.pop("r"), DistillationSettings(**options)
         export = to_lora(
             load_adapter(source.base, adapter),
@@ -135,7 +135,7 @@ def of_config(adapter: Path, model: str | None, bits: Any) -> Source:
     return Source(base, tokenizer)
 
 
-def read_texts(path: Path, column: str) -> list[str]:
+def read_unlabelled_texts(path: Path, column: str) -> list[str]:
     """The texts of a file: lines of text, or a column of a CSV or JSON lines file.
 
     Raises:

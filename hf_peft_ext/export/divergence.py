@@ -5,10 +5,10 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["classes", "labels", "numbers"]
+PredictionKind = Literal["classes", "labels", "numbers"]
 
 
-def kind_of(config: Any) -> Kind:
+def kind_of(config: Any) -> PredictionKind:
     """What the logits of a model are: of one class among several, of labels each for itself, or numbers."""
     if config.problem_type == "multi_label_classification":
         return "labels"
@@ -19,7 +19,7 @@ def kind_of(config: Any) -> Kind:
 def divergence(
     teacher: Tensor,  # shape: (predictions, classes)
     student: Tensor,  # shape: (predictions, classes)
-    kind: Kind,
+    kind: PredictionKind,
 ) -> Tensor:  # shape: (predictions,)
     """KL(p || q) of each prediction, p the teacher's; summed over labels; of numbers half the squared difference.
 
@@ -36,7 +36,7 @@ def divergence(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def agreement(teacher: Tensor, student: Tensor, kind: Kind) -> Tensor | None:  # shape: (predictions,)
+def agreement(teacher: Tensor, student: Tensor, kind: PredictionKind) -> Tensor | None:  # shape: (predictions,)
     """Whether both predict the same; None for numbers."""
     if kind == "numbers":
         return None

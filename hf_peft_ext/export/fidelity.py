@@ -9,13 +9,13 @@ import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor
 
-from hf_peft_ext.export.divergence import Kind, agreement, divergence
-from hf_peft_ext.export.inputs import Inputs, Row, logits_of, predictions_that_count
-from hf_peft_ext.export.roles import Role, Roles
+from hf_peft_ext.export.divergence import PredictionKind, agreement, divergence
+from hf_peft_ext.export.inputs import Inputs, TokenRow, logits_of, predictions_that_count
+from hf_peft_ext.export.roles import ModelRole, Roles
 from hf_peft_ext.ranking.losses import IGNORED
 
-ROLES: tuple[Role, ...] = ("adapter", "lora", "base")
-CONFIDENCE = 0.95
+ROLES: tuple[ModelRole, ...] = ("adapter", "lora", "base")
+SCORE_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class Fidelity:
 
 
 @torch.no_grad()
-def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batch_size: int) -> Fidelity:
+def fidelity(
+    roles: Roles, inputs: Inputs, rows: Sequence[TokenRow], kind: PredictionKind, batch_size: int
+) -> Fidelity:
     """Compare the three roles of a model on rows.
 
     Args:
@@ -108,7 +110,7 @@ def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batc
     sums: dict[str, Tensor | float] = dict.fromkeys(("kl", "kl_base", "kl_lora_base", "same", "same_base"), 0.0)
     count, agrees = 0, True
     for batch in inputs.batches(rows, batch_size):
-        adapter, lora, base = predictions(roles, inputs, batch)
+        adapter, lora, base = role_predictions(roles, inputs, batch)
         same, same_base = agreement(adapter, lora, kind), agreement(adapter, base, kind)
         count, agrees = count + len(adapter), same is not None
         sums["kl"] += divergence(adapter, lora, kind).double().sum().item()
@@ -123,7 +125,7 @@ def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batc
                     agreement_base=agreed[1] if agrees else None)  # fmt: skip
 
 
-def predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def role_predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The predictions that count, of the adapter, the LoRA and the base; shape of each: (predictions, classes)."""
     logits = []
     for role in ROLES:
@@ -134,13 +136,15 @@ def predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) -> li
 
 
 @torch.no_grad()
-def score(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batch_size: int) -> list[Score]:
+def score(
+    roles: Roles, inputs: Inputs, rows: Sequence[TokenRow], kind: PredictionKind, batch_size: int
+) -> list[Score]:
     """The task's metrics of the three roles, on rows with labels.
 
     Accuracy for classes, and for labels each row that is right in all of them; the squared error for numbers; the loss
     of each row's tokens and the share of tokens that are predicted for language models.
     """
-    values: dict[str, dict[Role, list[float]]] = {}
+    values: dict[str, dict[ModelRole, list[float]]] = {}
     for batch in inputs.batches(rows, batch_size, labelled=True):
         labels = batch["labels"]
         unlabelled = batch if inputs.writes_answers else {k: v for k, v in batch.items() if k != "labels"}
@@ -159,7 +163,7 @@ def score(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Kind, batch_s
     ]
 
 
-def row_scores(logits: Tensor, labels: Tensor, kind: Kind, writes_answers: bool) -> dict[str, Tensor]:
+def row_scores(logits: Tensor, labels: Tensor, kind: PredictionKind, writes_answers: bool) -> dict[str, Tensor]:
     """Metric -> its value for each row of a batch, shape: (batch,)."""
     if logits.ndim == 3:
         if not writes_answers:
@@ -180,7 +184,7 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean of values with its 95 % interval: Wilson's if all are 0 or 1, else normal."""
     n, mean = len(values), sum(values) / len(values)
     if all(value in (0.0, 1.0) for value in values):
-        ends: Any = binomtest(round(sum(values)), n).proportion_ci(CONFIDENCE, method="wilson")
+        ends: Any = binomtest(round(sum(values)), n).proportion_ci(SCORE_CONFIDENCE, method="wilson")
         return Interval(mean, float(ends.low), float(ends.high))
     return around(mean, mean, sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n))
 
@@ -201,5 +205,5 @@ def difference(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 def around(value: float, centre: float, error: float) -> Interval:
     """A value with the normal 95 % interval around a centre."""
-    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * error
+    half = float(norm.ppf((1 + SCORE_CONFIDENCE) / 2)) * error
     return Interval(value, centre - half, centre + half)

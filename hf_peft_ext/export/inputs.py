@@ -10,9 +10,9 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.validation.checks import check
 
-Row = Mapping[str, Any]
+TokenRow = Mapping[str, Any]
 Text = str | Sequence[str]  # a text, or a pair of texts
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 class Inputs:
@@ -27,7 +27,7 @@ class Inputs:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, writes_answers: bool, device: torch.device):
         self.tokenizer, self.writes_answers, self.device = tokenizer, writes_answers, device
 
-    def encode(self, data: Sequence[Text | Row], max_length: int | None) -> list[dict[str, Any]]:
+    def encode(self, data: Sequence[Text | TokenRow], max_length: int | None) -> list[dict[str, Any]]:
         """Rows of tokens: texts and pairs of texts are tokenized, rows of tokens keep what a model reads.
 
         Raises:
@@ -37,14 +37,14 @@ class Inputs:
         for item in data:
             if isinstance(item, Mapping):
                 check("rows", sorted(item), "input_ids" in item, "must be texts, or have `input_ids`")
-                rows.append({name: plain(item[name]) for name in INPUTS if name in item})
+                rows.append({name: as_numbers(item[name]) for name in MODEL_INPUTS if name in item})
             else:
                 texts = [item] if isinstance(item, str) else list(item)
                 tokenizer: Any = self.tokenizer
                 rows.append(dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length)))
         return rows
 
-    def collate(self, rows: Sequence[Row], labelled: bool = False) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow], labelled: bool = False) -> dict[str, Tensor]:
         """A batch. A decoder's labels are always a part of it, others if `labelled`."""
         keep = labelled or self.writes_answers
         rows = [{name: value for name, value in row.items() if keep or name != "labels"} for row in rows]
@@ -53,7 +53,7 @@ class Inputs:
         batch = collator(self.tokenizer, return_tensors="pt")([dict(row) for row in rows])
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def batches(self, rows: Sequence[Row], size: int, labelled: bool = False) -> Iterator[dict[str, Tensor]]:
+    def batches(self, rows: Sequence[TokenRow], size: int, labelled: bool = False) -> Iterator[dict[str, Tensor]]:
         """The rows in their order."""
         for first in range(0, len(rows), size):
             yield self.collate(rows[first : first + size], labelled)
@@ -73,7 +73,7 @@ class Inputs:
                 row["labels"] = [token for token in answer if token != self.tokenizer.pad_token_id]
 
 
-def plain(value: Any) -> Any:
+def as_numbers(value: Any) -> Any:
     """A tensor or array as lists, as collators pad them."""
     return value.tolist() if hasattr(value, "tolist") else value
 

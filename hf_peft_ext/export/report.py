@@ -1,16 +1,15 @@
 """What an export lost, as fields of the training record that the LoRA's card is made of."""
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
+from hf_peft_ext.export.fidelity import Fidelity
 from hf_peft_ext.hub_cards.record import Result, TrainingRecord
 
-if TYPE_CHECKING:
-    from hf_peft_ext.export.to_lora import Export
-
-KEPT = (
+KEPT_OF_RECORD = (
     "base_model",
     "base_model_revision",
     "labels",
@@ -22,7 +21,32 @@ KEPT = (
 )
 
 
-def with_export(record: TrainingRecord, export: "Export", model: PeftModel) -> TrainingRecord:
+@dataclass(frozen=True)
+class Export:
+    """An exported LoRA.
+
+    Args:
+        folder: where it is.
+        peft_type: of the adapter that it was made from.
+        r: its rank.
+        exact: whether it equals the adapter, up to rounding.
+        fidelity: how close it is to the adapter; None for an exact export without texts.
+        texts: number of texts that it was distilled on; 0 for an exact export.
+        steps: training steps.
+        seconds: time of the whole export.
+    """
+
+    folder: Path
+    peft_type: str
+    r: int
+    exact: bool
+    fidelity: Fidelity | None
+    texts: int
+    steps: int
+    seconds: float
+
+
+def with_export(record: TrainingRecord, export: Export, model: PeftModel) -> TrainingRecord:
     """The record of a LoRA.
 
     Args:
@@ -43,7 +67,7 @@ def with_export(record: TrainingRecord, export: "Export", model: PeftModel) -> T
             change = score.difference
             numbers |= {f"{score.metric} difference{end}": getattr(change, name)
                         for end, name in (("", "value"), (" low", "low"), (" high", "high"))}  # fmt: skip
-    kept = {name: getattr(record, name) for name in KEPT}
+    kept = {name: getattr(record, name) for name in KEPT_OF_RECORD}
     plain = TrainingRecord(**kept, results=results, train_time=export.seconds if export.steps else None)
     named = {"base_model": record.base_model or config.base_model_name_or_path}
     return replace(plain, **named, exported_from=export.peft_type, export={k: float(v) for k, v in numbers.items()})

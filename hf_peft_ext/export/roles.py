@@ -19,9 +19,9 @@ from hf_peft_ext.model.structure import innermost, leaf_size
 from hf_peft_ext.sublayers import LowRank
 from hf_peft_ext.validation.checks import check
 
-Role = Literal["adapter", "lora", "base"]
+ModelRole = Literal["adapter", "lora", "base"]
 STUDENT = "exported"
-CHILD = "exported_low_rank"
+LORA_CHILD = "exported_low_rank"
 
 
 class Roles:
@@ -50,7 +50,7 @@ class Roles:
         with frozen(self.model):
             try:
                 for path in self.leaves:
-                    self.student[path] = attach(self.base, path, self.r)
+                    self.student[path] = attach_lora(self.base, path, self.r)
                 self.use("lora")
                 yield self
             finally:
@@ -60,7 +60,7 @@ class Roles:
                 for layer, value in disabled:
                     layer._disable_adapters = value
 
-    def use(self, role: Role) -> None:
+    def use(self, role: ModelRole) -> None:
         """Let one of the three act in the next forwards."""
         for layer in self.adapter:  # peft's own switch would change what is trained, too
             layer._disable_adapters = role != "adapter"
@@ -89,11 +89,11 @@ class Roles:
         return [p for layer in self.student.values() for p in layer.sublayer_of[STUDENT].parameters()]
 
 
-def attach(base: nn.Module, path: str, r: int) -> AddOfInput:
+def attach_lora(base: nn.Module, path: str, r: int) -> AddOfInput:
     """Attach a trainable low-rank branch of rank r to a leaf; in float32, also beside half-precision weights."""
     d_in, d_out = leaf_size(base.get_submodule(path)) or (0, 0)
-    layer = AddOfInput(base, Site("target", None, path, "input", d_in, d_out), CHILD)
-    layer.host.add_module(CHILD, layer)
+    layer = AddOfInput(base, Site("target", None, path, "input", d_in, d_out), LORA_CHILD)
+    layer.host.add_module(LORA_CHILD, layer)
     layer.put(STUDENT, LowRank(d_in, d_out, r, alpha=r).float())
     layer.sublayer_of[STUDENT].float().requires_grad_(True)
     layer._active_adapter = [STUDENT]

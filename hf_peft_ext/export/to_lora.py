@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,44 +12,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from hf_peft_ext.export.distil import DistillationSettings, distil
-from hf_peft_ext.export.divergence import Kind, kind_of
+from hf_peft_ext.export.divergence import PredictionKind, kind_of
 from hf_peft_ext.export.fidelity import Fidelity, fidelity, score
 from hf_peft_ext.export.files import write_lora
-from hf_peft_ext.export.inputs import Inputs, Row, Text
+from hf_peft_ext.export.inputs import Inputs, Text, TokenRow
 from hf_peft_ext.export.low_rank_factors import Factors, NotLowRankError, low_rank_factors
-from hf_peft_ext.export.report import with_export
+from hf_peft_ext.export.report import Export, with_export
 from hf_peft_ext.export.roles import Roles, adapter_layers, linear_leaves
 from hf_peft_ext.hub_cards.record import TrainingRecord
 from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.validation.checks import check, check_count, check_writable
 
-LINES = 5  # lines of progress
-
-
-@dataclass(frozen=True)
-class Export:
-    """An exported LoRA.
-
-    Args:
-        folder: where it is.
-        peft_type: of the adapter that it was made from.
-        r: its rank.
-        exact: whether it equals the adapter, up to rounding.
-        fidelity: how close it is to the adapter; None for an exact export without texts.
-        texts: number of texts that it was distilled on; 0 for an exact export.
-        steps: training steps.
-        seconds: time of the whole export.
-    """
-
-    folder: Path
-    peft_type: str
-    r: int
-    exact: bool
-    fidelity: Fidelity | None
-    texts: int
-    steps: int
-    seconds: float
+PROGRESS_LINES = 5  # lines of progress
 
 
 def to_lora(
@@ -57,9 +32,9 @@ def to_lora(
     folder: str | Path,
     *,
     r: int = 32,
-    texts: Sequence[Text | Row] | None = None,
+    texts: Sequence[Text | TokenRow] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eval_rows: Sequence[Row] | None = None,
+    eval_rows: Sequence[TokenRow] | None = None,
     adapter_name: str | None = None,
     target_modules: Sequence[str] | None = None,
     settings: DistillationSettings | None = None,
@@ -96,7 +71,7 @@ def to_lora(
         TypeError: `model` is no `PeftModel`.
     """
     began, settings, say = perf_counter(), settings or DistillationSettings(), progress or (lambda line: None)
-    name = check_arguments(model, folder, r, texts, tokenizer, eval_rows, adapter_name)
+    name = check_export_arguments(model, folder, r, texts, tokenizer, eval_rows, adapter_name)
     with activated(model, name):
         factors, reason = exact_factors(model, name, r)
         check("texts", texts, bool(factors or texts), f"must be given, to distil the adapter on: {reason}")
@@ -134,14 +109,14 @@ class Distillation:
     ):
         self.model, self.settings, self.r, self.exact = model, settings, r, exact
         base: Any = model.get_base_model()
-        self.kind: Kind = kind_of(base.config)
+        self.kind: PredictionKind = kind_of(base.config)
         writes_answers = bool(base.config.is_encoder_decoder and base.can_generate())
         self.inputs = Inputs(tokenizer, writes_answers, next(model.parameters()).device)
 
     def run(
         self,
-        texts: Sequence[Text | Row],
-        eval_rows: Sequence[Row] | None,
+        texts: Sequence[Text | TokenRow],
+        eval_rows: Sequence[TokenRow] | None,
         target_modules: Sequence[str] | None,
         say: Callable[[str], object],
     ) -> tuple[dict[str, Factors], Fidelity, int]:
@@ -176,7 +151,7 @@ class Distillation:
             )
         return factors, lost, 0 if self.exact else len(rows)
 
-    def split(self, texts: Sequence[Text | Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def split(self, texts: Sequence[Text | TokenRow]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows to train on, and rows that are held out: every n-th."""
         rows = self.inputs.encode(texts, self.settings.max_length)
         check("texts", len(rows), len(rows) > 1, "must be at least two: some are held out")
@@ -189,7 +164,7 @@ class Distillation:
 
     def train(self, roles: Roles, rows: list[dict[str, Any]], say: Callable[[str], object]) -> None:
         """Train the LoRA, with a few lines of progress."""
-        shown = max(1, self.settings.steps // LINES)
+        shown = max(1, self.settings.steps // PROGRESS_LINES)
         losses: list[float] = []
         for loss in distil(roles, self.inputs, rows, self.kind, self.settings):
             losses.append(loss)
@@ -197,7 +172,7 @@ class Distillation:
                 say(f"step {len(losses)} of {self.settings.steps}: KL {sum(losses[-shown:]) / shown:.3g}")
 
 
-def check_arguments(
+def check_export_arguments(
     model: Any, folder: Any, r: Any, texts: Any, tokenizer: Any, eval_rows: Any, adapter_name: str | None
 ) -> str:
     """The adapter's name.
