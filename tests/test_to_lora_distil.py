@@ -29,7 +29,7 @@ from hf_peft_ext.hub_cards import TrainingRecord
 from .backbones import BACKBONES, PLAIN, SPECIAL, VOCAB, output
 from .methods import METHODS, randomise
 
-FEW = DistillationSettings(steps=40, batch_size=8, learning_rate=1e-2, fit_rows=32, held_out=0.25)
+FEW = DistillationSettings(steps=40, batch_size=8, learning_rate=3e-3, fit_rows=32, held_out=0.25)
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def texts():
     return [" ".join(map(str, torch.randint(3, VOCAB, (n,), generator=generator).tolist())) for n in lengths]
 
 
-def classifier(config, **kwargs):
+def classifier(config, std=0.2, **kwargs):
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=VOCAB, **PLAIN, **kwargs))
     model = get_peft_model(base, config)
-    randomise(model)
+    randomise(model, std=std)
     return model.eval(), base
 
 
@@ -72,7 +72,8 @@ CONFIGS = {
 @pytest.mark.parametrize("method", CONFIGS)
 def test_classifier(tmp_path, tokenizer, texts, method):
     """The LoRA is nearer to the adapter than the base is; the head is copied; the model is left as it was."""
-    model, _ = classifier(CONFIGS[method](task_type="SEQ_CLS"), num_labels=3)
+    std = 1.0 if method == "prefix" else 0.2  # a prefix with a softmax of its own changes little else
+    model, _ = classifier(CONFIGS[method](task_type="SEQ_CLS"), std, num_labels=3)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     before = [(name, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -98,7 +99,7 @@ def test_classifier(tmp_path, tokenizer, texts, method):
     loaded = PeftModel.from_pretrained(base_classifier(num_labels=3), tmp_path).eval()
     with torch.no_grad():
         kl = divergence(expected[::4], loaded(**inputs).logits[::4], "classes").mean().item()
-    assert kl == pytest.approx(lost.kl, rel=1e-2)
+    assert kl == pytest.approx(lost.kl, rel=1e-2, abs=1e-6)
     state = dict(loaded.named_parameters())
     head = dict(model.named_parameters())["base_model.model.classifier.modules_to_save.default.weight"]
     assert torch.equal(state["base_model.model.classifier.modules_to_save.default.weight"], head)
@@ -228,7 +229,7 @@ def test_target_modules(tmp_path, tokenizer, texts):
 def test_reduced_rank_regression():
     """Beside the full least-squares matrix cut by SVD in the metric of the outputs."""
     torch.manual_seed(0)
-    x, m = torch.randn(500, 6) * torch.arange(1, 7), torch.randn(5, 6)
+    x, m = torch.randn(500, 6), torch.randn(5, 6)
     d = x @ m.T
     a, b = reduced_rank(x.T @ x, x.T @ d, 2)
     u, s, v = torch.linalg.svd(d, full_matrices=False)
@@ -246,7 +247,7 @@ def test_least_squares_recovers_a_low_rank_branch(backbone):
     randomise(model, std=0.1)
     model.eval()
     batch = family.inputs(batch=40)
-    roles = Roles(model, linear_leaves(model.get_base_model()), 2)
+    roles = Roles(model, linear_leaves(model.get_base_model()), 4)  # GPT-2 has two branches at one leaf
     with roles.attached(), torch.no_grad():
         fit_least_squares(roles, [batch])
         distances = {}

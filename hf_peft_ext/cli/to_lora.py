@@ -72,7 +72,8 @@ def to_lora_command(
         recipe = recipe or (own if own.exists() and model[0] is None else None)
         check("changes", list(changes), recipe is not None or not changes, "need a recipe, which the adapter lacks")
         source = of_recipe(recipe, changes) if recipe else of_config(adapter, *model)
-        source.texts += read_unlabelled_texts(texts[0], texts[1]) if texts[0] else []
+        file, column = texts
+        source.texts += texts_of_file(file, column) if file else []
         r, settings = options.pop("r"), DistillationSettings(**options)
         export = to_lora(
             load_adapter(source.base, adapter),
@@ -125,8 +126,8 @@ def of_config(adapter: Path, model: str | None, bits: Any) -> Source:
     check("model", place, bool(place), "must be given: the adapter's config names no base model")
     task = str(getattr(saved.config.task_type, "value", saved.config.task_type))
     count = saved.number_of_labels()
-    head: dict[str, Any] = {"num_labels": count} if count and task == "SEQ_CLS" else {}
-    base = load_backbone(place, bits, task_type=task, **head)
+    options: dict[str, Any] = {"num_labels": count} if count and task == "SEQ_CLS" else {}
+    base = load_backbone(place, bits, task_type=task, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError):
@@ -135,7 +136,7 @@ def of_config(adapter: Path, model: str | None, bits: Any) -> Source:
     return Source(base, tokenizer)
 
 
-def read_unlabelled_texts(path: Path, column: str) -> list[str]:
+def texts_of_file(path: Path, column: str) -> list[str]:
     """The texts of a file: lines of text, or a column of a CSV or JSON lines file.
 
     Raises:

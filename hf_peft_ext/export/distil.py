@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_peft_ext.export.divergence import PredictionKind, divergence
-from hf_peft_ext.export.inputs import Inputs, TokenRow, logits_of, predictions_that_count
+from hf_peft_ext.export.inputs import Inputs, logits_of, predictions_that_count
 from hf_peft_ext.export.least_squares import fit_least_squares
 from hf_peft_ext.export.roles import Roles
 from hf_peft_ext.training_loop import train_steps
+from hf_peft_ext.transfer.run.task import Row
 from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
 
 
@@ -55,7 +56,7 @@ class DistillationSettings:
 
 
 def distil(
-    roles: Roles, inputs: Inputs, rows: Sequence[TokenRow], kind: PredictionKind, settings: DistillationSettings
+    roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: PredictionKind, settings: DistillationSettings
 ) -> Iterator[float]:
     """Train the LoRA of an attached model by L = mean KL(adapter || LoRA).
 
@@ -87,7 +88,7 @@ def distil(
         student = logits[predictions_that_count(logits, batch, inputs.writes_answers)]
         return divergence(teacher, student, kind).mean()
 
-    order = shuffled_batches(len(rows), settings.batch_size, generator)
+    order = endless_batches(len(rows), settings.batch_size, generator)
     warmup = settings.steps // 10
     for value in train_steps(roles.parameters(), loss, order, settings.steps, settings.learning_rate, warmup):
         yield value.item()
@@ -107,7 +108,7 @@ def taught(
     return logits[predictions_that_count(logits, batch, inputs.writes_answers)]
 
 
-def shuffled_batches(n: int, batch_size: int, generator: random.Random) -> Iterator[list[int]]:
+def endless_batches(n: int, batch_size: int, generator: random.Random) -> Iterator[list[int]]:
     """Batches of indices below n, without end, each epoch in another order."""
     while True:
         order = generator.sample(range(n), n)

@@ -10,12 +10,13 @@ from scipy.stats import binomtest, norm
 from torch import Tensor
 
 from hf_peft_ext.export.divergence import PredictionKind, agreement, divergence
-from hf_peft_ext.export.inputs import Inputs, TokenRow, logits_of, predictions_that_count
+from hf_peft_ext.export.inputs import Inputs, logits_of, predictions_that_count
 from hf_peft_ext.export.roles import ModelRole, Roles
 from hf_peft_ext.ranking.losses import IGNORED
+from hf_peft_ext.transfer.run.task import Row
 
 ROLES: tuple[ModelRole, ...] = ("adapter", "lora", "base")
-SCORE_CONFIDENCE = 0.95
+COVERAGE = 0.95
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ class Fidelity:
 
 
 @torch.no_grad()
-def fidelity(
-    roles: Roles, inputs: Inputs, rows: Sequence[TokenRow], kind: PredictionKind, batch_size: int
-) -> Fidelity:
+def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: PredictionKind, batch_size: int) -> Fidelity:
     """Compare the three roles of a model on rows.
 
     Args:
@@ -107,25 +106,23 @@ def fidelity(
         kind: of the predictions.
         batch_size: rows of a batch.
     """
-    sums: dict[str, Tensor | float] = dict.fromkeys(("kl", "kl_base", "kl_lora_base", "same", "same_base"), 0.0)
-    count, agrees = 0, True
+    kl = kl_base = kl_lora_base = 0.0
+    alike: list[Tensor] = []  # of each batch, shape: (2, predictions): the LoRA's, and the base's
+    count = 0
     for batch in inputs.batches(rows, batch_size):
-        adapter, lora, base = role_predictions(roles, inputs, batch)
-        same, same_base = agreement(adapter, lora, kind), agreement(adapter, base, kind)
-        count, agrees = count + len(adapter), same is not None
-        sums["kl"] += divergence(adapter, lora, kind).double().sum().item()
-        sums["kl_base"] += divergence(adapter, base, kind).double().sum().item()
-        sums["kl_lora_base"] += divergence(base, lora, kind).double().sum().item()
-        if same is not None and same_base is not None:
-            sums["same"] += same.sum().item()
-            sums["same_base"] += same_base.sum().item()
-    means: dict[str, Any] = {name: float(total) / max(1, count) for name, total in sums.items()}
-    agreed = (means.pop("same"), means.pop("same_base"))
-    return Fidelity(len(rows), **means, agreement=agreed[0] if agrees else None,
-                    agreement_base=agreed[1] if agrees else None)  # fmt: skip
+        adapter, lora, base = compared_predictions(roles, inputs, batch)
+        kl += divergence(adapter, lora, kind).double().sum().item()
+        kl_base += divergence(adapter, base, kind).double().sum().item()
+        kl_lora_base += divergence(base, lora, kind).double().sum().item()
+        agreed = [agreement(adapter, other, kind) for other in (lora, base)]
+        alike += [torch.stack([a for a in agreed if a is not None])] if agreed[0] is not None else []
+        count += len(adapter)
+    shares = torch.cat(alike, dim=1).double().mean(1).tolist() if alike else (None, None)
+    n = max(1, count)
+    return Fidelity(len(rows), kl / n, kl_base / n, kl_lora_base / n, *shares)
 
 
-def role_predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def compared_predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """The predictions that count, of the adapter, the LoRA and the base; shape of each: (predictions, classes)."""
     logits = []
     for role in ROLES:
@@ -136,9 +133,7 @@ def role_predictions(roles: Roles, inputs: Inputs, batch: Mapping[str, Tensor]) 
 
 
 @torch.no_grad()
-def score(
-    roles: Roles, inputs: Inputs, rows: Sequence[TokenRow], kind: PredictionKind, batch_size: int
-) -> list[Score]:
+def score(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: PredictionKind, batch_size: int) -> list[Score]:
     """The task's metrics of the three roles, on rows with labels.
 
     Accuracy for classes, and for labels each row that is right in all of them; the squared error for numbers; the loss
@@ -184,7 +179,7 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean of values with its 95 % interval: Wilson's if all are 0 or 1, else normal."""
     n, mean = len(values), sum(values) / len(values)
     if all(value in (0.0, 1.0) for value in values):
-        ends: Any = binomtest(round(sum(values)), n).proportion_ci(SCORE_CONFIDENCE, method="wilson")
+        ends: Any = binomtest(round(sum(values)), n).proportion_ci(COVERAGE, method="wilson")
         return Interval(mean, float(ends.low), float(ends.high))
     return around(mean, mean, sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n))
 
@@ -205,5 +200,5 @@ def difference(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 def around(value: float, centre: float, error: float) -> Interval:
     """A value with the normal 95 % interval around a centre."""
-    half = float(norm.ppf((1 + SCORE_CONFIDENCE) / 2)) * error
+    half = float(norm.ppf((1 + COVERAGE) / 2)) * error
     return Interval(value, centre - half, centre + half)

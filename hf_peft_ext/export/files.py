@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,7 +20,7 @@ from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.structure import innermost
 
 PREFIX = "base_model.model."  # begins the names of a PeftModel's tensors
-KEPT_FIELDS = ("task_type", "modules_to_save", "trainable_token_indices", "base_model_name_or_path", "revision")
+CONFIG_FIELDS = ("task_type", "modules_to_save", "trainable_token_indices", "base_model_name_or_path", "revision")
 
 
 def write_lora(
@@ -40,7 +40,7 @@ def write_lora(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lora_config(model, adapter_name, factors).save_pretrained(str(folder))
-    tensors = exported_tensors(factors) | saved_whole_tensors(model, adapter_name)
+    tensors = file_tensors(factors) | saved_whole_tensors(model, adapter_name)
     save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     record.save(folder)
     write_card(folder, model)
@@ -64,7 +64,7 @@ def lora_config(model: PeftModel, adapter_name: str, factors: Mapping[str, Facto
     return lora
 
 
-def exported_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+def file_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """The tensors of a LoRA by their names in a file, all of one rank."""
     r, tensors = max(len(f.A) for f in factors.values()), {}
     for path, (a, b) in factors.items():
@@ -78,15 +78,14 @@ def exported_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 def saved_whole_config(config: Any) -> dict[str, Any]:
     """The fields of an adapter's config that its LoRA has too."""
-    return {name: value for name in KEPT_FIELDS if (value := getattr(config, name, None)) is not None}
+    return {name: value for name in CONFIG_FIELDS if (value := getattr(config, name, None)) is not None}
 
 
 def saved_whole_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of modules and embedding rows that an adapter saves whole, by their names in a file."""
     tensors: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            wrapper: Any = module
-            state = wrapper.adapter_state_dict(adapter_name, module.state_dict())
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            state = cast(Any, wrapper).adapter_state_dict(adapter_name, wrapper.state_dict())
             tensors |= {f"{path}.{name}": value.detach().cpu().clone() for name, value in state.items()}
     return tensors

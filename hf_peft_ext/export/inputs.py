@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_peft_ext.ranking.losses import IGNORED
+from hf_peft_ext.transfer.run.task import Row
 from hf_peft_ext.validation.checks import check
 
-TokenRow = Mapping[str, Any]
 Text = str | Sequence[str]  # a text, or a pair of texts
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+READ_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 class Inputs:
@@ -27,24 +27,24 @@ class Inputs:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, writes_answers: bool, device: torch.device):
         self.tokenizer, self.writes_answers, self.device = tokenizer, writes_answers, device
 
-    def encode(self, data: Sequence[Text | TokenRow], max_length: int | None) -> list[dict[str, Any]]:
+    def encode(self, data: Sequence[Text | Row], max_length: int | None) -> list[dict[str, Any]]:
         """Rows of tokens: texts and pairs of texts are tokenized, rows of tokens keep what a model reads.
 
         Raises:
             ValueError: a row is neither.
         """
+        tokenizer: Any = self.tokenizer
         rows: list[dict[str, Any]] = []
         for item in data:
             if isinstance(item, Mapping):
                 check("rows", sorted(item), "input_ids" in item, "must be texts, or have `input_ids`")
-                rows.append({name: as_numbers(item[name]) for name in MODEL_INPUTS if name in item})
+                rows.append({name: listed_value(item[name]) for name in READ_FIELDS if name in item})
             else:
                 texts = [item] if isinstance(item, str) else list(item)
-                tokenizer: Any = self.tokenizer
                 rows.append(dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length)))
         return rows
 
-    def collate(self, rows: Sequence[TokenRow], labelled: bool = False) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Row], labelled: bool = False) -> dict[str, Tensor]:
         """A batch. A decoder's labels are always a part of it, others if `labelled`."""
         keep = labelled or self.writes_answers
         rows = [{name: value for name, value in row.items() if keep or name != "labels"} for row in rows]
@@ -53,7 +53,7 @@ class Inputs:
         batch = collator(self.tokenizer, return_tensors="pt")([dict(row) for row in rows])
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def batches(self, rows: Sequence[TokenRow], size: int, labelled: bool = False) -> Iterator[dict[str, Tensor]]:
+    def batches(self, rows: Sequence[Row], size: int, labelled: bool = False) -> Iterator[dict[str, Tensor]]:
         """The rows in their order."""
         for first in range(0, len(rows), size):
             yield self.collate(rows[first : first + size], labelled)
@@ -70,10 +70,11 @@ class Inputs:
             part = lacking[first : first + size]
             ids = model.generate(**self.collate(part), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
             for row, answer in zip(part, ids[:, 1:].tolist(), strict=True):  # without the start token
-                row["labels"] = [token for token in answer if token != self.tokenizer.pad_token_id]
+                tokens = [token for token in answer if token != self.tokenizer.pad_token_id]
+                row["labels"] = tokens or [self.tokenizer.eos_token_id]
 
 
-def as_numbers(value: Any) -> Any:
+def listed_value(value: Any) -> Any:
     """A tensor or array as lists, as collators pad them."""
     return value.tolist() if hasattr(value, "tolist") else value
 

@@ -20,7 +20,7 @@ from hf_peft_ext.export.roles import ModelRole, Roles
 from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.structure import is_norm, layer_of, layer_paths
 
-FitBatch = Mapping[str, Tensor]
+BatchTensors = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Any, Any], None]
 RIDGE = 1e-2  # of the mean of x^2
 SMALLEST_GAMMA = 0.05  # channels that a norm nearly closes are not carried back
@@ -31,7 +31,7 @@ class StopForward(Exception):
 
 
 @torch.no_grad()
-def fit_least_squares(roles: Roles, batches: Sequence[FitBatch]) -> None:
+def fit_least_squares(roles: Roles, batches: Sequence[BatchTensors]) -> None:
     """Set A and B of every leaf to the fit, in place. Where the adapter changes nothing, B stays zero.
 
     Args:
@@ -47,14 +47,14 @@ def fit_least_squares(roles: Roles, batches: Sequence[FitBatch]) -> None:
     roles.use("lora")
 
 
-def groups_by_block(roles: Roles, batch: FitBatch) -> list[tuple[str | None, list[list[str]]]]:
+def groups_by_block(roles: Roles, batch: BatchTensors) -> list[tuple[str | None, list[list[str]]]]:
     """(block, its leaves in the order of their first calls), those that read one tensor together."""
     read: dict[str, Tensor] = {}  # kept, so that no address is used twice
 
     def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
         read.setdefault(path, args[0])
 
-    with with_hooks(roles, {path: partial(note, path) for path in roles.leaves}):
+    with forward_hooks(roles, {path: partial(note, path) for path in roles.leaves}):
         roles.model(**batch)
     layers, blocks = layer_paths(roles.base), dict[str | None, dict[int, list[str]]]()
     for path, x in read.items():
@@ -65,7 +65,7 @@ def groups_by_block(roles: Roles, batch: FitBatch) -> list[tuple[str | None, lis
 
 
 def fit_group(
-    roles: Roles, group: list[str], batches: Sequence[FitBatch], taught: Sequence["Observation"], block: str | None
+    roles: Roles, group: list[str], batches: Sequence[BatchTensors], taught: Sequence["Observation"], block: str | None
 ) -> None:
     """Fit leaves that read one tensor.
 
@@ -126,7 +126,9 @@ class Observation:
     scale: Tensor | float = 1.0
 
 
-def observe(roles: Roles, role: ModelRole, batch: FitBatch, leaves: Sequence[str], block: str | None) -> Observation:
+def observe(
+    roles: Roles, role: ModelRole, batch: BatchTensors, leaves: Sequence[str], block: str | None
+) -> Observation:
     """Run a forward up to the end of the block, or of the leaves if there is none."""
     seen, normed = Observation(), dict[int, tuple[nn.Module, Tensor, Tensor]]()
 
@@ -150,7 +152,7 @@ def observe(roles: Roles, role: ModelRole, batch: FitBatch, leaves: Sequence[str
         norms = (path for path, m in own_modules(roles.base.get_submodule(block), block) if is_norm(m))
         hooks |= dict.fromkeys(norms, norm) | {block: end}
     roles.use(role)
-    with with_hooks(roles, hooks), suppress(StopForward):
+    with forward_hooks(roles, hooks), suppress(StopForward):
         roles.model(**batch)
     return seen
 
@@ -173,7 +175,7 @@ def flat(x: Tensor, mask: Tensor | None) -> Tensor:  # shape: (tokens, d)
 
 
 @contextmanager
-def with_hooks(roles: Roles, hooks: Mapping[str, Hook]) -> Iterator[None]:
+def forward_hooks(roles: Roles, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """Within, modules of the base model call hooks after their forward."""
     handles = [roles.base.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
     try:

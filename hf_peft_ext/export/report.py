@@ -1,4 +1,4 @@
-"""What an export lost, as fields of the training record that the LoRA's card is made of."""
+"""The result of an export, and the training record that the LoRA's card is made of."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from peft import PeftModel
 from hf_peft_ext.export.fidelity import Fidelity
 from hf_peft_ext.hub_cards.record import Result, TrainingRecord
 
-KEPT_OF_RECORD = (
+RECORD_FIELDS = (
     "base_model",
     "base_model_revision",
     "labels",
@@ -67,7 +67,7 @@ def with_export(record: TrainingRecord, export: Export, model: PeftModel) -> Tra
             change = score.difference
             numbers |= {f"{score.metric} difference{end}": getattr(change, name)
                         for end, name in (("", "value"), (" low", "low"), (" high", "high"))}  # fmt: skip
-    kept = {name: getattr(record, name) for name in KEPT_OF_RECORD}
+    kept = {name: getattr(record, name) for name in RECORD_FIELDS}
     plain = TrainingRecord(**kept, results=results, train_time=export.seconds if export.steps else None)
     named = {"base_model": record.base_model or config.base_model_name_or_path}
     return replace(plain, **named, exported_from=export.peft_type, export={k: float(v) for k, v in numbers.items()})

@@ -20,8 +20,8 @@ from hf_peft_ext.sublayers import LowRank
 from hf_peft_ext.validation.checks import check
 
 ModelRole = Literal["adapter", "lora", "base"]
-STUDENT = "exported"
-LORA_CHILD = "exported_low_rank"
+EXPORTED = "exported"
+BRANCH = "exported_low_rank"
 
 
 class Roles:
@@ -50,7 +50,7 @@ class Roles:
         with frozen(self.model):
             try:
                 for path in self.leaves:
-                    self.student[path] = attach_lora(self.base, path, self.r)
+                    self.student[path] = attach_branch(self.base, path, self.r)
                 self.use("lora")
                 yield self
             finally:
@@ -69,7 +69,7 @@ class Roles:
 
     def branch(self, path: str) -> LowRank:
         """The low-rank branch at a leaf."""
-        return self.student[path].sublayer_of[STUDENT]
+        return self.student[path].sublayer_of[EXPORTED]
 
     @torch.no_grad()
     def load(self, factors: Mapping[str, Factors]) -> None:
@@ -86,17 +86,17 @@ class Roles:
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of all leaves."""
-        return [p for layer in self.student.values() for p in layer.sublayer_of[STUDENT].parameters()]
+        return [p for layer in self.student.values() for p in layer.sublayer_of[EXPORTED].parameters()]
 
 
-def attach_lora(base: nn.Module, path: str, r: int) -> AddOfInput:
+def attach_branch(base: nn.Module, path: str, r: int) -> AddOfInput:
     """Attach a trainable low-rank branch of rank r to a leaf; in float32, also beside half-precision weights."""
     d_in, d_out = leaf_size(base.get_submodule(path)) or (0, 0)
-    layer = AddOfInput(base, Site("target", None, path, "input", d_in, d_out), LORA_CHILD)
-    layer.host.add_module(LORA_CHILD, layer)
-    layer.put(STUDENT, LowRank(d_in, d_out, r, alpha=r).float())
-    layer.sublayer_of[STUDENT].float().requires_grad_(True)
-    layer._active_adapter = [STUDENT]
+    layer = AddOfInput(base, Site("target", None, path, "input", d_in, d_out), BRANCH)
+    layer.host.add_module(BRANCH, layer)
+    layer.put(EXPORTED, LowRank(d_in, d_out, r, alpha=r).float())
+    layer.sublayer_of[EXPORTED].float().requires_grad_(True)
+    layer._active_adapter = [EXPORTED]
     return layer
 
 

@@ -15,13 +15,14 @@ from hf_peft_ext.export.distil import DistillationSettings, distil
 from hf_peft_ext.export.divergence import PredictionKind, kind_of
 from hf_peft_ext.export.fidelity import Fidelity, fidelity, score
 from hf_peft_ext.export.files import write_lora
-from hf_peft_ext.export.inputs import Inputs, Text, TokenRow
+from hf_peft_ext.export.inputs import Inputs, Text
 from hf_peft_ext.export.low_rank_factors import Factors, NotLowRankError, low_rank_factors
 from hf_peft_ext.export.report import Export, with_export
 from hf_peft_ext.export.roles import Roles, adapter_layers, linear_leaves
 from hf_peft_ext.hub_cards.record import TrainingRecord
 from hf_peft_ext.model.modes import evaluating, preserve_requires_grad
 from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.transfer.run.task import Row
 from hf_peft_ext.validation.checks import check, check_count, check_writable
 
 PROGRESS_LINES = 5  # lines of progress
@@ -32,9 +33,9 @@ def to_lora(
     folder: str | Path,
     *,
     r: int = 32,
-    texts: Sequence[Text | TokenRow] | None = None,
+    texts: Sequence[Text | Row] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    eval_rows: Sequence[TokenRow] | None = None,
+    eval_rows: Sequence[Row] | None = None,
     adapter_name: str | None = None,
     target_modules: Sequence[str] | None = None,
     settings: DistillationSettings | None = None,
@@ -71,7 +72,7 @@ def to_lora(
         TypeError: `model` is no `PeftModel`.
     """
     began, settings, say = perf_counter(), settings or DistillationSettings(), progress or (lambda line: None)
-    name = check_export_arguments(model, folder, r, texts, tokenizer, eval_rows, adapter_name)
+    name = checked_adapter_name(model, folder, r, texts, tokenizer, eval_rows, adapter_name)
     with activated(model, name):
         factors, reason = exact_factors(model, name, r)
         check("texts", texts, bool(factors or texts), f"must be given, to distil the adapter on: {reason}")
@@ -115,8 +116,8 @@ class Distillation:
 
     def run(
         self,
-        texts: Sequence[Text | TokenRow],
-        eval_rows: Sequence[TokenRow] | None,
+        texts: Sequence[Text | Row],
+        eval_rows: Sequence[Row] | None,
         target_modules: Sequence[str] | None,
         say: Callable[[str], object],
     ) -> tuple[dict[str, Factors], Fidelity, int]:
@@ -151,7 +152,7 @@ class Distillation:
             )
         return factors, lost, 0 if self.exact else len(rows)
 
-    def split(self, texts: Sequence[Text | TokenRow]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def split(self, texts: Sequence[Text | Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows to train on, and rows that are held out: every n-th."""
         rows = self.inputs.encode(texts, self.settings.max_length)
         check("texts", len(rows), len(rows) > 1, "must be at least two: some are held out")
@@ -172,7 +173,7 @@ class Distillation:
                 say(f"step {len(losses)} of {self.settings.steps}: KL {sum(losses[-shown:]) / shown:.3g}")
 
 
-def check_export_arguments(
+def checked_adapter_name(
     model: Any, folder: Any, r: Any, texts: Any, tokenizer: Any, eval_rows: Any, adapter_name: str | None
 ) -> str:
     """The adapter's name.
