@@ -140,10 +140,11 @@ OTHERS = {
     ),
 }
 ALL = METHODS | OTHERS
-# Other settings of a method above: the fast tests run the contract on them with these families alone.
+# Settings and methods that other rows cover on most families: the fast tests run the contract on them with these
+# families alone, the slow ones with all.
 VARIANTS = {
-    *("houlsby", "parallel", "compacter_unshared", "projected_prefix", "said"),
-    *("unipelt_paper", "unipelt_aplb", "unipelt_nogate"),
+    *("houlsby", "parallel", "compacter", "compacter_unshared", "adamix", "projected_prefix"),
+    *("unipelt_paper", "unipelt_aplb", "unipelt_nogate", "sparse", "intrinsic", "said"),
 }
 VARIANT_FAMILIES = {"bert", "t5", "gpt2", "llama", "albert", "deepseek_v3"}
 
