@@ -42,7 +42,7 @@ hf_peft_ext.extend_peft()
 results.append(changed())
 print(json.dumps(results))
 """
-EVERYTHING = ["create_or_update_model_card", "load_adapter", "push_to_hub", "save_pretrained", "IA3"]
+EVERYTHING = ["add_adapter", "create_or_update_model_card", "load_adapter", "push_to_hub", "save_pretrained", "IA3"]
 USES = {
     "a config": "hf_peft_ext.UniPELTConfig()",
     "TFewConfig": "hf_peft_ext.TFewConfig()",
