@@ -5,9 +5,10 @@ import json
 import pytest
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from hf_peft_ext.budget.model_class import HEAD_CLASSES
 from hf_peft_ext.catalogue.entries import METHOD_FAMILIES, TFEW, available, entry_named, read_entries
 from hf_peft_ext.catalogue.measure import measure
 from hf_peft_ext.catalogue.sizes import SizesOnModel
@@ -89,9 +90,10 @@ def test_sizes_are_those_of_the_model(name, model_type):
     """Built on the meta device, against the real model."""
     entry = entry_named(name)
     config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **SPECIAL, **BACKBONES[model_type].config)
-    sizes, base = SizesOnModel(config).of(entry), AutoModelForCausalLM.from_config(config)
+    sizes_on = SizesOnModel(config)
+    sizes, base = sizes_on.of(entry), HEAD_CLASSES[sizes_on.task].from_config(config)
     assert sizes.total == sum(p.numel() for p in base.parameters())
-    model = get_peft_model(base, with_target_modules(entry.peft_config(task_type="CAUSAL_LM"), base))
+    model = get_peft_model(base, with_target_modules(entry.peft_config(task_type=sizes_on.task), base))
     assert sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sizes.stored > 0
     assert sizes.error == ""

@@ -85,7 +85,7 @@ def stages(folder):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_methods_of_peft(recipe, tmp_path):
     """All that are wired run, none fails, and AdaLoRA ends at its target."""
-    methods = ["lora", "rslora", "dora", "adalora", "krona", "vera", "fourierft", "oft", "boft", "shira", "ln_tuning",
+    methods = ["lora", "rslora", "dora", "adalora", "krona", "vera", "fourierft", "oft", "boft", "ln_tuning",
                "beft", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]  # fmt: skip
     result = compare(recipe, methods, output_dir=tmp_path / "out", train_winner=False, **QUICK)
     assert [m.name for m in result.methods] == methods

@@ -66,7 +66,7 @@ def inspect_model(config: PretrainedConfig) -> ModelReport:
     Raises:
         ValueError: the model cannot be built there.
     """
-    model = model_on_meta(config, task=head_task(config))
+    model = model_on_meta(config, task=head_task(config, encoder_task="FEATURE_EXTRACTION"))
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in find_sites(model):
         groups[site.name].append(site)

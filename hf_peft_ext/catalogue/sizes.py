@@ -47,7 +47,7 @@ class SizesOnModel:
     """
 
     def __init__(self, config: PretrainedConfig):
-        self.task = head_task(config)
+        self.task = head_task(config, encoder_task="FEATURE_EXTRACTION")
         self.base: nn.Module = model_on_meta(config, task=self.task)
         self.total = sum(parameter.numel() for parameter in self.base.parameters())
 

@@ -42,7 +42,7 @@ def import_command(path: str, output: Path, model: str | None, task_type: str | 
         check("path", path, (folder / ADAPTERHUB_FILES[0]).is_file(), f"has no {ADAPTERHUB_FILES[0]}")
         base = str(model or read_json(folder / ADAPTERHUB_FILES[0]).get("model_name") or "")
         check("model", base, bool(base), "must name the base model, which the adapter does not")
-        task = task_type or head_task(AutoConfig.from_pretrained(base))
+        task = task_type or head_task(AutoConfig.from_pretrained(base), encoder_task="FEATURE_EXTRACTION")
         check("task_type", task, task in HEAD_CLASSES, f"must be one of {', '.join(HEAD_CLASSES)}")
         adapter = from_adapterhub(folder, HEAD_CLASSES[task].from_pretrained(base))
         adapter.save_pretrained(str(output))

@@ -46,6 +46,8 @@ class Method:
 
 ALPHA = {"lora_alpha": ("r", 2)}  # keeps LoRA's scaling at 2 for every rank
 
+NORMS = r"(?i).*(norm|\bln_)[^.]*"  # norms by their usual names; peft knows them for few architectures
+
 COMPARED_METHODS = {
     "lora": Method("LoRA", {"peft_type": "LORA", "lora_alpha": 16}, LEARNING_RATES["LORA"], {"r": 8}, ALPHA),
     "dora": Method(
@@ -54,21 +56,22 @@ COMPARED_METHODS = {
     "rslora": Method(
         "rsLoRA", {"peft_type": "LORA", "use_rslora": True, "lora_alpha": 16}, LEARNING_RATES["LORA"], {"r": 8}, ALPHA
     ),
-    # a budget counts the ranks before pruning, which are twice those after it
+    # of fixed size: its ranks before pruning are twice those after it
     "adalora": Method(
         "AdaLoRA",
         {"peft_type": "ADALORA", "total_step": 100, "tinit": 10, "tfinal": 30, "init_r": 16, "lora_alpha": 16},
         LEARNING_RATES["ADALORA"],
-        {"target_r": 8},
-        {"init_r": ("target_r", 2), "lora_alpha": ("target_r", 2)},
     ),
     "krona": Method("KronA", {"peft_type": "LOKR", "r": 4096, "alpha": 4096}, LEARNING_RATES["LOKR"]),
     "vera": Method("VeRA", {"peft_type": "VERA"}, LEARNING_RATES["VERA"]),
     "fourierft": Method("FourierFT", {"peft_type": "FOURIERFT"}, LEARNING_RATES["FOURIERFT"]),
     "oft": Method("OFT", {"peft_type": "OFT"}, LEARNING_RATES["OFT"]),
     "boft": Method("BOFT", {"peft_type": "BOFT"}, LEARNING_RATES["BOFT"]),
-    "shira": Method("SHiRA", {"peft_type": "SHIRA", "random_seed": 0}, LEARNING_RATES["SHIRA"], {"r": 8}),
-    "ln_tuning": Method("LayerNorm tuning", {"peft_type": "LN_TUNING"}, LEARNING_RATES["LN_TUNING"]),
+    "ln_tuning": Method(
+        "LayerNorm tuning",
+        {"peft_type": "LN_TUNING", "target_modules": NORMS},
+        LEARNING_RATES["LN_TUNING"],
+    ),
     "beft": Method("BEFT", {"peft_type": "BEFT"}, LEARNING_RATES["BEFT"]),
     "unipelt": Method(
         "UniPELT",

@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
@@ -184,7 +185,7 @@ def add_deltas(
     deltas = {n: v if index is None else dense(v, index, shape) for n, (v, index, shape) in parts.items()}
     device = next(module.parameters()).device
     changed = with_deltas(module, {name: delta.to(device) for name, delta in deltas.items()}, args, kwargs)
-    return changed.to(output.dtype)
+    return tree_map(lambda new, old: new.to(old.dtype) if isinstance(new, Tensor) else new, changed, output)
 
 
 def linear_change(module: nn.Module, x: Tensor, values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:

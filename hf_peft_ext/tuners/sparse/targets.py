@@ -103,4 +103,6 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[object, torch.Size]]:
 def is_packed(module: nn.Module) -> bool:
     """Whether the weight of a linear leaf is quantized."""
     weight, size = getattr(module, "weight", None), leaf_size(module)
-    return size is not None and not (isinstance(weight, Tensor) and sorted(weight.shape) == sorted(size))
+    if size is None:
+        return False
+    return not (isinstance(weight, Tensor) and weight.is_floating_point() and sorted(weight.shape) == sorted(size))

@@ -26,6 +26,9 @@ class SparseModel(AdapterTuner):
     container = "deltas_of"
     tuner_layer_cls = SparseLayer
 
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # peft warns of them, but here tied weights get one update, and stay tied
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the differences of an adapter. The model is unchanged after an error.
 
