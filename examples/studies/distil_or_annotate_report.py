@@ -259,7 +259,7 @@ def draw(made: Sequence[Cell], rows: Sequence[Row], file: Path) -> None:
                     axes.axhline(fmean(values), color="0.5", linestyle=style, linewidth=1, label=what)
             axes.set_title(f"{task}, {labels} labels at hand", fontsize=10)
             axes.set(xlabel="dollars", ylabel="accuracy in %")
-    panels[0][0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=100)
 
 

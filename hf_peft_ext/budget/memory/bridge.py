@@ -36,7 +36,8 @@ def build_bridge(source: ModelSource, settings: MemorySettings) -> tuple[Any, se
     with without_warnings(), torch.device("meta"):
         large = meta_base_model(source, settings)
         small, pruned = pruned_shapes(large), pruned_shapes(large)
-        adapted = get_peft_model(small.model, copy.deepcopy(source.peft_config))  # pyright: ignore
+        config: Any = copy.deepcopy(source.peft_config)
+        adapted: Any = get_peft_model(small.model, config)
         plugged = plug(adapted, large, Projections("slice", trainable=False))
         base = {id(tensor) for tensor in (*pruned.model.parameters(), *pruned.model.buffers())}
         model: Any = bridge(plugged, pruned)
