@@ -117,7 +117,7 @@ def fidelity(roles: Roles, inputs: Inputs, rows: Sequence[Row], kind: Prediction
         agreed = [agreement(adapter, other, kind) for other in (lora, base)]
         alike += [torch.stack([a for a in agreed if a is not None])] if agreed[0] is not None else []
         count += len(adapter)
-    shares = torch.cat(alike, dim=1).double().mean(1).tolist() if alike else (None, None)
+    shares: Any = torch.cat(alike, dim=1).double().mean(1).tolist() if alike else (None, None)
     n = max(1, count)
     return Fidelity(len(rows), kl / n, kl_base / n, kl_lora_base / n, *shares)
 
