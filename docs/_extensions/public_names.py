@@ -24,7 +24,19 @@ PACKAGES = (
     "hf_peft_ext",
     *(
         f"hf_peft_ext.{n}"
-        for n in ("trainers", "compare", "budget", "search", "hub_cards", "prompts", "pruning", "transfer")
+        for n in (
+            "trainers",
+            "compare",
+            "intrinsic_dimension",
+            "budget",
+            "search",
+            "export",
+            "hub_cards",
+            "prompts",
+            "soft_prompts",
+            "pruning",
+            "transfer",
+        )
     ),
 )
 

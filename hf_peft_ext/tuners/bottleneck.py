@@ -43,8 +43,8 @@ class BottleneckConfig(InitConfig, PlacedConfig):
         sparsity: share of the matrices' entries that are pruned before training: SparseAdapter, He et al. 2022
             (https://arxiv.org/abs/2210.04284). A trainer of `hf_peft_ext.trainers` does it, or `prune_bottlenecks`.
             The paper's large-sparse setting is a wider bottleneck with as many entries left.
-        pruning: the scores of the entries that stay, over all layers together: "snip" |w dL/dw|, "grasp" w (H dL/dw),
-            "magnitude" |w|, or "random". All but "random" need random matrices: `init="paper"`.
+        pruning: the scores of the entries that stay, over all layers together: "snip" abs(w dL/dw), "grasp"
+            w (H dL/dw), "magnitude" abs(w), or "random". All but "random" need random matrices: `init="paper"`.
 
     Raises:
         ValueError: a value breaks a rule.

@@ -37,7 +37,7 @@ class SparseConfig(RegisteredConfig):
         layers_to_transform: index or indices of the layers to adapt, encoder before decoder; None for the whole model.
         num_samples: examples for "fisher".
         search_epochs: epochs of the first phase of "lottery_ticket" and "diff"; None for those of the second.
-        l1: weight of the mean distance |theta - theta_0| in the loss, in the first phase of "lottery_ticket".
+        l1: weight of the mean distance abs(theta - theta_0) in the loss, in the first phase of "lottery_ticket".
         l0: weight of the expected number of entries in the loss, in the first phase of "diff".
         seed: of "random".
         target_size: number of parameters that may be selected. It is set when the adapter is attached, so that an
