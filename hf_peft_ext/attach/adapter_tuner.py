@@ -1,6 +1,8 @@
 """Base of this package's tuners: adapter names, and the tensors of an adapter in a model and in a file."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -22,9 +24,11 @@ class AdapterTuner(BaseTuner):
 
     Attributes:
         container: name of that `ModuleDict`. It begins with `prefix`, which transformers looks for when it loads.
+        reads_whole_batches: why the rows of a batch cannot have different adapters, unless a tuner mixes them.
     """
 
     container: ClassVar[str]
+    reads_whole_batches: ClassVar[str] = ""
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -32,6 +36,31 @@ class AdapterTuner(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         record_base_model(self, model)  # peft calls this when the tuner is built
+
+    @contextmanager
+    def taken_off_on_error(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Within, an error takes the adapter off the model again: its layers and what it made trainable."""
+
+        def layers() -> list[Any]:
+            return [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+        before, trainable = layers(), [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            yield
+        except BaseException:
+            for layer in layers():
+                layer.drop(adapter_name)
+                if layer not in before:
+                    layer.remove()
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
+            raise
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        check("adapter_names", names, names is None, f"must be None: {self.reads_whole_batches}")
+        yield
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -93,6 +93,11 @@ class TunerLayer(LoraConversion, nn.Module, BaseTunerLayer):
         dtype = getattr(base_layer, "compute_dtype", None) or next(types, None)
         return (own[0].device, dtype) if own else (None, None)
 
+    def drop(self, adapter_name: str) -> None:
+        """Remove the sub-layer of an adapter, if there is one."""
+        if adapter_name in self.sublayer_of:
+            self.sublayer_of.pop(adapter_name)
+
     def remove(self) -> None:
         """Take this layer off its host."""
         for handle in self._handles:

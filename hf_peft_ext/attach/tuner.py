@@ -72,23 +72,15 @@ class ComposedModel(AdapterTuner):
         if target_modules == "all-linear":  # peft includes leaves outside the blocks
             config.target_modules = [host for host, pairs in planned.items() if pairs[0][1].name == "target"]
         keep_4bit_trainable(model)
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
-        before = tuner_layers(model)
         kwargs.pop("state_dict", None)  # peft would look for keys in its own format
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for layer in tuner_layers(model):
-                if isinstance(layer, SeparatePrefix):
-                    layer.run_last()
+            with self.taken_off_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                for layer in tuner_layers(model):
+                    if isinstance(layer, SeparatePrefix):
+                        layer.run_last()
         except BaseException:
             config.target_modules = target_modules
-            for layer in tuner_layers(model):
-                if adapter_name in layer.sublayer_of:
-                    layer.sublayer_of.pop(adapter_name)
-                if layer not in before:
-                    layer.remove()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
             raise
         finally:
             del self._plan, self._fused, self._shared, self._excluded

@@ -105,6 +105,17 @@ class IntrinsicLayer(nn.Module, BaseTunerLayer):
             scale = subspace.scale(self.scale_indices[adapter_name])
             return delta * scale.to(device) if isinstance(scale, Tensor) else delta
 
+    def drop(self, adapter_name: str) -> None:
+        """Remove an adapter, if it is there."""
+        if adapter_name in self.subspaces:
+            self.delete_adapter(adapter_name)
+
+    def remove(self) -> None:
+        """Take this layer off its parameter."""
+        host, original = self.get_base_layer(), self.original
+        parametrize.remove_parametrizations(host, self.name, leave_parametrized=False)
+        host._parameters[self.name] = cast(nn.Parameter, original)  # as in `attach_layer`
+
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Disabling unmerges them."""
         if not enabled and self.merged:
@@ -149,10 +160,3 @@ def attach_layer(host: Any, name: str) -> IntrinsicLayer:
         # peft's `low_cpu_mem_usage` sends all parameters that are registered meanwhile to the meta device
         host.parametrizations[name]._parameters["original"] = original
     return layer
-
-
-def remove_layer(layer: IntrinsicLayer) -> None:
-    """Take a tuner layer off its parameter."""
-    host, original = layer.get_base_layer(), layer.original
-    parametrize.remove_parametrizations(host, layer.name, leave_parametrized=False)
-    host._parameters[layer.name] = cast(nn.Parameter, original)  # as in `attach_layer`

@@ -1,7 +1,5 @@
 """The tuner of intrinsic dimension: attaches the projections of one vector to all parameters."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -10,7 +8,7 @@ from torch import nn
 
 from hf_peft_ext.attach.adapter_tuner import AdapterTuner, check_adapter_name, unload_auxiliary
 from hf_peft_ext.tuners.intrinsic.config import IntrinsicConfig
-from hf_peft_ext.tuners.intrinsic.layer import IntrinsicLayer, attach_layer, remove_layer
+from hf_peft_ext.tuners.intrinsic.layer import IntrinsicLayer, attach_layer
 from hf_peft_ext.tuners.intrinsic.projections import PROJECTIONS, Shuffle, generator_of
 from hf_peft_ext.tuners.intrinsic.subspace import Subspace
 from hf_peft_ext.tuners.intrinsic.targets import Target, scale_group, target_parameters
@@ -23,6 +21,7 @@ class IntrinsicModel(AdapterTuner):
     prefix = "intrinsic_"  # begins the name of `IntrinsicLayer.intrinsic_subspace`
     container = "intrinsic_subspace"
     tuner_layer_cls = IntrinsicLayer
+    reads_whole_batches = "all rows of a batch read the same weights"
 
     def inject_adapter(
         self,
@@ -42,21 +41,11 @@ class IntrinsicModel(AdapterTuner):
         config = cast(IntrinsicConfig, self.peft_config[adapter_name])
         check_adapter_name(adapter_name)
         parts = AdapterParts(target_parameters(model, config), config)
-        before = intrinsic_layers(model)
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
         self._parts = parts
         kwargs.pop("state_dict", None)  # the config is complete; peft would look for keys in its own format
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, **kwargs)
-        except BaseException:
-            for layer in intrinsic_layers(model):
-                if adapter_name in layer.subspaces:
-                    layer.delete_adapter(adapter_name)
-                if layer not in before:
-                    remove_layer(layer)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
-            raise
+            with self.taken_off_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, False, **kwargs)
         finally:
             del self._parts
 
@@ -79,12 +68,6 @@ class IntrinsicModel(AdapterTuner):
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # peft warns of them, but here tied weights get one update, and stay tied
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        check("adapter_names", names, names is None, "must be None: all rows of a batch read the same weights")
-        yield
-
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -99,7 +82,7 @@ class IntrinsicModel(AdapterTuner):
             else:
                 layer.unmerge()
         for layer in layers:
-            remove_layer(layer)
+            layer.remove()
         unload_auxiliary(self, merge, safe_merge, adapter_names)
         return self.model
 

@@ -1,7 +1,6 @@
 """Ladder side-tuning: a narrow network beside the backbone, trained without a gradient through the backbone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast, get_args
 
@@ -71,6 +70,7 @@ class LadderModel(AdapterTuner):
     prefix = "side_"  # begins the name of `Ladder.side_of`; transformers looks for it when it loads
     container = "side_of"
     tuner_layer_cls = Ladder
+    reads_whole_batches = "a ladder reads whole batches"
 
     def inject_adapter(
         self,
@@ -92,19 +92,10 @@ class LadderModel(AdapterTuner):
         keep_4bit_trainable(model)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._sides = side_networks(model, config)
-        before = ladders(model)
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
         kwargs.pop("state_dict", None)  # the config is complete; peft would look for keys in its own format
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
-        except BaseException:
-            for ladder in ladders(model):
-                ladder.drop(adapter_name)
-                if ladder not in before:
-                    ladder.remove()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
-            raise
+            with self.taken_off_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         finally:
             del self._sides
 
@@ -137,12 +128,6 @@ class LadderModel(AdapterTuner):
         super().set_adapter(adapter_name, inference_mode)
 
     # Unsupported operations, and removal
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        check("adapter_names", names, names is None, "must be None: a ladder reads whole batches")
-        yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
         """Not possible for a ladder.

@@ -1,7 +1,5 @@
 """The tuner of sparse fine-tuning."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ class SparseModel(AdapterTuner):
     prefix = "deltas_"  # begins the name of `SparseLayer.deltas_of`; transformers looks for it when it loads
     container = "deltas_of"
     tuner_layer_cls = SparseLayer
+    reads_whole_batches = "sparse differences act on whole batches"
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # peft warns of them, but here tied weights get one update, and stay tied
@@ -42,21 +41,12 @@ class SparseModel(AdapterTuner):
         self._targets, self._host = find_targets(model, config), host_path(model, config)
         size = self._targets[-1].stop
         self._count = config.count(size)
-        before = sparse_layers(model)
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
         kwargs.pop("state_dict", None)  # the config is complete; peft would look for keys in its own format
         named, excluded = config.target_modules, config.exclude_modules
         config.target_modules = config.exclude_modules = None  # they are in `_targets`; peft would look for others
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            for layer in sparse_layers(model):
-                layer.drop(adapter_name)
-                if layer not in before:
-                    layer.remove()
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
-            raise
+            with self.taken_off_on_error(model, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules, config.exclude_modules = named, excluded
             del self._targets, self._host, self._count
@@ -109,12 +99,6 @@ class SparseModel(AdapterTuner):
         return state
 
     # Unsupported operations, and removal
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        check("adapter_names", names, names is None, "must be None: sparse differences act on whole batches")
-        yield
 
     def _unload_and_optionally_merge(
         self,
