@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NEEDED = [
     *("Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"),
-    *(".ci/run", "tools/versions.py", "tools/tested_versions.txt", "hf_peft_ext_cli.py"),
+    *(".ci/run", "tools/versions.py", "tools/tested_versions.txt", "hf_peft_ext_cli/app.py"),
     *("tests/conftest.py", "tests/backbones.py", "tests/hub_server.py", "tests/adapterhub/bert.zip"),
     *("hf_peft_ext/search/report.html.jinja", "hub_cards/card.md.jinja", "hf_peft_ext/prompts/tasks/boolq.yaml"),
     *("examples/01_unipelt.py", "examples/data/support_messages.csv", "examples/recipes/unipelt.yaml"),
@@ -60,12 +60,13 @@ def test_contents(built):
     assert [name for name in NEEDED if not (unpacked / name).is_file()] == []
     assert {file.name for file in (ROOT / "tests").glob("*.py")} == {f.name for f in (unpacked / "tests").glob("*.py")}
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_peft_ext", "hf_peft_ext_cli.py"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_peft_ext", "hf_peft_ext_cli"}
     data = {name for name in names if not name.endswith(".py") and "dist-info" not in name}
     tasks = {f"hf_peft_ext/prompts/tasks/{file.name}" for file in (ROOT / "hf_peft_ext/prompts/tasks").glob("*.yaml")}
     pages = ("hub_cards/card.md.jinja", "search/report.html.jinja", "compare/compare.html.jinja")
     templates = {f"hf_peft_ext/{page}" for page in pages}
     tables = {"hf_peft_ext/hub_cards/hub_values.yaml", "hf_peft_ext/papers.bib"}
+    tables |= {"hf_peft_ext/catalogue/methods.yaml", "hf_peft_ext/catalogue/measured.json"}
     assert data == tasks | templates | tables | {"hf_peft_ext/py.typed"}
     for folder in ("trainers", "hub_cards"):
         sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob("*.py")}
@@ -82,7 +83,7 @@ def test_tests_of_the_sdist_pass_on_the_wheel(built, tmp_path):
     """Installed elsewhere, without the sources beside the tests."""
     unpacked, wheel = built
     run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel, cwd=tmp_path)
-    for name in ("hf_peft_ext", "trainers", "hub_cards", "hf_peft_ext_cli.py"):
+    for name in ("hf_peft_ext", "trainers", "hub_cards", "hf_peft_ext_cli"):
         (unpacked / name).rename(tmp_path / name)
     path = {"PYTHONPATH": str(tmp_path / "site")}
     where = run(

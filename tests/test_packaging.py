@@ -46,7 +46,7 @@ def test_packages_are_listed(pyproject):
     files = [*PACKAGE.glob("__init__.py"), *PACKAGE.glob("*/__init__.py"), *PACKAGE.glob("*/*/__init__.py")]
     folders = {file.parent.relative_to(PACKAGE.parent).as_posix().replace("/", ".") for file in files}
     folders |= {name for name, place in setuptools["package-dir"].items() if (ROOT / place).is_dir()}  # of an sdist
-    assert set(setuptools["packages"]) == folders | {"hf_peft_ext.prompts.tasks"}
+    assert set(setuptools["packages"]) == folders | {"hf_peft_ext.prompts.tasks", "hf_peft_ext_cli"}
 
 
 @with_tomllib
