@@ -21,6 +21,7 @@ def page():
 
 @pytest.mark.parametrize(("name", "fixture"), TESTS, ids=[name for name, _ in TESTS])
 def test_of_the_page(page, name, fixture, request):
+    """Runs a test of the page, whose asserts are on the page."""
     page[name](*([request.getfixturevalue(fixture)] if fixture else []))
 
 

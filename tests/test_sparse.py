@@ -274,7 +274,7 @@ def test_the_file_holds_indices_and_values_only(tmp_path):
 )
 @pytest.mark.parametrize("ours", [True, False], ids=["load_adapter", "from_pretrained"])
 def test_wrong_indices_are_refused(change, ours, tmp_path):
-    """Indices in an untrusted file are checked; the model stays as it was."""
+    """Wrong indices in an untrusted file are refused; the model does not change."""
     model = get_peft_model(classifier(), SparseConfig(selection="random", num_values=40, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

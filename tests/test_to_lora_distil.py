@@ -71,7 +71,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_classifier(tmp_path, tokenizer, texts, method):
-    """The LoRA is nearer to the adapter than the base is; the head is copied; the model is left as it was."""
+    """The LoRA is nearer to the adapter than the base is; the head is copied; the model does not change."""
     std = 1.0 if method == "prefix" else 0.2  # a prefix with a softmax of its own changes little else
     model, _ = classifier(CONFIGS[method](task_type="SEQ_CLS"), std, num_labels=3)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")

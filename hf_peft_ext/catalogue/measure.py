@@ -25,7 +25,7 @@ from hf_peft_ext.registry import extend_peft
 
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
 SELECTED = {"SPARSE": {"selection": "random"}}  # a trainer selects its entries from data; their kind does not matter
-NOISE = 0.02  # standard deviation of what is added to the adapter's weights, so that they matter
+NOISE = 0.02  # standard deviation of the noise on the adapter's weights, which makes the adapter act
 EXTRA = {"bottleneck": "FFN", "prefix": "input", "low_rank": "layers", "bias": ""}
 
 

@@ -57,10 +57,7 @@ class CompareArguments:
         check_budget(self.budget)
         check_count("seeds", self.seeds)
         check("seeds", self.seeds, self.seeds > 1, "must be at least 2: one run has no interval and no test")
-        check("rates", self.rates, len(self.rates) > 0, "must hold at least one factor")
-        for rate in self.rates:
-            check_positive("rates", rate)
-        check("rates", list(self.rates), len(set(self.rates)) == len(self.rates), "must hold a factor once")
+        check_rate_factors(self.rates)
         share = is_number(self.dev_share) and 0 < self.dev_share < 1
         check("dev_share", self.dev_share, share, "must lie between 0 and 1")
         check_count("heartbeat", self.heartbeat)
@@ -75,3 +72,15 @@ class CompareArguments:
     def database(self) -> str:
         """The URL of the database."""
         return self.storage or f"sqlite:///{self.folder / 'compare.db'}"
+
+
+def check_rate_factors(rates: Sequence[float]) -> None:
+    """Refuse factors on learning rates that are not positive, or not each once.
+
+    Raises:
+        ValueError: there is no factor, or one breaks a rule.
+    """
+    check("rates", rates, len(rates) > 0, "must hold at least one factor")
+    for rate in rates:
+        check_positive("rates", rate)
+    check("rates", list(rates), len(set(rates)) == len(rates), "must hold a factor once")

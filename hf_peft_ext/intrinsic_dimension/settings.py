@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_peft_ext.compare.settings import check_rate_factors
 from hf_peft_ext.tuners.intrinsic.config import MAX_D
-from hf_peft_ext.validation.checks import check, check_count, check_positive, check_writable, is_number
+from hf_peft_ext.validation.checks import check, check_count, check_writable, is_number
 
 
 @dataclass
@@ -54,10 +55,7 @@ class MeasureArguments:
         check("largest", self.largest, self.largest > self.smallest, f"must be above `smallest` (={self.smallest})")
         check("largest", self.largest, self.largest <= MAX_D, f"must be at most {MAX_D}")
         check("precision", self.precision, is_number(self.precision) and self.precision > 1, "must be above 1")
-        check("rates", self.rates, len(self.rates) > 0, "must hold at least one factor")
-        for rate in self.rates:
-            check_positive("rates", rate)
-        check("rates", list(self.rates), len(set(self.rates)) == len(self.rates), "must hold a factor once")
+        check_rate_factors(self.rates)
         check_writable("output_dir", self.output_dir)
 
     @property
