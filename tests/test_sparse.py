@@ -13,6 +13,7 @@ from hf_peft_ext import SparseConfig, load_adapter, select_sparse_parameters, sp
 from hf_peft_ext.tuners.sparse import product
 from hf_peft_ext.tuners.sparse.product import SparseProduct, embedding_delta
 from hf_peft_ext.tuners.sparse.select import sparse_adapter
+from hf_peft_ext.validation.config_schema import MAX_NUMBER, read_json
 
 from .backbones import BACKBONES, PLAIN, SPECIAL, VOCAB, output
 from .methods import randomise
@@ -305,6 +306,20 @@ def test_loads_checked_and_into_the_same_model_only(tmp_path):
         assert delta_of(again).values.requires_grad
     with pytest.raises(ValueError, match=r"`target_size` \(=\d+\) must be \d+, as in this model"):
         load_adapter(BACKBONES["llama"].build(), tmp_path)
+
+
+def test_adapters_of_large_models_load(tmp_path):
+    """Counts of a model's parameters, and seeds, may be larger than other numbers of a config."""
+    config = BertConfig(**PLAIN | {"hidden_size": 128}, vocab_size=9000, num_labels=3)
+    base = AutoModelForSequenceClassification.from_config(config).eval()
+    before = copy.deepcopy(base)
+    model = get_peft_model(base, SparseConfig(selection="random", density=0.9, seed=20261127, task_type="SEQ_CLS"))
+    randomise(model.eval())
+    model.save_pretrained(tmp_path)
+    saved = read_json(tmp_path / "adapter_config.json")
+    assert min(saved["target_size"], len(delta_of(model).values)) > MAX_NUMBER
+    with torch.no_grad():
+        assert torch.equal(load_adapter(before, tmp_path)(**batch()).logits, model(**batch()).logits)
 
 
 def test_half_precision_base():

@@ -9,6 +9,8 @@ from typing import cast
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+MAX_SEED = 2**63 - 1  # as torch takes it
+
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number; a bool is not."""
@@ -32,6 +34,11 @@ def check_count(name: str, value: object) -> None:
 def check_positive(name: str, value: object) -> None:
     """Raise a ValueError unless the value is a positive, finite number."""
     check(name, value, is_number(value) and cast(float, value) > 0, "must be a positive number")
+
+
+def check_seed(value: object) -> None:
+    """Raise a ValueError unless `seed` is a whole number that torch takes."""
+    check("seed", value, type(value) is int and 0 <= value <= MAX_SEED, f"must be a whole number from 0 to {MAX_SEED}")
 
 
 def check_dropout(name: str, value: object) -> None:

@@ -14,8 +14,11 @@ from typing import Any, ForwardRef, Literal, NoReturn, Union, get_args, get_orig
 
 from huggingface_hub.dataclasses import type_validator
 
+from hf_peft_ext.validation.checks import MAX_SEED
+
 MAX_CONFIG_BYTES = 2**18  # of the file; the longest seen, with a rank for each module, has a tenth of it
 MAX_NUMBER = 2**20  # of any number: ranks, widths, layers, token ids, scalings
+MAX_PARAMETERS = 2**42  # of `num_values` and `target_size`, which must fit the model when the adapter is attached
 MAX_CHARS = 2**15
 MAX_ITEMS = 2**12
 MAX_NAMES = 64  # of fields whose every entry costs a regular expression for each module
@@ -95,7 +98,7 @@ def known_fields(config_cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in stated.items():
         if name not in of_config:
             refuse(name, value, f"is not a field of {config_cls.__name__}")
-        check_size(name, value)
+        check_size(name, value, largest=largest_number(name))
         is_any_number = name in ANY_NUMBER and fits(value, float)
         if not (fits(value, hints[name]) or is_default(value, of_config[name]) or is_any_number):
             refuse(name, value, f"must be of type {type_name(hints[name])}")
@@ -137,11 +140,18 @@ def is_default(value: Any, field: Field[Any]) -> bool:
     return type(value) is type(default) and value == default
 
 
-def check_size(name: str, value: Any, depth: int = 0) -> None:
+def largest_number(name: str) -> int:
+    """The largest number that a field may have."""
+    if name in ("num_values", "target_size"):
+        return MAX_PARAMETERS
+    return MAX_SEED if name.endswith(("seed", "prng_key")) else MAX_NUMBER
+
+
+def check_size(name: str, value: Any, depth: int = 0, largest: int = MAX_NUMBER) -> None:
     """Refuse values, nested ones included, that are larger than an adapter needs."""
     if isinstance(value, (int, float)):
-        if not abs(value) <= MAX_NUMBER:  # refuses NaN as well
-            refuse(name, value, f"must be a finite number of at most {MAX_NUMBER}")
+        if not abs(value) <= largest:  # refuses NaN as well
+            refuse(name, value, f"must be a finite number of at most {largest}")
     elif isinstance(value, str):
         if len(value) > MAX_CHARS:
             refuse(name, value, f"must have at most {MAX_CHARS} characters")

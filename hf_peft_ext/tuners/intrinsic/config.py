@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from hf_peft_ext.attach.config import RegisteredConfig, layer_list
 from hf_peft_ext.tuners.intrinsic.projections import ProjectionKind
-from hf_peft_ext.validation.checks import check, check_count
+from hf_peft_ext.validation.checks import check, check_count, check_seed
 
 Variant = Literal["global", "layer", "tensor"]
 MAX_D = 2**20  # the largest number that a config may have to be loaded
@@ -64,8 +64,7 @@ class IntrinsicConfig(RegisteredConfig):
         for name, kind in (("variant", Variant), ("projection", ProjectionKind)):
             value = getattr(self, name)
             check(name, value, value in get_args(kind), f"must be one of {', '.join(get_args(kind))}")
-        valid = type(self.seed) is int and 0 <= self.seed <= MAX_D
-        check("seed", self.seed, valid, f"must be a whole number from 0 to {MAX_D}")
+        check_seed(self.seed)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         self.layers_to_transform = layer_list(self.layers_to_transform)

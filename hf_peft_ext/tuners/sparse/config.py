@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from hf_peft_ext.attach.config import RegisteredConfig, layer_list
-from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
+from hf_peft_ext.validation.checks import check, check_count, check_positive, check_seed, is_number
 
 Selection = Literal["fisher", "lottery_ticket", "diff", "random"]
 
@@ -79,7 +79,7 @@ class SparseConfig(RegisteredConfig):
         for name in ("l1", "l0"):
             value = getattr(self, name)
             check(name, value, is_number(value) and value >= 0, "must be a number of 0 or more")
-        check("seed", self.seed, type(self.seed) is int and self.seed >= 0, "must be a whole number of 0 or more")
+        check_seed(self.seed)
 
     def count(self, size: int) -> int:
         """k, for `size` parameters that may be selected.
