@@ -1,4 +1,4 @@
-"""What every method keeps on every backbone: each test runs for all methods x all families of models."""
+"""What every method keeps on every backbone: each test runs for all methods x all families of models, some slowly."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from .backbones import BACKBONES, output
 from .methods import ALL as METHODS
-from .methods import VARIANT_FAMILIES, VARIANTS, randomise
+from .methods import is_fast, randomise
 from .saved_adapters import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves parts of the FFN as they are:UserWarning")
@@ -18,9 +18,8 @@ PAIRS = [(b, m) for m, method in METHODS.items() for b in BACKBONES if b not in 
 
 
 def cases(pairs):
-    """The pairs as parameters of a test, slow for variants on most families."""
-    slow = [m in VARIANTS and b not in VARIANT_FAMILIES for b, m in pairs]
-    return [pytest.param(*pair, marks=[pytest.mark.slow] * s) for pair, s in zip(pairs, slow, strict=True)]
+    """The pairs as parameters of a test; those that the fast tests leave out are slow."""
+    return [pytest.param(*pair, marks=[] if is_fast(*pair) else [pytest.mark.slow]) for pair in pairs]
 
 
 every_pair = pytest.mark.parametrize(("backbone", "method"), cases(PAIRS))

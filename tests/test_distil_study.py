@@ -72,6 +72,7 @@ def numbers(folder):
         return [{name: x for name, x in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_resumes_and_repeats(study, options, tmp_path):
     """Sizes follow from the prices: 2, 4 and 8 labels more; an hour's half for the teacher, the rest for rows."""
     start(study, options)

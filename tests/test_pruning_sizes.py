@@ -52,6 +52,7 @@ def test_grouped_heads_are_rounded_together(heads, kv_heads, r, expected):
     assert pruned.hidden_size % pruned.num_attention_heads == 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_both_readings(capsys):
     """The paper's bridges have 1 / 16 of the parameters: "parameters" comes near, "width" does not."""
     run("bridge_sizes")

@@ -8,8 +8,8 @@ MOST_ESTIMATES = 40  # bounds the number of estimates
 def largest_fitting(cost: Callable[[int], int], limit: int, start: int, most: int | None = None) -> int:
     """The largest n >= 1 with cost(n) <= limit, 0 if there is none; `cost` grows with n.
 
-    A bracket is narrowed by interpolation, which is exact in two tries where the cost is affine, and by its middle in
-    every third try.
+    A bracket is found by extrapolation, and narrowed by interpolation, both exact where the cost is affine, and by its
+    middle in every third try.
 
     Args:
         cost: the cost of n.
@@ -25,8 +25,10 @@ def largest_fitting(cost: Callable[[int], int], limit: int, start: int, most: in
     high = max(start, 2)
     high_cost = cost(high)
     while high_cost <= limit:
+        slope = (high_cost - low_cost) / (high - low)
+        reach = high + (limit - high_cost) / slope if slope > 0 else 2 * high
         low, low_cost = high, high_cost
-        high *= 2
+        high = max(2 * high, min(int(1.01 * reach) + 1, 64 * high))
         high_cost = cost(high)
     for attempt in range(MOST_ESTIMATES):
         if high - low <= 1:
