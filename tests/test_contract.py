@@ -185,13 +185,16 @@ def test_two_adapters(method, backbone):
 
 @every_pair
 def test_deepcopy(method, backbone):
-    """A copy gives the same outputs and shares nothing with the original."""
+    """A copy gives the same outputs and shares nothing with the original, also when it is unloaded."""
     model, inputs = tuned(method, backbone)
     with torch.no_grad():
         expected = output(model, inputs)
         twin = copy.deepcopy(model)
         randomise(model, seed=3)
         assert torch.equal(output(twin, inputs), expected)
+        changed = output(model, inputs)
+        twin.unload()
+        assert torch.equal(output(model, inputs), changed)
 
 
 @decoders
