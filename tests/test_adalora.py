@@ -128,7 +128,21 @@ def test_refused(tmp_path):
     trainer = AdapterTrainer(adalora(), args, train_dataset=rows, eval_dataset=rows)
     with pytest.raises(ValueError, match="`load_best_model_at_end` \\(=True\\) must be False for AdaLoRA"):
         trainer.train()
-    trained(tmp_path, adalora(), save_strategy="steps", save_steps=1, save_total_limit=12)
-    trainer = AdapterTrainer(adalora(), arguments(tmp_path), train_dataset=rows)
+    trained(tmp_path, adalora(), Trainer, [AdaLoraCallback()], save_strategy="steps", save_steps=1, max_steps=12)
+    trainer = Trainer(adalora(), arguments(tmp_path), train_dataset=rows, callbacks=[AdaLoraCallback()])
     with pytest.raises(ValueError, match="`global_step` \\(=1\\) must be 0 for AdaLoRA"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("step", [1, 5, 10])
+def test_resumes_exactly(step, tmp_path):
+    """Before the pruning, during it, and after: the same weights and ranks as without a break."""
+    whole = adalora()
+    trained(tmp_path / "whole", whole, save_strategy="steps", save_steps=step)
+    model, rows = adalora(), separable()
+    args = arguments(tmp_path / "whole", max_steps=12, save_strategy="no")
+    trainer = AdapterTrainer(model, args, train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    for (name, one), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert ranks(model) == ranks(whole)

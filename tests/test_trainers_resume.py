@@ -82,7 +82,9 @@ def test_another_adapters_checkpoint_is_refused(tmp_path):
     (tmp_path / "plain").mkdir()
     network.model.save_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "trainer_state.json").write_text("{}")
-    refused = pytest.raises(ValueError, match=r"must hold trained_weights\.safetensors, the network that computes")
+    refused = pytest.raises(
+        ValueError, match=r"must hold trained_weights\.safetensors, since the adapter's file lacks"
+    )
     with refused, pytest.warns(UserWarning, match="holds no state of the optimizer: training goes on with a new one"):
         network.train(resume_from_checkpoint=str(tmp_path / "plain"))
 

@@ -1,13 +1,21 @@
 """AdaLoRA's allocation of ranks during training, for any Trainer."""
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
+from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_peft_ext.validation.checks import check
+
+IMPORTANCE = "importance.safetensors"  # in a checkpoint: averages of the importance of each weight
+AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # the attributes of peft's allocator that last from step to step
+RESTORED = "_restored"  # its attribute from resuming until training begins
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -19,20 +27,22 @@ class AdaLoraCallback(TrainerCallback):
     The schedule is stretched to the run: if `total_step` of the config is not the number of steps, `tinit` and
     `tfinal` are scaled with it. With `total_step=100`, they are percentages.
 
-    A run cannot be resumed: its checkpoints hold pruned adapters, and no averages of the importance.
+    The trainers of this package resume such a run exactly. Trainer cannot: its checkpoints hold pruned adapters, and
+    no averages of the importance.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the run, and fit the schedule to its length.
 
         Raises:
-            ValueError: there is no AdaLoRA adapter to train, its ranks leave nothing to prune, or the run resumes,
-                shards its weights, or loads its best checkpoint at the end.
+            ValueError: there is no AdaLoRA adapter to train, its ranks leave nothing to prune, or the run resumes in
+                Trainer, shards its weights, or loads its best checkpoint at the end.
         """
         tuner = adalora_tuner(kwargs["model"])
         check("model", type(kwargs["model"]).__name__, tuner is not None, "must have an AdaLoRA adapter to train")
-        rule = "must be 0 for AdaLoRA: a checkpoint has no averages of the importance, so it cannot be resumed"
-        check("global_step", state.global_step, state.global_step == 0, rule)
+        is_restored = vars(cast(Any, tuner).rankallocator).pop(RESTORED, False)
+        rule = "must be 0 for AdaLoRA: Trainer saves no averages of the importance; the trainers of this package do"
+        check("global_step", state.global_step, state.global_step == 0 or is_restored, rule)
         rule = "must be False for AdaLoRA: an earlier checkpoint has other ranks"
         check("load_best_model_at_end", args.load_best_model_at_end, not args.load_best_model_at_end, rule)
         check("fsdp", args.fsdp, not args.fsdp, "must be off for AdaLoRA, which reads whole gradients")
@@ -53,6 +63,32 @@ def adalora_tuner(model: nn.Module) -> AdaLoraModel | None:
 def trained_config(tuner: AdaLoraModel) -> AdaLoraConfig:
     """The config of the adapter that is trained; peft allows one."""
     return cast(AdaLoraConfig, tuner.peft_config[cast(str, tuner.trainable_adapter_name)])
+
+
+def save_importance(model: nn.Module, folder: Path) -> None:
+    """Save the averages of the importance in a checkpoint, if the model has an AdaLoRA adapter to train."""
+    tuner = adalora_tuner(model)
+    if tuner is not None:
+        averages = {f"{kind}.{name}": x for kind in AVERAGES for name, x in vars(tuner.rankallocator)[kind].items()}
+        save_file(averages, folder / IMPORTANCE)
+
+
+def load_importance(model: nn.Module, folder: Path) -> None:
+    """Restore what `save_importance` has saved, and the ranks that are left, for a run that resumes."""
+    tuner = adalora_tuner(model)
+    if tuner is None or not (folder / IMPORTANCE).exists():
+        return
+    stored = load_file(folder / IMPORTANCE)
+    values = vars(tuner.rankallocator)
+    device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    for kind in AVERAGES:
+        own = [name for name in stored if name.startswith(f"{kind}.")]
+        values[kind] = {name.removeprefix(f"{kind}."): stored[name].to(device) for name in own}
+    values["ipt"] = dict(values[AVERAGES[0]])  # of the last step; peft looks at its keys, and computes its values anew
+    values[RESTORED] = True
+    name = cast(str, tuner.trainable_adapter_name)
+    saved = json.loads(((folder if name == "default" else folder / name) / CONFIG_NAME).read_text("utf-8"))
+    trained_config(tuner).rank_pattern = saved["rank_pattern"]
 
 
 def fit_schedule(config: AdaLoraConfig, steps: int) -> None:

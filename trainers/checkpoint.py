@@ -22,6 +22,7 @@ from hf_peft_ext.hub_cards.peft_integration import without_stock_card
 from hf_peft_ext.hub_cards.push import UNFINISHED
 from hf_peft_ext.hub_cards.redact import without_secrets
 from hf_peft_ext.registry import REGISTERED
+from hf_peft_ext.trainers.adalora import save_importance
 from hf_peft_ext.trainers.loss_terms import SUMS, LossTerms
 from hf_peft_ext.trainers.pushing import Pusher
 from hf_peft_ext.trainers.recorder import Recorder
@@ -29,8 +30,8 @@ from hf_peft_ext.trainers.restore import (
     FILE_LIST,
     TRAINED,
     check_checkpoint,
+    is_saved_in_part,
     last_checkpoint,
-    projected,
     restore,
     trainable,
 )
@@ -117,9 +118,10 @@ class AdapterCheckpoints(Base):
         """Add what Trainer does not save, list the files, and rename the folder."""
         self.recorder.save(self.adapter_folder(written))  # last: a checkpoint's card has no figures
         self.state.save_to_json(str(written / STATE))
-        if projected(self.peft_model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if is_saved_in_part(self.peft_model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             weights = {name: p.detach().contiguous() for name, p in trainable(self.peft_model)}
             save_file(weights, written / TRAINED)
+            save_importance(self.peft_model, written)
         files = {file.relative_to(written).as_posix(): file for file in written.rglob("*") if file.is_file()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
         (written / FILE_LIST).write_text(json.dumps(sizes, indent=2), "utf-8")

@@ -12,10 +12,11 @@ from transformers.trainer import TRAINER_STATE_NAME as STATE
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_peft_ext.sublayers import ProjectedPrefix
+from hf_peft_ext.trainers.adalora import adalora_tuner, load_importance
 from hf_peft_ext.validation.checks import check
 
 FILE_LIST = "checkpoint_files.json"  # the files of a complete checkpoint: name -> bytes
-TRAINED = "trained_weights.safetensors"  # all trainable weights, where prefixes or prompts are computed
+TRAINED = "trained_weights.safetensors"  # all trainable weights, where the adapter's file lacks some
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -23,11 +24,15 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def projected(model: nn.Module, adapter: str = "") -> bool:
-    """Whether prefixes or prompts of this adapter (of any adapter for "") are computed, by a network or in a subspace.
+def is_saved_in_part(model: nn.Module, adapter: str = "") -> bool:
+    """Whether the file of this adapter (of any adapter for "") lacks weights that are trained.
 
-    An adapter's file holds the result only.
+    It has prefixes or prompts without the network or subspace that they are computed by, and AdaLoRA's matrices
+    without the directions that were pruned, which the optimizer moves until they are pruned again.
     """
+    tuner = adalora_tuner(model)
+    if tuner is not None and adapter in ("", tuner.trainable_adapter_name):
+        return True
     return any(
         is_computed(path, module) and adapter in ("", path.rpartition(".")[2])
         for path, module in model.named_modules()
@@ -52,23 +57,27 @@ def restore(model: PeftModel, folder: Path) -> None:
         file = (folder if name == "default" else folder / name) / SAFETENSORS_WEIGHTS_NAME
         check("resume_from_checkpoint", str(folder), file.exists(), f"must hold the adapter {name!r}")
         state = state_of[name] = load_file(file)
+        if adalora_tuner(model) is not None:  # of other shapes
+            continue
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         wrong = sorted(key for key, p in expected.items() if key not in state or state[key].shape != p.shape)
         problem = f"{len(wrong)} weights are missing or of another shape, such as {', '.join(wrong[:2])}"
         check(
             "resume_from_checkpoint", str(folder), not wrong, f"must hold the model's adapter {name!r}, but {problem}"
         )
-    network = (folder / TRAINED).exists()
-    rule = f"must hold {TRAINED}, the network that computes prefixes or prompts; only trainers for adapters save it"
-    check("resume_from_checkpoint", str(folder), network or not projected(model), rule)
+    stored = load_file(folder / TRAINED) if (folder / TRAINED).exists() else {}
+    rule = f"must hold {TRAINED}, since the adapter's file lacks weights; only trainers for adapters save it"
+    check("resume_from_checkpoint", str(folder), bool(stored) or not is_saved_in_part(model), rule)
+    wrong = [name for name, p in trainable(model) if stored and (name not in stored or stored[name].shape != p.shape)]
+    rule = f"must hold the model's adapter, but its {TRAINED} does not fit {', '.join(wrong[:2])}"
+    check("resume_from_checkpoint", str(folder), not wrong, rule)
     for name, state in state_of.items():
-        if not projected(model, name):  # peft would replace the network by its output
+        if not is_saved_in_part(model, name):  # peft would replace the network by its output
             set_peft_model_state_dict(model, state, adapter_name=name)
-    if network:
-        stored = load_file(folder / TRAINED)
-        with torch.no_grad():
-            for name, parameter in trainable(model):
-                parameter.copy_(stored[name])
+    with torch.no_grad():
+        for name, parameter in trainable(model) if stored else ():
+            parameter.copy_(stored[name])
+    load_importance(model, folder)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
