@@ -206,13 +206,13 @@ SIZABLE = [name for name, method in COMPARED_METHODS.items() if method.takes_bud
 @pytest.mark.parametrize("method", SIZABLE)
 def test_budget(name, method, recipes):
     """Each method that has a size comes within 5 % of a budget, counted on a model with weights."""
-    recipe = recipes[name]
-    found = sized(recipe, method, budget=7680)[method]
+    recipe, budget = recipes[name], 3840 if method == "shira" else 7680  # which has fewer than the smallest matrix
+    found = sized(recipe, method, budget=budget)[method]
     fields = {key: value for key, value in found.config.items() if key != "peft_type"}
     config = CONFIGS[found.config["peft_type"]](task_type=recipe.peft.task_type, **fields)
     model = recipe.task.model.from_pretrained(recipe.model.model_name_or_path)
     assert adapter_parameters(get_peft_model(model, config)) == found.parameters
-    assert found.parameters == pytest.approx(7680, rel=0.05)
+    assert found.parameters == pytest.approx(budget, rel=0.05)
 
 
 def test_proportions_at_a_budget(recipes):

@@ -67,6 +67,7 @@ COMPARED_METHODS = {
     "fourierft": Method("FourierFT", {"peft_type": "FOURIERFT"}, LEARNING_RATES["FOURIERFT"]),
     "oft": Method("OFT", {"peft_type": "OFT"}, LEARNING_RATES["OFT"]),
     "boft": Method("BOFT", {"peft_type": "BOFT"}, LEARNING_RATES["BOFT"]),
+    "shira": Method("SHiRA", {"peft_type": "SHIRA"}, LEARNING_RATES["SHIRA"], {"r": 8}),
     "ln_tuning": Method(
         "LayerNorm tuning",
         {"peft_type": "LN_TUNING", "target_modules": NORMS},

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import ShiraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig
 
 from hf_peft_ext.compare.methods import Method
+from hf_peft_ext.loading.expected_tensors import first_weights
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.run import find_model, loading
 from hf_peft_ext.recipes.tasks import CONFIGS
@@ -108,6 +109,8 @@ def size_methods(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # each run repeats them
                 peft_config = CONFIGS[config["peft_type"]](task_type=task_type, **fields)
+                if isinstance(peft_config, ShiraConfig):
+                    peft_config.mask_fn = first_weights  # peft draws no mask on the meta device
                 model: Any = get_peft_model(make_model(), peft_config)  # type: ignore[arg-type]
         except OutOfReach as error:
             raise ValueError(f"`methods` (={name!r}): {error}") from error
