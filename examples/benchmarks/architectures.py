@@ -179,11 +179,12 @@ def build(model_type: str, class_name: str, sizes: dict[str, int]) -> nn.Module:
 
 def shrunk(config: PretrainedConfig, sizes: dict[str, int]) -> dict[str, Any]:
     """The arguments that make a small config of the same class."""
-    own = vars(config)
+    own, specials = vars(config), 0
     values: dict[str, Any] = {name: size for name, size in sizes.items() if name in own}
     for name, value in own.items():
         if name.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= VOCABULARY:
-            values[name] = VOCABULARY - 1
+            specials += 1
+            values[name] = VOCABULARY - specials
         elif name.endswith(("_types", "block_type")) and isinstance(value, list):
             values[name] = value[: next((values[layers] for layers in LAYERS if layers in values), 4)]
     for name in config.sub_configs:

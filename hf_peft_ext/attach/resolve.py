@@ -1,6 +1,7 @@
 """Find the sites of a config's placements in a model. All errors are raised before the model is changed."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.model.calls import ends_first, own_modules
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites, override_sites, user_site
-from hf_peft_ext.model.structure import has_attention, is_norm, layer_of, layer_paths, leaf_size
+from hf_peft_ext.model.structure import expert_tensors, has_attention, is_norm, layer_of, layer_paths, leaf_size
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.module_patterns import matching
 from hf_peft_ext.validation.suggestions import ranges
@@ -236,4 +237,12 @@ def no_site_message(model: nn.Module, sublayer: str, site: str, layers: list[int
         lack = f"has no attention that is understood here, so `{sublayer}` has no site"
     else:
         lack = f"has no place for `{sublayer}` at `{site}`"
-    return f"Architecture '{name_of(model)}' {lack}; leave it out or pass `sites=`."
+    message = f"Architecture '{name_of(model)}' {lack}; leave it out or pass `sites=`."
+    if site.startswith("ffn_") and any(map(expert_tensors, in_blocks(model))):
+        message += " Its experts are one tensor: `find_target_parameters(model)` names them for peft's LoRA."
+    return message
+
+
+def in_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of the blocks of a model."""
+    return (module for path in layer_paths(model) for module in model.get_submodule(path).modules())

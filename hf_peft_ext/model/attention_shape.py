@@ -39,7 +39,8 @@ def key_shape(attention: nn.Module, sizes: dict[str, tuple[int, int]]) -> tuple[
 def attribute_width(attention: nn.Module, *names: str) -> int:
     """The first of these numbers among the attributes of the module or its config; 0 if there is none."""
     owners = (attention, getattr(attention, "config", None))
-    return next((d for owner in owners for name in names if (d := getattr(owner, name, None))), 0)
+    widths = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((d for d in widths if isinstance(d, int) and d), 0)  # a config of stages has lists
 
 
 def fused_rows(attention: Any, d_out: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:

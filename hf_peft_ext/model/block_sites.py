@@ -60,13 +60,20 @@ class BlockSites:
             sites = list(self.mixer_sites(*self.mixer))
         ffn = list(self.ffn_sites())
         last = next((site.host for site in ffn if site.name == "after_ffn"), "")
-        return sites + ffn + [self.residual_site(last)]
+        return sites + ffn + ([] if self.hands_on_images() else [self.residual_site(last)])
+
+    def hands_on_images(self) -> bool:
+        """Whether the residual stream between blocks is an image with its features along the second axis (DaViT)."""
+        attentions = tuple(name for name, _ in self.attentions)
+        convolutions = [(name, m) for name, m in self.modules.items() if isinstance(m, nn.Conv2d)]
+        return any(m.in_channels == self.width() and not covers(attentions, name) for name, m in convolutions)
 
     def tokens(self, attention: nn.Module) -> str:
         """The layout of the tokens, see `Site.tokens`."""
         if "cu_seqlens" in inspect.signature(attention.forward).parameters:
             return "packed"
-        return "windows" if hasattr(self.modules[self.path], "window_size") else "examples"
+        in_windows = hasattr(self.modules[self.path], "window_size") or getattr(attention, "window_size", 0)
+        return "windows" if in_windows else "examples"
 
     def attention_sites(self, name: str, attention: nn.Module) -> Iterator[Site]:
         """The sites of an attention module and its leaves."""
@@ -251,7 +258,7 @@ class BlockSites:
         """A leaf whose output is as wide as the residual stream."""
         name, attention = self.attentions[0]
         leaf = attention_leaves(attention).get("output")
-        return f"{name}.{leaf}" if leaf else self.output_beside(name) or self.ffn_parts()[-1]
+        return f"{name}.{leaf}" if leaf else self.output_beside(name) or self.linear_leaves(self.ffn_parts())[-1]
 
     def width(self) -> int:
         """The width of the residual stream."""

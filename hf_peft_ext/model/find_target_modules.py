@@ -1,4 +1,4 @@
-"""Finds what peft's configs take as `target_modules`, by the structure of a model."""
+"""Finds what peft's configs take as `target_modules` and `target_parameters`, by the structure of a model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.sites import find_sites
+from hf_peft_ext.model.structure import expert_tensors, layer_paths
 from hf_peft_ext.validation.checks import check
 
 ATTENTION = ("query", "key", "value", "attention_output")
@@ -52,3 +54,35 @@ def find_target_modules(
     rule = f"must have linear layers at {', '.join(wanted)}; none were found"
     check("model", type(model).__name__, bool(targets), rule)
     return sorted(_find_minimal_target_modules(sorted(targets), sorted({*modules} - targets - {""})))
+
+
+def find_target_parameters(model: nn.Module) -> list[str]:
+    """The `target_parameters` of peft's LoRA: the experts of mixtures that are one tensor, such as Mixtral's.
+
+    They are no linear layers, so that `target_modules` cannot name them. LoRA gives each expert a low-rank branch of
+    its own at its input and output projection (`gate_up_proj`, `down_proj`).
+
+        config = LoraConfig(
+            target_modules=find_target_modules(model), target_parameters=find_target_parameters(model), r=2
+        )
+
+    Args:
+        model: a transformers model without adapters; it may be on the meta device.
+
+    Returns:
+        The shortest endings of parameter paths that match these parameters and no others, sorted.
+
+    Raises:
+        ValueError: the model has adapters, or no such parameter.
+    """
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    check("model", type(model).__name__, not adapted, "must be a model without adapters")
+    targets = [
+        f"{path}.{name}"
+        for layer in layer_paths(model)
+        for path, module in own_modules(model.get_submodule(layer), layer)
+        for name in expert_tensors(module)
+    ]
+    check("model", type(model).__name__, bool(targets), "must have experts that are one tensor; none were found")
+    others = {name for name, _ in model.named_parameters()} - {*targets}
+    return sorted(_find_minimal_target_modules(targets, sorted(others)))

@@ -35,6 +35,7 @@ def prefix_leaves(
     heads, d_k, d_v = shape
     query, output = leaves.get("query") or leaves.get("fused"), leaves.get("output")
     regrouped = any(cls.__name__ in REGROUPED for cls in type(attention).__mro__)
+    regrouped = regrouped or getattr(attention, "query_stride", 1) != 1  # Hiera pools queries at the end of a stage
     if not (heads and query and output) or regrouped or is_bypassed(model, query) or is_bypassed(model, output):
         return {}
     d, width = cast(tuple[int, int], leaf_size(model.get_submodule(query)))

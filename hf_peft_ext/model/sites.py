@@ -139,7 +139,7 @@ def user_attention(name: str, path: str, attention: nn.Module, common: dict[str,
 
 
 def bias_sites(model: nn.Module) -> Iterator[Site]:
-    """The biases of the model below its head; where it has none, a place for one on each linear leaf of the blocks.
+    """The biases of the model below its head; where a stack of blocks has none, a place for one on each linear leaf.
 
     Leaves that may never be called are left out.
     """
@@ -149,12 +149,18 @@ def bias_sites(model: nn.Module) -> Iterator[Site]:
     leaves = [(path, module) for path, module in own_modules(backbone, start) if leaf_size(module) or is_norm(module)]
     leaves = [(path, module) for path, module in leaves if path == start or not is_bypassed(model, path)]
     biases = {path: b for path, m in leaves if isinstance(b := getattr(innermost(m), "bias", None), nn.Parameter)}
+    with_biases = {stack_of(layers[layer]) for path in biases if (layer := layer_of(path, layers)) is not None}
     for path, module in leaves:
         size, layer = leaf_size(module), layer_of(path, layers)
         if path in biases:
             yield Site("bias", layer, path, "output", 0, biases[path].numel())
-        elif not biases and size and layer is not None:
+        elif size and layer is not None and stack_of(layers[layer]) not in with_biases:
             yield Site("bias", layer, path, "output", 0, size[1])
+
+
+def stack_of(layer: str) -> str:
+    """Path of the list that holds a block, from the block's path."""
+    return layer.rpartition(".")[0]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -18,13 +18,15 @@ from hf_peft_ext.model.calls import code_of, parameters
 # The role of a leaf of an attention module, by its name.
 LEAF_ROLES = {
     "query": {"q", "query", "q_proj", "q_lin", "q_attn", "wq", "to_q", "query_proj", "q_b_proj",
-              "project_q", "q_head"},
-    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head"},
-    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj", "project_v", "v_head"},
+              "project_q", "q_head", "linear_q", "projection_query"},
+    "key": {"k", "key", "k_proj", "k_lin", "wk", "to_k", "key_proj", "project_k", "k_head", "linear_k",
+            "projection_key"},
+    "value": {"v", "value", "v_proj", "v_lin", "wv", "to_v", "value_proj", "project_v", "v_head", "linear_v",
+              "projection_value"},
     "fused": {"c_attn", "wqkv", "qkv", "qkv_proj", "query_key_value"},
     "latent": {"kv_b_proj"},
     "output": {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "to_out", "proj", "attention_out",
-               "post_proj"},
+               "post_proj", "projection", "projection_layer", "output_proj", "linear_out", "output"},
 }  # fmt: skip
 # The leaf of a gated feed-forward network that carries the gate, by its name.
 FFN_GATES = {"gate_proj", "wi_0", "w1"}
@@ -37,7 +39,7 @@ CACHES = ("cache", "past_key_values", "layer_past")
 # Names of the argument for a mixer's state.
 STATES = (*CACHES, "cache_params", "state")
 # Names in the code of softmax attention.
-SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "scaled_dot_product_attention"}
+SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "Softmax", "scaled_dot_product_attention"}
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -67,8 +69,11 @@ def is_recurrent(stack: nn.ModuleList) -> bool:
 
 
 def of_stacks(stack: nn.ModuleList) -> bool:
-    """Whether the blocks are stages with lists of their own, as in ALBERT's groups and Swin's stages."""
-    return all(is_stage(block) for block in stack)
+    """Whether all blocks with attention are stages with lists of their own, as in ALBERT's groups and Swin's stages.
+
+    Between them may be stages of convolutions, as in MobileViT.
+    """
+    return all(is_stage(block) for block in stack if has_attention(block))
 
 
 def is_stage(block: nn.Module) -> bool:
@@ -208,6 +213,14 @@ def is_of(module: nn.Module, families: set[str]) -> bool:
 def is_cross(path: str) -> bool:
     """Whether an attention module, by its path in the block, is cross-attention."""
     return any(word in path.lower() for word in ("cross", "encdec", "encoder_attn"))
+
+
+def expert_tensors(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module that hold one matrix for each expert of a mixture, in one tensor."""
+    if "conv" in type(module).__name__.lower():
+        return []
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if parameter.ndim == 3 and min(parameter.shape) > 1]
 
 
 def source_of(module: nn.Module) -> ModuleType | None:

@@ -16,7 +16,7 @@ from hf_peft_ext.attach.resolve import check_layers, excluded, layer_count, no_s
 from hf_peft_ext.model.calls import own_modules
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites, override_sites
-from hf_peft_ext.model.structure import innermost, layer_paths
+from hf_peft_ext.model.structure import expert_tensors, innermost, layer_paths
 from hf_peft_ext.tuners.ia3.target_modules import module_names
 from hf_peft_ext.validation.checks import check, check_names
 
@@ -188,14 +188,8 @@ def left_out(model: nn.Module, sites: list[Site], layers: list[int] | None) -> l
     for layer, path in enumerate(layer_paths(model)):
         if layers is None or layer in layers:
             modules = own_modules(model.get_submodule(path), path)
-            parts += [name for name, m in modules if holds_experts(m)] if layer in reached else [path]
+            parts += [name for name, m in modules if expert_tensors(m)] if layer in reached else [path]
     return parts
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds several matrices as one tensor."""
-    own = module.parameters(recurse=False)
-    return "conv" not in type(module).__name__.lower() and any(parameter.ndim == 3 for parameter in own)
 
 
 def other_rows(group: list[Site]) -> Tensor:
