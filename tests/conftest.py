@@ -77,12 +77,9 @@ def contract_table(terminalreporter):
 
 def adapterhub_table(terminalreporter):
     """Methods x families: the largest difference of a logit from what AdapterHub's library gives."""
-    found = {
-        tuple(report.nodeid.rpartition("[")[2].rstrip("]").split("-")): dict(report.user_properties)["difference"]
-        for outcome in ("passed", "failed")
-        for report in terminalreporter.getreports(outcome)
-        if "difference" in dict(report.user_properties)
-    }
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome))
+    values = [dict(report.user_properties) for report in reports]
+    found = {tuple(value["cell"]): value["difference"] for value in values if "difference" in value}
     families, methods = (list(dict.fromkeys(cell[i] for cell in found)) for i in (0, 1))
     if found:
         terminalreporter.section("adapterhub: largest difference of a logit")

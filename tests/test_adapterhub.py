@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load
-from transformers import AutoModel, AutoModelForMaskedLM
+from safetensors.torch import load, load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, XmodConfig
 
 from hf_peft_ext import from_adapterhub
 
-from .adapterhub.families import FAMILIES, batch, build
+from .adapterhub.families import FAMILIES, MORE_FAMILIES, PLAIN, batch, build, outputs
 from .backbones import BACKBONES
 
 HERE = Path(__file__).parent / "adapterhub"
 LIBRARY_LOGITS = {}
 PAIRS = []
-for family in FAMILIES:
+for family in FAMILIES | MORE_FAMILIES:
     with zipfile.ZipFile(HERE / f"{family}.zip") as archive:
         LIBRARY_LOGITS[family] = load(archive.read("logits.safetensors"))
     PAIRS += [(family, method) for method in sorted(LIBRARY_LOGITS[family]) if method != "base"]
@@ -31,15 +31,10 @@ every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
 def checkpoints(tmp_path_factory):
     """A folder with a checkpoint for each family and method."""
     folder = tmp_path_factory.mktemp("adapterhub")
-    for family in FAMILIES:
+    for family in FAMILIES | MORE_FAMILIES:
         with zipfile.ZipFile(HERE / f"{family}.zip") as archive:
             archive.extractall(folder / family)
     return folder
-
-
-@torch.no_grad()
-def logits(model, family):
-    return model(**batch(family)).logits
 
 
 def backbone(model):
@@ -51,21 +46,22 @@ def backbone(model):
 def test_same_logits_as_the_library(family, method, checkpoints, tmp_path, record_property):
     """Equal to 1e-4, padding included, and after saving and loading with peft; disabled it is the base model."""
     model = from_adapterhub(checkpoints / family / method, build(family))
-    result, expected = logits(model, family), LIBRARY_LOGITS[family]
+    result, expected = outputs(model, family), LIBRARY_LOGITS[family]
     difference = (result - expected[method]).abs().max().item()
+    record_property("cell", (family, method))
     record_property("difference", difference)
     assert difference <= 1e-4
     with model.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(logits(model, family), expected["base"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(outputs(model, family), expected["base"], rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build(family), tmp_path)
-    assert torch.equal(logits(again, family), result)
+    assert torch.equal(outputs(again, family), result)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_logits_with_sdpa(family, checkpoints):
     model = from_adapterhub(checkpoints / family / "unipelt", build(family, "sdpa"))
-    torch.testing.assert_close(logits(model, family), LIBRARY_LOGITS[family]["unipelt"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs(model, family), LIBRARY_LOGITS[family]["unipelt"], rtol=0, atol=1e-4)
 
 
 # method -> the type it becomes, by default and in some families
@@ -98,7 +94,7 @@ def test_fused_lora_is_one_of_joint_rank(checkpoints):
     config = model.peft_config["default"]
     assert (config.target_modules, config.r, config.rank_pattern) == ({"c_attn"}, 2, {"c_attn": 4})
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged, "gpt2"), LIBRARY_LOGITS["gpt2"]["lora"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs(merged, "gpt2"), LIBRARY_LOGITS["gpt2"]["lora"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +215,7 @@ def test_errors(case, checkpoints, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_adapterhub(folder, model)
     assert list(model.named_modules()) == modules
-    assert torch.equal(logits(model, "bert"), logits(build("bert"), "bert"))
+    assert torch.equal(outputs(model, "bert"), outputs(build("bert"), "bert"))
 
 
 def test_other_folders(checkpoints, tmp_path):
@@ -239,8 +235,79 @@ def test_other_folders(checkpoints, tmp_path):
     (folder / "pytorch_adapter.bin").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=re.escape("must hold adapter.safetensors or pytorch_adapter.bin.")):
         from_adapterhub(folder, build("bert"))
-    with pytest.raises(ValueError, match=re.escape("`model` (='opt') must be one of bert, roberta")):
+    with pytest.raises(ValueError, match=re.escape("`model_type` (='bert') must equal the model's, 'opt'.")):
         from_adapterhub(folder, BACKBONES["opt"].build())
+    with pytest.raises(ValueError, match=re.escape("`model` (='Linear') must be a model of transformers.")):
+        from_adapterhub(folder, torch.nn.Linear(2, 2))
+
+
+# (family, method, changes) -> what cannot be imported into this family, and why
+FAMILY_ERRORS = {
+    ("gptj", "seq_bn", "is_parallel=True"): "`is_parallel` (=True) must be False in this model, where no norm reads",
+    ("deberta", "lora_everywhere", "use_gating=True"): "`architecture` (='lora') must be alone and without a gate in",
+    ("electra", "lora_everywhere", "intermediate_lora=False"): "`output_lora` (=True) must have one branch in the FFN",
+}
+
+
+@pytest.mark.parametrize(("family", "method", "change"), FAMILY_ERRORS)
+def test_errors_of_families(family, method, change, checkpoints, tmp_path):
+    """What the structure of a model does not allow."""
+    key, _, value = change.partition("=")
+    folder = edited(checkpoints / family / method, tmp_path / "edited", **{key: value == "True"})
+    if key == "use_gating":
+        state = load_adapter(folder)
+        for name in [name for name in state if name.endswith("lora_A")]:
+            gates = 3 if "in_proj" in name else 1
+            state |= {name.replace("lora_A", "gate.weight"): torch.ones(gates, state[name].shape[1])}
+            state |= {name.replace("lora_A", "gate.bias"): torch.ones(gates)}
+        save_adapter(folder, state)
+    with pytest.raises(ValueError, match=re.escape(FAMILY_ERRORS[family, method, change])):
+        from_adapterhub(folder, build(family))
+
+
+def load_adapter(folder):
+    """The tensors of a checkpoint."""
+    file = folder / "adapter.safetensors"
+    return load_file(file) if file.exists() else torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+
+
+def save_adapter(folder, state):
+    """Write the tensors of a checkpoint."""
+    (folder / "pytorch_adapter.bin").unlink(missing_ok=True)
+    save_file(state, folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2"])
+def test_no_prefix_in_deberta(family, checkpoints, tmp_path):
+    folder = edited(checkpoints / "bert" / "prefix_tuning_flat", tmp_path / "other", model_type=family)
+    with pytest.raises(ValueError, match=r"must be another method: attention of .* takes no further keys and values"):
+        from_adapterhub(folder, build(family))
+
+
+def test_no_language_adapters_of_x_mod(checkpoints, tmp_path):
+    """The library deletes them, so its adapters are for another model."""
+    folder = edited(checkpoints / "bert" / "seq_bn", tmp_path / "other", model_type="xmod")
+    model = AutoModelForMaskedLM.from_config(XmodConfig(**PLAIN, vocab_size=24, languages=["en_XX"]))
+    message = "`model_type` (='xmod') must be another one: the library removes X-MOD's language adapters."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_adapterhub(folder, model)
+
+
+def test_layers_of_two_models(checkpoints, tmp_path):
+    """In an encoder-decoder of two models, the library counts the layers of each from 0."""
+    folder = edited(checkpoints / "encoder-decoder" / "seq_bn", tmp_path / "some", leave_out=[0])
+    state = load_adapter(folder)
+    save_adapter(folder, {key: tensor for key, tensor in state.items() if ".layer.0." not in key})
+    model = from_adapterhub(folder, build("encoder-decoder"))
+    assert model.peft_config["default"].layers_to_transform == [1, 3]
+
+
+def test_layer_scale(checkpoints):
+    """A bottleneck in front of a zero layer scale has no equal."""
+    model = build("beit")
+    model.beit.layers[1].lambda_1.data[3] = 0.0
+    with pytest.raises(ValueError, match=re.escape("`layer_scale` (=0.0) must not be 0 in beit.layers.1.")):
+        from_adapterhub(checkpoints / "beit" / "double_seq_bn", model)
 
 
 def test_prefixes_in_some_layers_of_t5(checkpoints, tmp_path):

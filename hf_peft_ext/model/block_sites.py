@@ -190,7 +190,7 @@ class BlockSites:
     def residual_site(self, before: str) -> Site:
         """The site after the last residual; `before` is the module that runs before a norm there."""
         d, norms = self.width(), self.norms(tuple(self.root(name) for name, _ in self.attentions))
-        if norms and not has_final_norm(self.model, self.path.rpartition(".")[0]):
+        if norms and not self.is_pre_norm(norms):
             host = next((norm for norm in reversed(norms) if self.norm_width(norm) == d), norms[-1])
             d = self.norm_width(host)
             before = "" if before and ends_first(self.model, before, host) else before
@@ -211,8 +211,16 @@ class BlockSites:
         """The norm in front of the FFN: the last one, in blocks with a norm in front of each branch."""
         norms = self.norms(tuple(name for name, _ in self.attentions))
         mixing = len(self.attentions) or int(self.mixer is not None)
-        before = has_final_norm(self.model, self.path.rpartition(".")[0]) and len(norms) == mixing + 1
-        return norms[-1] if before else None
+        return norms[-1] if self.is_pre_norm(norms) and len(norms) == mixing + 1 else None
+
+    def is_pre_norm(self, norms: list[str]) -> bool:
+        """Whether the block has a norm in front of each branch.
+
+        Then a norm follows the stack, or the block's last norm runs before its FFN (BEiT normalises after pooling).
+        """
+        parts = self.ffn_parts()
+        whole = len(parts) == 1 and bool(norms) and ends_first(self.model, parts[0], norms[-1])
+        return has_final_norm(self.model, self.path.rpartition(".")[0]) or whole
 
     def ffn_parts(self) -> list[str]:
         """The largest modules outside attention with a weight matrix and no norm."""

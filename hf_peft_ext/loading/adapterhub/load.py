@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import child_name, holder_of
 from hf_peft_ext.attach.placement import Placement
-from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, is_ia3
-from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, fill
+from hf_peft_ext.loading.adapterhub.bottlenecks import bottlenecks
+from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
+from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
+from hf_peft_ext.loading.adapterhub.low_ranks import check_rows, low_ranks
+from hf_peft_ext.loading.adapterhub.names import kept
+from hf_peft_ext.loading.adapterhub.prefixes import prefixes
+from hf_peft_ext.loading.adapterhub.settings import Settings, is_ia3
 from hf_peft_ext.loading.adapterhub.stock import module_suffixes, stock_ia3, stock_lora
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites
@@ -20,6 +25,7 @@ from hf_peft_ext.tuners import BottleneckConfig, ComposedConfig, LayerPrefixConf
 from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.validation.checks import check
 
+READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
 # sub-layer -> the default values of its options
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"activation": "relu", "dropout": 0.0, "scaling": 1.0},
@@ -34,7 +40,7 @@ def from_adapterhub(
     """Import an adapter saved by AdapterHub's library (`model.save_adapter`), with equal outputs.
 
     It supports bottlenecks (seq_bn, double_seq_bn, par_bn, scaled_par_bn), prefix_tuning and its flat form, lora, ia3,
-    and unions of them such as mam and unipelt, for BERT, RoBERTa, DistilBERT, GPT-2, Llama, T5 and BART. An ungated
+    and unions of them such as mam and unipelt, for all models of that library but X-MOD. An ungated
     lora and ia3 become `LORA` and `IA3` of peft; all others become a type of this package. Prefixes are imported
     without their reparameterisation network. Gates include padding, as in that library. A prediction head, which the
     library saves in separate files, is not imported.
@@ -77,9 +83,22 @@ def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[
         if len(methods) == 1 and converted[0].sublayer == "low_rank" and converted[0].gate is None:
             config, state = stock_lora(converted, model)
         else:
+            check_rows(converted, sites, model)
             config, state = config_of(converted, model, sites), state_of(converted)
     checkpoint.check_all_taken()
     return config, {f"base_model.model.{name}": tensor.clone() for name, tensor in state.items()}
+
+
+def fill(method: Settings, checkpoint: Checkpoint, model: nn.Module, sites: list[Site]) -> list[ConvertedSublayer]:
+    """The sub-layers of a method. Takes their tensors from the checkpoint.
+
+    Raises:
+        ValueError: a setting is not supported, or a tensor is missing or has another shape.
+    """
+    kind = method.get("architecture")
+    sublayers = list(READERS[kind](method, checkpoint, model, kept(method, model, sites)))
+    check("architecture", kind, bool(sublayers), "selects nothing in this model")
+    return sublayers
 
 
 def state_of(converted: list[ConvertedSublayer]) -> dict[str, Tensor]:

@@ -9,8 +9,11 @@ from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint, Settings
-from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, kept, low_rank_sites
+from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
+from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
+from hf_peft_ext.loading.adapterhub.low_ranks import low_rank_sites
+from hf_peft_ext.loading.adapterhub.names import kept
+from hf_peft_ext.loading.adapterhub.settings import Settings
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.structure import innermost
 from hf_peft_ext.validation.checks import check
@@ -66,7 +69,7 @@ def stock_ia3(
     Raises:
         ValueError: the settings select no leaf, or a tensor is missing or has another size.
     """
-    leaves = low_rank_sites(method, model, kept(method, sites))
+    leaves = low_rank_sites(method, checkpoint, kept(method, model, sites))
     check("attn_matrices", method["attn_matrices"], bool(leaves), "selects nothing in this model")
     state = {}
     for host, group in leaves:
