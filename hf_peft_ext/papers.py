@@ -63,7 +63,7 @@ SAID = BY_KEY["aghajanyan2021intrinsic"]
 PAPERS: dict[str, tuple[Paper, ...]] = {
     "bottleneck": (HOULSBY, PFEIFFER, MAM),
     "adamix": (ADAMIX,),
-    "attention_fusion": (ATTENTION_FUSION,),
+    "attention_fusion": (ATTENTION_FUSION, PFEIFFER),
     "compacter": (COMPACTER,),
     "layer_prefix": (PREFIX_TUNING,),
     "bitfit": (BITFIT,),

@@ -19,7 +19,7 @@ from hf_peft_ext import (
     load_adapter,
     sublayer_parameter_groups,
 )
-from hf_peft_ext.sublayers import AttentionFusion, Bottleneck
+from hf_peft_ext.sublayers import AdapterFusion, AttentionFusion, Bottleneck
 
 from .backbones import BACKBONES, output
 from .methods import randomise
@@ -67,20 +67,56 @@ def test_formula():
     assert [name for name, _ in module.named_parameters()] == ["q"]
 
 
+def test_weights():
+    """The untrained fusion is the mean with these weights; trained, they are a prior of the attention."""
+    sublayers = torch.nn.ModuleDict({name: Bottleneck(6, 3, init=1.0) for name in "ab"})
+    module, x = AttentionFusion(6, ["a", "b"], sublayers, [0.8, 0.2]), torch.randn(2, 5, 6)
+    f = [sublayers["a"](x), sublayers["b"](x)]
+    torch.testing.assert_close(module(x), 0.8 * f[0] + 0.2 * f[1])
+    with torch.no_grad():
+        module.q.normal_()
+    weights = [w * (one @ module.q).exp() for w, one in zip([0.8, 0.2], f, strict=True)]
+    naive = sum(w[..., None] * one for w, one in zip(weights, f, strict=True)) / sum(weights)[..., None]
+    torch.testing.assert_close(module(x), naive)
+    assert [*module.state_dict()] == ["q"]
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_formula_of_pfeiffer(value):
+    """sum_k a_k V f_k(x) with a = softmax_k((Q x)(K f_k(x))), for each token; nearly the mean at the start."""
+    torch.manual_seed(0)
+    sublayers = torch.nn.ModuleDict({name: Bottleneck(6, 3, init=1.0) for name in "abc"})
+    module, x = AdapterFusion(6, 6, ["a", "c"], sublayers, value), torch.randn(2, 5, 6)
+    f = [sublayers["a"](x), sublayers["c"](x)]
+    torch.testing.assert_close(module(x), (f[0] + f[1]) / 2, rtol=0.1, atol=0.1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    v = module.W_V if value else torch.eye(6)
+    expected = torch.empty(2, 5, 6)
+    for b in range(2):
+        for t in range(5):
+            q = module.W_Q @ x[b, t] + module.b_Q
+            scores = torch.stack([q @ (module.W_K @ one[b, t] + module.b_K) for one in f])
+            expected[b, t] = sum(a * (v @ one[b, t]) for a, one in zip(scores.softmax(0), f, strict=True))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["light", "pfeiffer"])
 @pytest.mark.parametrize("backbone", ["bert", "t5", "llama"])
 @pytest.mark.parametrize("names", [("first", "second", "third"), ("lora", "lora2")], ids=["bottlenecks", "lora"])
-def test_fuses(backbone, names, tmp_path):
-    """It trains its queries alone, saves them alone, and loads beside the same adapters bit for bit."""
-    model, inputs = fused(backbone, *names), BACKBONES[backbone].inputs()
+def test_fuses(backbone, names, style, tmp_path):
+    """It trains its own parameters alone, saves them alone, and loads beside the same adapters bit for bit."""
+    model, inputs = fused(backbone, *names, style=style), BACKBONES[backbone].inputs()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(name.endswith("sublayer_of.both.q") for name in trained)
+    own = ("q",) if style == "light" else ("W_Q", "b_Q", "W_K", "b_K", "W_V")
+    assert {name.partition(".sublayer_of.both.")[2] for name in trained} == {*own}
     output(model, inputs).square().mean().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
     randomise(model, "both", 7)
     for name in (*names, "both"):
         model.save_pretrained(tmp_path, selected_adapters=[name])
-    assert {key.rpartition(".")[2] for key in load_file(tmp_path / "both" / "adapter_model.safetensors")} == {"q"}
+    assert {key.rpartition(".")[2] for key in load_file(tmp_path / "both" / "adapter_model.safetensors")} == {*own}
     with torch.no_grad():
         expected = output(model, inputs)
         assert torch.equal(output(copy.deepcopy(model), inputs), expected)
@@ -174,6 +210,18 @@ ERRORS = [
         r"`adapters` \(=\[\]\) must hold two names or more",
     ),
     (lambda: AttentionFusionConfig(adapters=["a", "a"]), r"`adapters` .* must be a list of different names"),
+    (lambda: AttentionFusionConfig(style="heavy"), r"`style` \(='heavy'\) must be light or pfeiffer"),
+    (lambda: AttentionFusionConfig(value=1), r"`value` \(=1\) must be True or False"),
+    (lambda: AttentionFusionConfig(value=False), r"`value` \(=False\) must be True where `style` is light"),
+    (
+        lambda: AttentionFusionConfig(adapters=["a", "b"], weights=[1.0]),
+        r"`weights` \(=\[1.0\]\) must have one for each adapter",
+    ),
+    (lambda: AttentionFusionConfig(adapters=["a", "b"], weights=[1.0, 0.0]), r"`weights` \(=0.0\) must be"),
+    (
+        lambda: AttentionFusionConfig(adapters=["a"], weights=[1.0], style="pfeiffer"),
+        r"`weights` \(=\[1.0\]\) must be None where `style` is pfeiffer",
+    ),
     (lambda: AttentionFusionConfig(adapters="ab"), r"`adapters` \(='ab'\) must be a list of different names"),
     (lambda: AttentionFusionConfig(adapters=["a", "b"], sites={"query": ["q"]}), r"`sites` .* must be None"),
     (

@@ -1,7 +1,7 @@
 """Base of this package's tuners: adapter names, and the tensors of an adapter in a model and in a file."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.checked_loading import check_complete, record_base_model
+from hf_peft_ext.attach.weighted_adapter import add_weighted_adapter
 from hf_peft_ext.validation.checks import check
 
 ADAPTER_NAME = re.compile(r"[^./\\\x00-\x1f]{1,200}")
@@ -55,6 +56,23 @@ class AdapterTuner(BaseTuner):
             for parameter, requires_grad in trainable:
                 parameter.requires_grad = requires_grad
             raise
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose weights are sum_i w_i theta_i, as `IA3Model.add_weighted_adapter` does.
+
+        Heads and other modules that are saved whole are combined too. The outputs are a linear combination only where
+        an adapter is linear in its weights (biases, sparse differences). Elsewhere this averages adapters of one task
+        as a soup (AdapterSoup, Chronopoulou et al. 2023, https://arxiv.org/abs/2302.07027).
+
+        Args:
+            adapters: names of adapters of this model, of one type and with equal configs.
+            weights: a number for each.
+            adapter_name: name of the new adapter, which is not activated.
+
+        Raises:
+            ValueError: an argument breaks a rule, or the adapters do not have the same tensors.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

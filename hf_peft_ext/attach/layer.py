@@ -6,7 +6,7 @@ prefix are in `attention.py` and `cache_prefix.py`. `SharedLayer` holds what oth
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -124,13 +124,14 @@ class TunerLayer(LoraConversion, nn.Module, BaseTunerLayer):
         self,
         y: Tensor,  # shape: (*batch, d_out)
         x: Tensor,  # shape: (*batch, d_in)
+        read: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:  # shape: (*batch, d_out)
-        """y + the outputs of the active sub-layers on x."""
+        """y + the outputs of the active sub-layers on x; with `read`, each after the first reads read(y) instead."""
         if FORWARD.row_adapters is not None:
             return self.add_by_row(y, x)
         token_mask = FORWARD.values.get(self._mask_key, UNMASKED)[self._mask_index]
-        for sublayer in self.active_here.values():
-            y = sublayer.add(y, x, token_mask)
+        for index, sublayer in enumerate(self.active_here.values()):
+            y = sublayer.add(y, read(y) if read and index else x, token_mask)
         return y
 
     def add_by_row(self, y: Tensor, x: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ NORM_BIAS = child_name("bias", "bias")
 
 
 class AddToOutput(TunerLayer):
-    """y = host(x) becomes y + f(y): sequential adapters and biases."""
+    """y = host(x) becomes y + f(y): sequential adapters and biases, stacked in the order of the active adapters."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         # Before the other hooks of the host: a bias belongs to the host, and what a block returns is recorded by hooks
@@ -205,10 +206,9 @@ class AddToOutput(TunerLayer):
 
 
 def add_to_output(name: str, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    layer = getattr(host, name)
-    if isinstance(output, tuple):
-        return with_first(output, layer.add(output[0], output[0]))
-    return layer.add(output, output)
+    y = output[0] if isinstance(output, tuple) else output
+    changed = getattr(host, name).add(y, y, read=lambda y: y)
+    return with_first(output, changed) if isinstance(output, tuple) else changed
 
 
 class AddOfInput(TunerLayer):
@@ -246,11 +246,13 @@ def hand_layer(key: str, name: str, holder: nn.Module, args: tuple[Any, ...]) ->
 
 def add_before_norm(key: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     layer, s = FORWARD.values.pop(key), args[0] if args else kwargs["hidden_states"]
-    changed = layer.add(s, output)
-    if changed is s:
-        return output
-    output = norm.forward(changed)
-    bias = getattr(norm, NORM_BIAS, None)  # its own hook has added it to the first output
+    changed = layer.add(s, output, read=partial(normed, norm))
+    return output if changed is s else normed(norm, changed)
+
+
+def normed(norm: Any, s: Tensor) -> Tensor:
+    """norm(s), with the trained bias that a hook of its own adds to the first output."""
+    output, bias = norm.forward(s), getattr(norm, NORM_BIAS, None)
     return output if bias is None else bias.add(output, output)
 
 

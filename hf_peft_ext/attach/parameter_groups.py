@@ -6,7 +6,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_peft_ext.sublayers import AttentionFusion, Bias, Bottleneck, Gate, LowRank, PHMRule, Prefix
+from hf_peft_ext.sublayers import Bias, Bottleneck, Fusion, Gate, LowRank, PHMRule, Prefix
 from hf_peft_ext.validation.checks import check, check_positive
 
 # Kind of parameters -> the modules that own them. A gate is inside its sub-layer, and comes after it.
@@ -15,7 +15,7 @@ OWNERS: dict[str, type[nn.Module] | tuple[type[nn.Module], ...]] = {
     "prefix": Prefix,
     "low_rank": LowRank,
     "bias": Bias,
-    "gate": (Gate, AttentionFusion),
+    "gate": (Gate, Fusion),
     "head": AuxiliaryTrainingWrapper,
 }
 

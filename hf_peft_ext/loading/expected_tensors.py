@@ -224,7 +224,8 @@ def copy_without_data(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = torch.Tensor._make_subclass(type(parameter), meta, parameter.requires_grad)
     with CopyToMeta():
         for parameter in parameters:  # attributes of a quantized weight: its statistics, its module
-            vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
+            if type(parameter) is not nn.Parameter:  # else marks of transformers, which accelerate passes to __new__
+                vars(memo[id(parameter)]).update(copy.deepcopy(vars(parameter), memo))
         return copy.deepcopy(model, memo)
 
 

@@ -14,6 +14,7 @@ from hf_peft_ext.loading.expected_tensors import expected_tensors
 from hf_peft_ext.loading.files import adapter_folder
 from hf_peft_ext.loading.in_place import NeedsCopyError, load_in_place
 from hf_peft_ext.loading.weights import check_header, check_weights
+from hf_peft_ext.model.sentence_transformer import transformer_module
 from hf_peft_ext.registry import extend_peft
 from hf_peft_ext.tuners.sparse.config import SparseConfig
 from hf_peft_ext.tuners.sparse.targets import find_targets
@@ -37,7 +38,8 @@ def load_adapter(
     unchanged. The outputs of an accepted adapter are not checked.
 
     Args:
-        model: the base model, or a `PeftModel` that receives a further adapter.
+        model: the base model, or a `PeftModel` that receives a further adapter. In a SentenceTransformer, the
+            transformers model inside is replaced by the result.
         id_or_path: id on the Hub, or folder.
         adapter_name: name in the model: 1 to 200 characters, without dots, slashes and control characters.
         revision: branch, tag or commit on the Hub; `model.peft_config[adapter_name].adapter_revision` has the commit.
@@ -53,6 +55,10 @@ def load_adapter(
         TypeError: an argument has a wrong type.
         huggingface_hub.errors.HfHubHTTPError: the repository or revision does not exist, or is not accessible.
     """
+    if (inside := transformer_module(model)) is not None:
+        options: dict[str, Any] = {"is_trainable": is_trainable, "subfolder": subfolder, "token": token}
+        inside.model = load_adapter(inside.model, id_or_path, adapter_name, revision, **options)
+        return inside.model
     check_arguments(model, id_or_path, adapter_name)
     folder, commit = adapter_folder(id_or_path, revision, subfolder, token)
     config = checked_config(folder, commit, model, is_trainable)

@@ -7,7 +7,9 @@ from hf_peft_ext.sublayers.bias import Bias as Bias
 from hf_peft_ext.sublayers.bottleneck import Bottleneck as Bottleneck
 from hf_peft_ext.sublayers.experts import ExpertSharing as ExpertSharing
 from hf_peft_ext.sublayers.experts import MixtureBottleneck as MixtureBottleneck
+from hf_peft_ext.sublayers.fusion import AdapterFusion as AdapterFusion
 from hf_peft_ext.sublayers.fusion import AttentionFusion as AttentionFusion
+from hf_peft_ext.sublayers.fusion import Fusion as Fusion
 from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
