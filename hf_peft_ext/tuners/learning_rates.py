@@ -40,10 +40,10 @@ def recommended_learning_rate(config: PeftConfig) -> float:
 
     The rates of LoRA, (IA)³ and this package's methods but ladders, intrinsic dimension and sparse fine-tuning were
     chosen on SST-2 alone: MiniLM (22 million parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters
-    trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied, it is the highest a factor of 2 apart, or the
-    one between two a factor of 3 apart (`examples/studies/which_method.py --stage tune`). The other rates
-    are usual values that were not measured. TREC wanted higher rates. Larger models and longer training usually want smaller ones: published rates of LoRA on models
-    of billions of parameters are about a twentieth.
+    trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied it is the higher one, or the one between two
+    that are a factor of 3 apart (`examples/studies/which_method.py --stage tune`). The other rates are usual values
+    that were not measured. TREC wanted higher rates. Larger models and longer training usually want smaller ones:
+    published rates of LoRA on models of billions of parameters are about a twentieth.
     `hf-peft-ext compare` tries rates around these on your own model and rows.
 
     Args:
