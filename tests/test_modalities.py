@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 HEADS = {
     "vit": "image classification",
     "swin": "image classification",
+    "cvt": "image classification",
     "hiera": "image classification",
     "imagegpt": "image classification",
     "segformer": "semantic segmentation",
@@ -54,8 +55,8 @@ def benchmark_module(monkeypatch):
 )
 def test_method(model_type, method, benchmark_module):
     models, benchmark = benchmark_module("tiny_models"), benchmark_module("modalities")
-    base, inputs = models.tiny(model_type, models.HEADS[HEADS[model_type]][model_type])
-    benchmark.check(base, METHODS[method], inputs)
+    model, inputs = models.tiny(model_type, models.HEADS[HEADS[model_type]][model_type])
+    benchmark.check(benchmark.Head(model, inputs), METHODS[method]())
 
 
 def test_stages_of_convolutions_and_of_attention():
@@ -131,3 +132,17 @@ def test_biases_of_the_tower_without():
         assert ours == {
             s.host.rpartition("layers.")[2] for s in find_sites(alone) if s.name == "bias" and s.layer == layer
         }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_table(benchmark_module, monkeypatch, capsys, tmp_path):
+    """The script counts what works, and says what does not, and why."""
+    command = ["modalities", "--model_types", "convnext", "vit", "--methods", "T-Few", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setenv("COLUMNS", "200")
+    benchmark_module("modalities").main()
+    assert (
+        "T-Few, convnext image classification: ValueError: Architecture 'convnext' has no" in capsys.readouterr().out
+    )
+    counts = (tmp_path / "modalities.csv").read_text(encoding="utf-8").splitlines()
+    assert counts == ["heads,T-Few,built", "image classification,1,2", "all,1,2"]

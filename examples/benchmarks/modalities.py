@@ -41,10 +41,11 @@ from hf_peft_ext import (
 
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "UniPELT": UniPELTConfig,
-    "bottleneck": BottleneckConfig,
-    "parallel": lambda: BottleneckConfig(style="parallel"),
+    "bottleneck": lambda: BottleneckConfig(r=8),  # of the default's two units in a tiny model all may be dead
+    "parallel": lambda: BottleneckConfig(style="parallel", r=8),
     "MAM": MAMConfig,
-    "S4": S4Config,
+    # its defaults need more layers, and more parameters, than tiny models have
+    "S4": lambda: S4Config(grouping="uniform", strategies=[("adapter", "lora"), ("prefix", "bitfit")], budget=0.1),
     "BitFit": BitFitConfig,
     "prefix": LayerPrefixConfig,
     "ladder": LadderConfig,
@@ -79,43 +80,57 @@ def main() -> None:
     unbuilt: list[Row] = []
     for task, model_type, class_name in track(heads, "adapting", transient=True):
         try:
-            base, inputs = tiny(model_type, class_name)
+            head = Head(*tiny(model_type, class_name))
         except Exception as error:
             unbuilt.append({"task": task, "model": model_type, "reason": first_line(error)})
             continue
-        rows.append({"task": task, "model": model_type, **{name: tried(name, base, inputs) for name in methods}})
+        rows.append({"task": task, "model": model_type, **{name: tried(name, head) for name in methods}})
     report(rows, unbuilt, methods, args.output)
 
 
-def tried(method: str, base: nn.Module, inputs: dict[str, Tensor]) -> str:
+class Head:
+    """A model with inputs, and what the checks of all methods compare with.
+
+    Args:
+        base: the model.
+        inputs: its inputs.
+    """
+
+    def __init__(self, base: nn.Module, inputs: dict[str, Tensor]):
+        self.base, self.inputs = base, inputs
+        with torch.no_grad():
+            self.expected = result(base, inputs)
+        self.unused = unused(base, inputs)
+
+
+def tried(method: str, head: Head) -> str:
     """Nothing if a method works on a model, or what fails."""
     try:
-        targets = {"target_modules": find_target_modules(base)} if method == FOUND else {}
-        check(base, lambda: METHODS[method](**targets), inputs)
+        targets = {"target_modules": find_target_modules(head.base)} if method == FOUND else {}
+        check(head, METHODS[method](**targets))
     except Exception as error:
         return first_line(error)
     return ""
 
 
-def check(base: nn.Module, config: Callable[[], PeftConfig], inputs: dict[str, Tensor]) -> None:
+def check(head: Head, config: PeftConfig) -> None:
     """Adapt a copy of the model; see that the adapter starts as the base model, learns, and is saved whole.
 
     Raises:
         AssertionError: it does not; or whatever the method says.
     """
-    with torch.no_grad():
-        expected = result(base, inputs)
-    model: Any = get_peft_model(copy.deepcopy(base), config()).eval()  # pyright: ignore[reportArgumentType]
+    inputs, expected = head.inputs, head.expected
+    model: Any = get_peft_model(copy.deepcopy(head.base), config).eval()  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         assert equal(result(model, inputs), expected), "the untrained adapter has an effect"
-    train_one_step(model, inputs, unused(base, inputs))
+    train_one_step(model, inputs, head.unused)
     with torch.no_grad():
         changed = result(model, inputs)
         assert changed.isfinite().all(), "the output is not finite"
         assert not torch.equal(changed, expected), "a step of training has no effect"
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            again = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+            again = PeftModel.from_pretrained(copy.deepcopy(head.base), folder).eval()
         assert equal(result(again, inputs), changed), "the adapter that was saved and loaded is another one"
 
 
@@ -175,7 +190,10 @@ def report(rows: list[Row], unbuilt: list[Row], methods: list[str], output: Path
     ]
     for miss in misses:
         console.print(
-            f"{miss['methods']}, {miss['model']} {miss['task']}: {miss['reason']}", markup=False, highlight=False
+            f"{miss['methods']}, {miss['model']} {miss['task']}: {miss['reason']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     console.print(
         f"No small model could be built of {len(unbuilt)} heads: {', '.join(row['model'] for row in unbuilt)}."

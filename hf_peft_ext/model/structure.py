@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ STATES = (*CACHES, "cache_params", "state")
 SOFTMAX = {"ALL_ATTENTION_FUNCTIONS", "softmax", "Softmax", "scaled_dot_product_attention"}
 
 
-def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
     """The lists of blocks, as (path, list), encoder before decoder.
 
     They are the outermost lists with attention in some block, or with a norm in all blocks and a mixer with a state in
@@ -50,11 +50,17 @@ def stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """
     outermost: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in outermost):
+        if not is_list(module) or any(name.startswith(f"{outer}.") for outer in outermost):
             continue
         if (has_attention(module) and not of_stacks(module)) or is_recurrent(module):
             outermost.append(name)
             yield name, module
+
+
+def is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
+    """Whether a module is a list of modules, or runs a list of blocks with attention in turn (CvT)."""
+    in_turn = isinstance(module, nn.Sequential) and len(module) > 0 and all(map(has_attention, module))
+    return in_turn or isinstance(module, nn.ModuleList)
 
 
 def has_attention(module: nn.Module) -> bool:
@@ -62,13 +68,13 @@ def has_attention(module: nn.Module) -> bool:
     return any(is_attention(m) for m in module.modules())
 
 
-def is_recurrent(stack: nn.ModuleList) -> bool:
+def is_recurrent(stack: nn.ModuleList | nn.Sequential) -> bool:
     """Whether the blocks of a list mix tokens only through a state."""
     mixes = any(takes_state(m) and is_mixer(m) for m in stack.modules() if not isinstance(m, nn.ModuleList))
     return mixes and not has_attention(stack) and all(any(map(is_norm, block.modules())) for block in stack)
 
 
-def of_stacks(stack: nn.ModuleList) -> bool:
+def of_stacks(stack: nn.ModuleList | nn.Sequential) -> bool:
     """Whether all blocks with attention are stages with lists of their own, as in ALBERT's groups and Swin's stages.
 
     Between them may be stages of convolutions, as in MobileViT.
@@ -78,7 +84,7 @@ def of_stacks(stack: nn.ModuleList) -> bool:
 
 def is_stage(block: nn.Module) -> bool:
     """Whether all attention of a block is inside lists of blocks of one class, each of which has attention."""
-    lists = [m for m in block.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [m for m in block.modules() if is_list(m) and len(m)]
     inner = [
         m for m in lists if all(map(has_attention, m)) and len({type(b) for b in m}) == 1 and not is_attention(m[0])
     ]
