@@ -210,7 +210,11 @@ def main() -> None:
                     keys = [(task_name, method, seed, r, start) for r in args.ranks for start in args.starts]
                     for key in (key for key in keys if tuple(map(str, key)) not in done):
                         model = adapter(task_name, method, seed, task, tokenizer, args)
-                        row = export(dict(zip(names, key, strict=True)), model, task, tokenizer, args)
+                        try:
+                            row = export(dict(zip(names, key, strict=True)), model, task, tokenizer, args)
+                        except ValueError as error:  # a LoRA closer to the base model is not written
+                            print(key, error, flush=True)
+                            continue
                         append(args.output / "runs.csv", row)
                         print(row, flush=True)
     text = table(read_rows(args.output / "runs.csv"))
