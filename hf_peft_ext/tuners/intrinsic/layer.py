@@ -113,7 +113,8 @@ class IntrinsicLayer(nn.Module, BaseTunerLayer):
     def remove(self) -> None:
         """Take this layer off its parameter."""
         host: Any = self.get_base_layer()
-        original, cls = self.original, type(host)  # deep copies of the module share it, and torch removes the property of the parameter from it
+        original, cls = self.original, type(host)
+        # deep copies of the module share its class, and torch removes the property of the parameter from the class
         host.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
         parametrize.remove_parametrizations(host, self.name, leave_parametrized=False)
         host._parameters[self.name] = cast(nn.Parameter, original)  # as in `attach_layer`
