@@ -85,6 +85,7 @@ SUBLAYER_NAMES = {
     "low_rank": "LoRA (low-rank updates of weights)",
     "prefix": "trained prefixes (further keys and values for attention)",
     "bias": "trained biases",
+    "coupling": "an invertible coupling of the embeddings",
 }
 STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}
 

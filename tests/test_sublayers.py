@@ -4,7 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_peft_ext.sublayers import Bias, Bottleneck, Gate, LowRank, Prefix, ProjectedPrefix, Projection
+from hf_peft_ext.sublayers import (
+    Bias,
+    Bottleneck,
+    Coupling,
+    Gate,
+    LowRank,
+    NormedBottleneck,
+    Prefix,
+    ProjectedPrefix,
+    Projection,
+)
 
 BATCH, LENGTH, D = 3, 5, 6
 VISIBLE = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]).bool()
@@ -321,3 +331,34 @@ def test_separate_prefix(pooling):
         share = torch.softmax(q[..., 4 * head : 4 * head + 4] @ prefix.P_K[head // 2].T / 2, dim=-1)
         expected = g * (share @ prefix.P_V[head // 2])
         torch.testing.assert_close(ours[..., 5 * head : 5 * head + 5], expected)
+
+
+@pytest.mark.parametrize("d", [6, 7])
+def test_coupling(d):
+    """The identity at the start; with any weights it is NICE's formula, and `inverse` undoes it."""
+    x, module = torch.randn(2, 3, d), Coupling(d)
+    assert torch.equal(module(x), x)
+    filled(module)
+    x_1, x_2 = x[..., : d // 2], x[..., d // 2 :]
+    y_1 = x_1 + module.first(x_2)
+    y = torch.cat([y_1, x_2 + module.second(y_1)], -1)
+    torch.testing.assert_close(module.add(x, x), y)
+    torch.testing.assert_close(module.inverse(y), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["before", "after", "both"])
+def test_bottleneck_with_norms(norm):
+    """Zero at the start; then the formula, with a gate on x itself."""
+    x = torch.randn(2, LENGTH, D)
+    module = NormedBottleneck(D, r=4, norm=norm, gate=Gate(D, "mean_padded"))
+    assert not module(x).any()
+    filled(module)
+
+    def naive(x):
+        code = module.norm_before(x) if norm != "after" else x
+        z = torch.relu(code @ module.down.weight.T + module.down.bias)
+        out = gate_of(module.gate, x, None) * (z @ module.up.weight.T + module.up.bias)
+        return module.norm_after(out) if norm != "before" else out
+
+    assert_same(module, naive, x)
+    torch.testing.assert_close(module.add(x, x), x + naive(x))

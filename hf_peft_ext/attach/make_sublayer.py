@@ -10,10 +10,13 @@ from hf_peft_ext.model.site import Site
 from hf_peft_ext.sublayers import (
     Bias,
     Bottleneck,
+    Coupling,
     ExpertSharing,
     Gate,
     LowRank,
     MixtureBottleneck,
+    NormedBottleneck,
+    OwnNorm,
     PHMBottleneck,
     PHMRule,
     Prefix,
@@ -41,6 +44,8 @@ def build(placement: Placement, site: Site, shared: SharedParts) -> nn.Module:
     options = dict(placement.options)
     if placement.sublayer == "bias":
         return Bias(site.d_out)
+    if placement.sublayer == "coupling":
+        return Coupling(site.d_out, **options)
     gate = make_gate(placement, site)
     if placement.sublayer == "low_rank":
         return LowRank(site.d_in, site.d_out, gate=gate, rows=site.rows, width=site.width, **options)
@@ -72,6 +77,7 @@ def bottleneck(
     shared_phm_rule: bool = True,
     num_experts: int | None = None,
     shared_projection: ExpertSharing = "none",
+    norm: OwnNorm | None = None,
     **options: Any,
 ) -> Bottleneck:
     n = phm_dim or 1  # widths are multiples of n
@@ -80,6 +86,8 @@ def bottleneck(
     assert r is not None  # `Placement` has checked it
     if num_experts is not None:
         return MixtureBottleneck(site.d_in, r, num_experts, shared_projection, gate=gate, **options)
+    if norm is not None:
+        return NormedBottleneck(site.d_in, r=r, gate=gate, norm=norm, **options)
     if phm_dim is None:
         return Bottleneck(site.d_in, r, gate=gate, **options)
     if shared_phm_rule and shared.rule is None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from transformers.activations import ACT2FN
 
-from hf_peft_ext.sublayers import ExpertSharing, PrefixForm
+from hf_peft_ext.sublayers import ExpertSharing, OwnNorm, PrefixForm
 from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_positive, is_number
 
 GatePooling = Literal["auto", "mean", "mean_padded", "token"]
@@ -26,18 +26,21 @@ SITES: dict[str, tuple[str, ...]] = {
     "low_rank": LEAF_SITES,
     "prefix": ("attention",),
     "bias": ("bias",),
+    "coupling": ("embeddings",),
 }
+UNGATED = ("bias", "coupling")
 EXPERT_OPTIONS = ("num_experts", "shared_projection")  # of a bottleneck with experts
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "bottleneck": (
         *("r", "reduction_factor", "activation", "dropout", "scaling", "init", "sparsity"),
-        *("phm_dim", "phm_rank", "shared_phm_rule"),
+        *("phm_dim", "phm_rank", "shared_phm_rule", "norm"),
         *EXPERT_OPTIONS,
     ),
     "low_rank": ("r", "alpha", "dropout", "init_lora_weights"),
     "prefix": ("num_virtual_tokens", "encoder_hidden_size", "form", "shift_positions"),
     "bias": (),
+    "coupling": ("reduction_factor", "activation"),
 }
 
 
@@ -46,7 +49,7 @@ class Placement:
     """One sub-layer at one site of some layers.
 
     Args:
-        sublayer: "bottleneck", "low_rank", "prefix" or "bias".
+        sublayer: "bottleneck", "low_rank", "prefix", "bias" or "coupling".
         site: its site (`SITES` lists those of each sub-layer):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
               "after_residual" (sequential, reads the block's output after residual and norm), "parallel_attention",
@@ -55,19 +58,21 @@ class Placement:
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
               "mixer_input", the input projection of layers without attention (Mamba's `in_proj`), which also takes
               branches for "query", "key" and "value";
-            - prefix: "attention"; bias: "bias".
+            - prefix: "attention"; bias: "bias"; coupling: "embeddings", which a config names by `sites=`.
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
             "auto" (token where attention is causal, else mean).
         gate_init: the gate's bias before training: it is open to about sigmoid(gate_init).
         options: the sub-layer's arguments. bottleneck: `r` or `reduction_factor`, `activation`, `dropout`, `scaling`,
-            `init`, `sparsity`; for Compacter's form also `phm_dim`, `phm_rank`, `shared_phm_rule` (see
-            `sublayers.PHMBottleneck`), for AdaMix's `num_experts`, `shared_projection` (see
-            `sublayers.MixtureBottleneck`). low_rank: `r`, `alpha`, `dropout`, `init_lora_weights`. prefix:
+            `init`, `sparsity`, `norm` (see `sublayers.NormedBottleneck`); for Compacter's form also `phm_dim`,
+            `phm_rank`, `shared_phm_rule` (see `sublayers.PHMBottleneck`), for AdaMix's `num_experts`,
+            `shared_projection` (see `sublayers.MixtureBottleneck`). low_rank: `r`, `alpha`, `dropout`,
+            `init_lora_weights`. prefix:
             `num_virtual_tokens`, `encoder_hidden_size` (width of the reparameterisation; None for plain prefixes),
             `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions`
             (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
-            then have it, and the form is "joint").
+            then have it, and the form is "joint"). coupling: `reduction_factor`, `activation` (see
+            `sublayers.Coupling`).
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
@@ -88,7 +93,9 @@ class Placement:
         poolings = get_args(GatePooling)
         rule = f"must be None or one of {', '.join(poolings)}"
         check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
-        check("gate", self.gate, self.gate is None or self.sublayer != "bias", "must be None: a bias reads no input")
+        check(
+            "gate", self.gate, self.gate is None or self.sublayer not in UNGATED, f"must be None for `{self.sublayer}`"
+        )
         check("gate_init", self.gate_init, is_number(self.gate_init), "must be a number")
         if self.layers is not None:
             self.layers = list(self.layers)
@@ -145,6 +152,9 @@ class Placement:
         check("r", o.get("r"), one, "must be given, or else `reduction_factor`, and not both")
         sparsity = o.get("sparsity", 0)
         check("sparsity", sparsity, not sparsity or "phm_dim" not in o, "must be 0 with `phm_dim`")
+        if "norm" in o:
+            check("norm", o["norm"], o["norm"] in get_args(OwnNorm), "must be before, after or both")
+            check("norm", o["norm"], o.keys().isdisjoint({"phm_dim", "num_experts"}), "needs plain matrices")
         for key in o.keys() & {"phm_rank", "shared_phm_rule"}:
             check(key, o[key], "phm_dim" in o, "needs `phm_dim`")
         if "phm_dim" in o:

@@ -107,15 +107,27 @@ def user_site(name: str, path: str, modules: dict[str, nn.Module], layer: int | 
     if name.removeprefix("cross_") == "attention":
         return user_attention(name, path, module, common)
     sizes = [size for _, child in own_modules(module, path) if (size := leaf_size(child))]
-    if is_norm(module):
+    if name == "embeddings":
+        sizes = [embeddings_width(module, sites)]
+    elif is_norm(module):
         sizes = [(len(module.weight), len(module.weight))]
     if not sizes:
         raise ValueError(f"`sites` (={{{name!r}: ...}}) names {path}, which has no linear leaf to take widths from.")
     (d_in, _), (_, d_out) = sizes[0], sizes[-1]
-    if name.startswith(("after_", "cross_after_", "bias")):
+    if name.startswith(("after_", "cross_after_", "bias", "embeddings")):
         act: Act = "norm" if name == "after_residual" and is_norm(module) else "output"
         return Site(name, host=path, act=act, d_in=d_out, d_out=d_out, **common)
     return Site(name, host=path, act="input", d_in=d_in, d_out=d_out, **common)
+
+
+def embeddings_width(module: nn.Module, sites: list[Site]) -> tuple[int, int]:
+    """The width of embeddings: that of a norm or of a table in the module, else of the residual stream."""
+    tables = (m for _, m in own_modules(module) if is_norm(m) or isinstance(m, nn.Embedding))
+    weights: list[Any] = [m.weight for m in tables]
+    width: int = (
+        weights[-1].shape[-1] if weights else next(site.d_out for site in sites if site.name == "after_residual")
+    )
+    return width, width
 
 
 def user_attention(name: str, path: str, attention: nn.Module, common: dict[str, Any]) -> Site:

@@ -20,7 +20,11 @@ from pathlib import Path
 import adapters
 import torch
 from adapters import (
+    AdapterPlusConfig,
+    CompacterConfig,
+    CompacterPlusPlusConfig,
     ConfigUnion,
+    DoRAConfig,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
@@ -28,7 +32,9 @@ from adapters import (
     ParBnConfig,
     PrefixTuningConfig,
     SeqBnConfig,
+    SeqBnInvConfig,
     UniPELTConfig,
+    VeraConfig,
 )
 from families import FAMILIES, MORE_FAMILIES, SEQ2SEQ, build, fill, outputs
 from safetensors.torch import save_file
@@ -64,6 +70,32 @@ NOT_IN_T5 = {
     "prefix_tuning_some_layers": PrefixTuningConfig(leave_out=[0], **PREFIX),
     "mam_some_layers": MAMConfig(PrefixTuningConfig(leave_out=[0], **PREFIX), ParBnConfig(reduction_factor=4)),
 }
+# Methods that few adapters have; they are saved for some families only.
+RARE = {
+    "inverse": SeqBnInvConfig(reduction_factor=4),
+    "compacter": CompacterConfig(reduction_factor=2, phm_dim=2),
+    "compacter_own_rules": CompacterPlusPlusConfig(
+        reduction_factor=2, phm_dim=2, phm_rank=2, shared_phm_rule=False, factorized_phm_rule=True
+    ),
+    "norms": DoubleSeqBnConfig(reduction_factor=4, ln_before=True, ln_after=True),
+    "norm_before": SeqBnConfig(reduction_factor=4, ln_before=True, use_gating=True),
+    "channel": ParBnConfig(reduction_factor=4, scaling="channel"),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),
+    "dora": DoRAConfig(r=2, alpha=3),
+    "vera": VeraConfig(r=2, alpha=3, attn_matrices=["q", "k", "v"]),
+}
+RARE_OF = {
+    "bert": RARE.keys() - {"adapter_plus", "dora"},
+    "gpt2": RARE.keys() - {"dora", "vera"},
+    "llama": RARE.keys() - {"vera"},
+    "t5": RARE.keys() - {"vera", "dora"},
+    "bart": {"inverse", "compacter"},
+    "albert": {"inverse"},
+    "clip": {"inverse"},
+    "encoder-decoder": {"inverse", "compacter"},
+    "vit": {"adapter_plus", "channel"},
+    "whisper": {"inverse"},
+}
 # where encoder and decoder differ
 SEQ2SEQ_METHODS = {
     "double_seq_bn_cross": DoubleSeqBnConfig(reduction_factor=5, cross_adapter=True),
@@ -87,6 +119,7 @@ def methods_of(family):
     """The adapters that are saved for a family."""
     methods = METHODS | NOT_IN_T5 if family in FAMILIES else {name: METHODS[name] for name in FEWER}
     methods |= {key: SEQ2SEQ_METHODS[key] for key in SEQ2SEQ_METHODS if family in SEQ2SEQ}
+    methods |= {name: RARE[name] for name in RARE if name in RARE_OF.get(family, ())}
     return {name: config for name, config in methods.items() if name not in NOT_IN.get(family, ())}
 
 
@@ -132,8 +165,9 @@ def main(families):
         results = {"base": outputs(build(family), family)}
         with tempfile.TemporaryDirectory() as folder:
             for number, (name, config) in enumerate(methods_of(family).items()):
-                # with prefixes adapters 1.3.0 fails to write safetensors: it finds them in every layer
-                safetensors = number % 2 > 0 and "prefix_tuning" not in str(config.to_dict())
+                # adapters 1.3.0 fails to write safetensors with a tensor of several names: prefixes, norms of its own
+                shared = name in RARE or "prefix_tuning" in str(config.to_dict())
+                safetensors = number % 2 > 0 and not shared
                 results[name] = save(family, name, config, Path(folder) / name, safetensors)
             save_file(results, Path(folder) / "logits.safetensors")
             with zipfile.ZipFile(HERE / f"{family}.zip", "w", zipfile.ZIP_DEFLATED) as archive:

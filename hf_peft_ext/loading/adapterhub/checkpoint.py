@@ -31,15 +31,17 @@ class Checkpoint:
         self.methods = methods(saved)
         self.root = f"{model.base_model_prefix}."
         renamings = get_model_conversion_mapping(model, add_legacy=False)  # the library has the names of version 4
-        named = re.compile(rf"\.(adapters|loras|prefix_tunings|prefix_gates)\.{re.escape(saved['name'])}\.")
+        named = re.compile(
+            rf"(\.|^)(adapters|loras|prefix_tunings|prefix_gates|shared_parameters|invertible_adapters)\.{re.escape(saved['name'])}\."
+        )
         self.tensors: dict[str, Tensor] = {}
         for key, tensor in read_tensors(path).items():
-            key = named.sub(r".\1.", key)
+            key = named.sub(r"\1\2.", key)
             for renaming in renamings:
                 key, _ = renaming.rename_source_key(key)
             if ".prefix_tuning.pool." not in key:  # in which the library repeats a prefix in every layer
                 self.tensors[self.unrooted(key)] = tensor
-        self.names = tuple(self.tensors)
+        self.names, self.shared = tuple(self.tensors), dict[str, Tensor]()
 
     def unrooted(self, name: str) -> str:
         """The name inside the backbone: models with a head prefix it with the backbone's name."""
@@ -48,6 +50,16 @@ class Checkpoint:
     def matches(self, pattern: str) -> list[re.Match[str]]:
         """The matches of a regular expression with the names of the tensors, also those that were taken."""
         return [match for name in self.names if (match := re.match(pattern, name))]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that several sub-layers share. It counts as taken.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        if name not in self.shared:
+            self.shared[name] = self.take(name)
+        return self.shared[name]
 
     def take(self, name: str) -> Tensor:
         """Remove a tensor from the checkpoint and return it.

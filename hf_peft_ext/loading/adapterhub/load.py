@@ -11,19 +11,28 @@ from torch import Tensor, nn
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.attach.layer import child_name, holder_of
 from hf_peft_ext.attach.placement import Placement
-from hf_peft_ext.loading.adapterhub.bottlenecks import bottlenecks
+from hf_peft_ext.loading.adapterhub.bottlenecks import bottlenecks, shared_rule
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
+from hf_peft_ext.loading.adapterhub.couplings import coupling
 from hf_peft_ext.loading.adapterhub.fusion import fusion_from_adapterhub, is_fusion
 from hf_peft_ext.loading.adapterhub.low_ranks import check_rows, low_ranks
 from hf_peft_ext.loading.adapterhub.names import kept
 from hf_peft_ext.loading.adapterhub.prefixes import prefixes
 from hf_peft_ext.loading.adapterhub.settings import Settings, is_ia3
-from hf_peft_ext.loading.adapterhub.stock import module_suffixes, stock_ia3, stock_lora
+from hf_peft_ext.loading.adapterhub.stock import add_dora, module_suffixes, stock_ia3, stock_lora
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites
-from hf_peft_ext.tuners import BottleneckConfig, ComposedConfig, LayerPrefixConfig, MAMConfig, UniPELTConfig
+from hf_peft_ext.tuners import (
+    BottleneckConfig,
+    CompacterConfig,
+    ComposedConfig,
+    LayerPrefixConfig,
+    MAMConfig,
+    UniPELTConfig,
+)
 from hf_peft_ext.tuners.bottleneck import STYLES
+from hf_peft_ext.tuners.compacter import COMPACTER_SITES
 from hf_peft_ext.validation.checks import check
 
 READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
@@ -32,6 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"activation": "relu", "dropout": 0.0, "scaling": 1.0},
     "low_rank": {"dropout": 0.0},
     "prefix": {"shift_positions": False},
+    "coupling": {},
 }
 
 
@@ -42,11 +52,11 @@ def from_adapterhub(
 
     A fusion (`save_adapter_fusion`) is imported into a `PeftModel` with its adapters: `fusion_from_adapterhub`.
 
-    It supports bottlenecks (seq_bn, double_seq_bn, par_bn, scaled_par_bn), prefix_tuning and its flat form, lora, ia3,
-    and unions of them such as mam and unipelt, for all models of that library but X-MOD. An ungated
-    lora and ia3 become `LORA` and `IA3` of peft; all others become a type of this package. Prefixes are imported
-    without their reparameterisation network. Gates include padding, as in that library. A prediction head, which the
-    library saves in separate files, is not imported.
+    It supports bottlenecks (also with norms of their own, Compacter's matrices and AdapterPlus), invertible adapters
+    (NICE), prefix_tuning and its flat form, lora, DoRA, VeRA, ia3, and unions of them such as mam and unipelt, for all
+    models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3 becomes `IA3`; all others
+    become a type of this package. Prefixes are imported without their reparameterisation network. Gates include
+    padding, as in that library. A prediction head, which the library saves in separate files, is not imported.
 
     AdapterHub: Pfeiffer et al. 2020 (https://arxiv.org/abs/2007.07779); `adapters`: Poth et al. 2023
     (https://arxiv.org/abs/2311.11077), version 1.3.0.
@@ -87,9 +97,13 @@ def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[
         converted = [sublayer for method in methods for sublayer in fill(method, checkpoint, model, sites)]
         if len(methods) == 1 and converted[0].sublayer == "low_rank" and converted[0].gate is None:
             config, state = stock_lora(converted, model)
+            if methods[0].get("use_dora"):
+                add_dora(config, state, checkpoint, model)
         else:
+            dora = any(method.get("use_dora") for method in methods)
+            check("use_dora", dora, not dora, "must be False in a union or with a gate")
             check_rows(converted, sites, model)
-            config, state = config_of(converted, model, sites), state_of(converted)
+            config, state = config_of(converted, model, sites), state_of(converted) | shared_rule(methods, checkpoint)
     checkpoint.check_all_taken()
     return config, {f"base_model.model.{name}": tensor.clone() for name, tensor in state.items()}
 
@@ -102,6 +116,8 @@ def fill(method: Settings, checkpoint: Checkpoint, model: nn.Module, sites: list
     """
     kind = method.get("architecture")
     sublayers = list(READERS[kind](method, checkpoint, model, kept(method, model, sites)))
+    if method.get("inv_adapter"):
+        sublayers.append(coupling(method, checkpoint, model, sites))
     check("architecture", kind, bool(sublayers), "selects nothing in this model")
     return sublayers
 
@@ -119,6 +135,9 @@ def config_of(converted: list[ConvertedSublayer], model: nn.Module, sites: list[
     """The config of the named method with these placements, or else a `ComposedConfig`."""
     placements, excluded = placements_of(converted, sites)
     common: dict[str, Any] = {"exclude_modules": module_suffixes(excluded, model) if excluded else None}
+    embeddings = sorted({one.site.host for one in converted if one.sublayer == "coupling"})
+    if embeddings:
+        common["sites"] = {"embeddings": module_suffixes(embeddings, model)}
     if all(placement.layers == placements[0].layers for placement in placements):
         common["layers_to_transform"] = placements[0].layers
         placements = [replace(placement, layers=None) for placement in placements]
@@ -155,12 +174,20 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
     options = {placement.sublayer: placement.options for placement in placements}
     bottleneck, prefix, lora = (options.get(name, {}) for name in ("bottleneck", "prefix", "low_rank"))
     n_tokens = prefix.get("num_virtual_tokens", 0)
-    if options.keys() == {"bottleneck"}:
+    if "coupling" in options:
+        return
+    if options.keys() == {"bottleneck"} and "phm_dim" in bottleneck:
+        own = {key: value for key, value in bottleneck.items() if key != "scaling"}
+        for style in COMPACTER_SITES:
+            yield CompacterConfig(style=style, init="paper", **own, **common)  # type: ignore[arg-type]
+    elif options.keys() == {"bottleneck"} and "norm" not in bottleneck:
         for style in STYLES:
             if style != "parallel" or bottleneck["scaling"] == 1.0:
                 yield BottleneckConfig(style=style, init="paper", **bottleneck, **common)  # type: ignore[arg-type]
     elif options.keys() == {"prefix"}:
         yield LayerPrefixConfig(init="paper", num_virtual_tokens=n_tokens, **common)
+    elif bottleneck.keys() & {"phm_dim", "norm"}:
+        return
     elif options.keys() == {"prefix", "bottleneck"}:
         r, scaling, dropout = (bottleneck[key] for key in ("r", "scaling", "dropout"))
         sizes = {"num_virtual_tokens": n_tokens, "bottleneck_size": r}

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer, gate_pooling_of, linear_state
@@ -14,6 +15,7 @@ from hf_peft_ext.model.site import Site
 from hf_peft_ext.validation.checks import check
 
 ATTENTION_MATRICES = {"q": "query", "k": "key", "v": "value"}
+SHARED_A = r"(.*\.)?shared_parameters\.lora_A$"  # VeRA's matrices
 FUSED = ("query", "key", "value")  # the order of their rows in a fused leaf, according to the library
 
 
@@ -54,13 +56,47 @@ def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[
     gated = bool(method.get("use_gating"))
     options = {"r": method["r"], "alpha": method["r"] if gated else method["alpha"], "dropout": method["dropout"]}
     for host, group in low_rank_sites(method, checkpoint, sites):
-        tensors = {"A": checkpoint.take(f"{host}.loras.lora_A"), "B": checkpoint.take(f"{host}.loras.lora_B")}
+        tensors = vera_factors(method, checkpoint, host, group) if is_vera(method) else factors(checkpoint, host)
         if gated:
             tensors |= linear_state(checkpoint, f"{host}.loras.gate", "gate")
         parts = {name: tensor.tensor_split(len(group)) for name, tensor in tensors.items()}
         for index, site in enumerate(group):
             own = {name: chunks[index] for name, chunks in parts.items()}
             yield ConvertedSublayer("low_rank", site, gate_pooling_of(method), options, own)
+
+
+def factors(checkpoint: Checkpoint, host: str) -> dict[str, Tensor]:
+    """Take A and B of a leaf."""
+    return {name: checkpoint.take(f"{host}.loras.lora_{name}") for name in ("A", "B")}
+
+
+def is_vera(method: Settings) -> bool:
+    """Whether a LoRA of the library is VeRA."""
+    return method.get("vera_d") is not None
+
+
+def vera_factors(method: Settings, checkpoint: Checkpoint, host: str, group: list[Site]) -> dict[str, Tensor]:
+    """A and B of a LoRA that equals VeRA: A = D A_shared, B = B_own B_shared.
+
+    The library trains D and B_own as whole matrices, of which peft's VERA has the diagonals only.
+
+    Raises:
+        ValueError: the leaf is fused, for which the library's VeRA fails, or a matrix has another shape.
+    """
+    check("vera_d", method["vera_d"], len(group) == 1 and group[0].rows is None, "must be None on fused leaves")
+    pool = next((match[1] or "" for match in checkpoint.matches(SHARED_A) if host_in(match[1], checkpoint, host)), "")
+    a, b = (checkpoint.read(f"{pool}shared_parameters.lora_{name}") for name in ("A", "B"))
+    d, own = checkpoint.take(f"{host}.loras.vera_D"), checkpoint.take(f"{host}.loras.vera_B")
+    site, r = group[0], len(a)
+    shapes, expected = [tuple(t.shape) for t in (a, b, d, own)], [(r, site.d_in), (site.d_out, r), (r, r)]
+    expected.append((site.d_out, site.d_out))
+    check("shapes of VeRA", shapes, shapes == expected, f"must be {expected}, as at {host}")
+    return {"A": d @ a, "B": own @ b}
+
+
+def host_in(pool: str | None, checkpoint: Checkpoint, host: str) -> bool:
+    """Whether a leaf is in the part of the model that has this prefix in the checkpoint."""
+    return checkpoint.unrooted(host).startswith(pool or "")
 
 
 def check_rows(converted: list[ConvertedSublayer], sites: list[Site], model: Any) -> None:

@@ -9,12 +9,15 @@ from hf_peft_ext.validation.checks import check
 
 # architecture -> settings that are supported only with their default value
 DEFAULT_ONLY: dict[str | None, dict[str, Any]] = {
-    None: {
-        **{"original_ln_after": True, "ln_before": False, "ln_after": False},
-        **{"phm_layer": False, "inv_adapter": None, "stochastic_depth": 0.0},
-    },
-    "lora": {"use_dora": False, "vera_d": None, "vera_b": None},
+    None: {"shared_W_phm": False, "factorized_phm_W": True, "adapter_residual_before_ln": False},
+    "lora": {},
     "prefix_tuning": {"shared_gating": True},
+}
+# architecture -> why it cannot be imported
+REFUSED = {
+    "prompt_tuning": "its prompt comes after the positions and the norm of the embeddings, peft's before them",
+    "reft": "no sub-layer of this package changes single positions of a sequence",
+    "mtl_lora": "peft has no matrices of single tasks in a LoRA",
 }
 
 Settings = Mapping[str, Any]  # of one method, as saved by the library
@@ -33,10 +36,13 @@ def methods(saved: dict[str, Any]) -> list[Settings]:
     members: list[Settings] = config["configs"] if config.get("architecture") == "union" else [config]
     for method in members:
         kind = method.get("architecture")
+        check("architecture", kind, kind not in REFUSED, f"cannot be imported: {REFUSED.get(str(kind))}")
         rule = "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'"
         check("architecture", kind, kind in DEFAULT_ONLY, rule)
         for key, value in DEFAULT_ONLY[kind].items():
             check(key, method.get(key, value), method.get(key, value) == value, f"must be {value!r}")
+        inverse = method.get("inv_adapter")
+        check("inv_adapter", inverse, inverse in (None, "nice"), "must be None or 'nice'; the library's others fail")
         if is_ia3(method):
             check("composition_mode", "scale", len(members) == 1, "must be 'add' in a union")
             check("use_gating", True, not method.get("use_gating"), "must be False for (IA)^3")

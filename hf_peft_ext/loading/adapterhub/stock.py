@@ -51,6 +51,27 @@ def stock_lora(converted: list[ConvertedSublayer], model: Any) -> tuple[PeftConf
     return config, state
 
 
+def add_dora(config: PeftConfig, state: dict[str, Tensor], checkpoint: Checkpoint, model: Any) -> None:
+    """Make a LoRA a DoRA, y = m / |W + s B A| (W + s B A) x. The library's norm is |W + B A|: m is scaled to ours.
+
+    Raises:
+        ValueError: a leaf has a bias, which the library scales too, or several branches.
+    """
+    assert isinstance(config, LoraConfig)
+    config.use_dora = True
+    hosts = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    leaves: dict[str, Any] = {host: innermost(model.get_submodule(host)) for host in hosts}
+    biased = next((host for host, leaf in leaves.items() if leaf.bias is not None), None)
+    check("use_dora", True, biased is None, f"must be False where leaves have a bias, as {biased} has")
+    for host, leaf in leaves.items():
+        delta = state[f"{host}.lora_B.weight"] @ state[f"{host}.lora_A.weight"]
+        weight = leaf.weight.detach().to(delta)
+        m = checkpoint.take(f"{host}.loras.m.weight").flatten()
+        check(f"size of m at {host}", len(m), len(m) == len(weight), f"must be {len(weight)}")
+        ours, theirs = (torch.linalg.norm(weight + s * delta, dim=1) for s in (config.lora_alpha / config.r, 1.0))
+        state[f"{host}.lora_magnitude_vector"] = m * ours / theirs
+
+
 def full_rows(
     b: Tensor,  # shape: (d_out, r)
     site: Site,
