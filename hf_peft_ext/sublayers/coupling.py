@@ -32,7 +32,7 @@ class Coupling(nn.Module):
         x: Tensor,  # shape: (*batch, d)
     ) -> Tensor:  # shape: (*batch, d)
         """h(x)."""
-        x_1, x_2 = cast(x, self.first[0].weight).split(self.sizes, dim=-1)
+        x_1, x_2 = cast(x, self.first.get_parameter("0.weight")).split(self.sizes, dim=-1)
         y_1 = x_1 + self.first(x_2)
         return torch.cat([y_1, x_2 + self.second(y_1)], dim=-1)
 
@@ -41,7 +41,7 @@ class Coupling(nn.Module):
         y: Tensor,  # shape: (*batch, d)
     ) -> Tensor:  # shape: (*batch, d)
         """x with h(x) = y."""
-        y_1, y_2 = cast(y, self.first[0].weight).split(self.sizes, dim=-1)
+        y_1, y_2 = cast(y, self.first.get_parameter("0.weight")).split(self.sizes, dim=-1)
         x_2 = y_2 - self.second(y_1)
         return torch.cat([y_1 - self.first(x_2), x_2], dim=-1)
 

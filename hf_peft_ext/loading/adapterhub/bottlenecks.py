@@ -40,7 +40,7 @@ def bottlenecks(
         if name is None and site.name == "cross_after_attention" and not method.get("cross_adapter"):
             continue  # only BERT's library code counts cross-attention's among those after attention
         name = name or f"{checkpoint.unrooted(site.host)}.adapters"
-        tensors = matrices(method, checkpoint, name) | norms(method, checkpoint, name)
+        tensors = matrices(method, checkpoint, name) | norm_tensors(method, checkpoint, name)
         if scaling == "learned":
             tensors["scaling"] = checkpoint.take(f"{name}.scaling").reshape(())
         if method.get("use_gating"):
@@ -109,7 +109,7 @@ def norm_options(method: Settings) -> dict[str, Any]:
     return {"norm": "both" if len(places) == 2 else places[0]} if places else {}
 
 
-def norms(method: Settings, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+def norm_tensors(method: Settings, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """Take the norms of a bottleneck's own. The library saves the first one twice."""
     state = {}
     for place in ("before", "after"):

@@ -26,7 +26,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, model: Any):
-        saved = read_config(path)
+        saved = saved_config(path)
         check_model(saved, model)
         self.methods = methods(saved)
         self.root = f"{model.base_model_prefix}."
@@ -83,7 +83,7 @@ class Checkpoint:
             raise ValueError(f"The checkpoint has {len(self.tensors)} tensors with no place in this model: {names}.")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def saved_config(path: Path) -> dict[str, Any]:
     """The config of a saved adapter.
 
     Raises:

@@ -16,7 +16,7 @@ from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
 from hf_peft_ext.loading.adapterhub.couplings import coupling
 from hf_peft_ext.loading.adapterhub.fusion import fusion_from_adapterhub, is_fusion
-from hf_peft_ext.loading.adapterhub.low_ranks import check_rows, low_ranks
+from hf_peft_ext.loading.adapterhub.low_ranks import check_fused_rows, low_ranks
 from hf_peft_ext.loading.adapterhub.names import kept
 from hf_peft_ext.loading.adapterhub.prefixes import prefixes
 from hf_peft_ext.loading.adapterhub.settings import Settings, is_ia3
@@ -54,8 +54,8 @@ def from_adapterhub(
 
     It supports bottlenecks (also with norms of their own, Compacter's matrices and AdapterPlus), invertible adapters
     (NICE), prefix_tuning and its flat form, lora, DoRA, VeRA, ia3, and unions of them such as mam and unipelt, for all
-    models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3 becomes `IA3`; all others
-    become a type of this package. Prefixes are imported without their reparameterisation network. Gates include
+    models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3 becomes `IA3`; all
+    others become a type of this package. Prefixes are imported without their reparameterisation network. Gates include
     padding, as in that library. A prediction head, which the library saves in separate files, is not imported.
 
     AdapterHub: Pfeiffer et al. 2020 (https://arxiv.org/abs/2007.07779); `adapters`: Poth et al. 2023
@@ -102,7 +102,7 @@ def convert(checkpoint: Checkpoint, model: nn.Module) -> tuple[PeftConfig, dict[
         else:
             dora = any(method.get("use_dora") for method in methods)
             check("use_dora", dora, not dora, "must be False in a union or with a gate")
-            check_rows(converted, sites, model)
+            check_fused_rows(converted, sites, model)
             config, state = config_of(converted, model, sites), state_of(converted) | shared_rule(methods, checkpoint)
     checkpoint.check_all_taken()
     return config, {f"base_model.model.{name}": tensor.clone() for name, tensor in state.items()}

@@ -56,7 +56,7 @@ def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[
     gated = bool(method.get("use_gating"))
     options = {"r": method["r"], "alpha": method["r"] if gated else method["alpha"], "dropout": method["dropout"]}
     for host, group in low_rank_sites(method, checkpoint, sites):
-        tensors = vera_factors(method, checkpoint, host, group) if is_vera(method) else factors(checkpoint, host)
+        tensors = vera_factors(method, checkpoint, host, group) if is_vera(method) else lora_factors(checkpoint, host)
         if gated:
             tensors |= linear_state(checkpoint, f"{host}.loras.gate", "gate")
         parts = {name: tensor.tensor_split(len(group)) for name, tensor in tensors.items()}
@@ -65,7 +65,7 @@ def low_ranks(method: Settings, checkpoint: Checkpoint, model: Any, sites: list[
             yield ConvertedSublayer("low_rank", site, gate_pooling_of(method), options, own)
 
 
-def factors(checkpoint: Checkpoint, host: str) -> dict[str, Tensor]:
+def lora_factors(checkpoint: Checkpoint, host: str) -> dict[str, Tensor]:
     """Take A and B of a leaf."""
     return {name: checkpoint.take(f"{host}.loras.lora_{name}") for name in ("A", "B")}
 
@@ -99,7 +99,7 @@ def host_in(pool: str | None, checkpoint: Checkpoint, host: str) -> bool:
     return checkpoint.unrooted(host).startswith(pool or "")
 
 
-def check_rows(converted: list[ConvertedSublayer], sites: list[Site], model: Any) -> None:
+def check_fused_rows(converted: list[ConvertedSublayer], sites: list[Site], model: Any) -> None:
     """Refuse branches on rows that are no site's.
 
     Raises:

@@ -10,7 +10,7 @@ from hf_peft_ext.model.structure import covers, is_cross, layer_paths
 from hf_peft_ext.validation.checks import check
 
 # site -> what its bottleneck is called after; all others are called "output"
-ROLES = {
+BOTTLENECK_ROLES = {
     "after_attention": "attention",
     "parallel_attention": "attention",
     "cross_after_attention": "cross_attention",
@@ -44,7 +44,7 @@ def bottleneck_name(checkpoint: Checkpoint, model: Any, site: Site) -> str | Non
     path = checkpoint.unrooted(layer_paths(model)[site.layer])
     matches = checkpoint.matches(rf"{re.escape(path)}\.(.+?\.adapters)\.adapter_up\.")
     for name in dict.fromkeys(match[1] for match in matches):
-        if bottleneck_role(model, layer_paths(model)[site.layer], name) == ROLES.get(site.name, "output"):
+        if bottleneck_role(model, layer_paths(model)[site.layer], name) == BOTTLENECK_ROLES.get(site.name, "output"):
             return f"{path}.{name}"
     return None
 

@@ -14,7 +14,7 @@ DEFAULT_ONLY: dict[str | None, dict[str, Any]] = {
     "prefix_tuning": {"shared_gating": True},
 }
 # architecture -> why it cannot be imported
-REFUSED = {
+REFUSED_METHODS = {
     "prompt_tuning": "its prompt comes after the positions and the norm of the embeddings, peft's before them",
     "reft": "no sub-layer of this package changes single positions of a sequence",
     "mtl_lora": "peft has no matrices of single tasks in a LoRA",
@@ -36,7 +36,9 @@ def methods(saved: dict[str, Any]) -> list[Settings]:
     members: list[Settings] = config["configs"] if config.get("architecture") == "union" else [config]
     for method in members:
         kind = method.get("architecture")
-        check("architecture", kind, kind not in REFUSED, f"cannot be imported: {REFUSED.get(str(kind))}")
+        check(
+            "architecture", kind, kind not in REFUSED_METHODS, f"cannot be imported: {REFUSED_METHODS.get(str(kind))}"
+        )
         rule = "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'"
         check("architecture", kind, kind in DEFAULT_ONLY, rule)
         for key, value in DEFAULT_ONLY[kind].items():
