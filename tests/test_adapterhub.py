@@ -152,6 +152,13 @@ def test_name_and_training(checkpoints):
     assert all(".mine." in name and model.get_parameter(name).grad is not None for name in trained)
 
 
+def test_a_head_is_not_lost_silently(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "bert" / "seq_bn", tmp_path / "saved")
+    (tmp_path / "saved" / "head_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"prediction head beside the adapter \(.*head_config.json\) is not imported"):
+        from_adapterhub(tmp_path / "saved", build("bert"))
+
+
 def edited(folder, target, **changes):
     """A copy of a checkpoint with another config: fields of the file, or of the method in it."""
     shutil.copytree(folder, target)

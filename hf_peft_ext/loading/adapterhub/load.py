@@ -1,5 +1,6 @@
 """Imports an AdapterHub adapter: converts it to a config and a state of peft, and attaches it to the model."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.tuners.compacter import COMPACTER_SITES
 from hf_peft_ext.validation.checks import check
 
+HEAD_CONFIG = "head_config.json"  # beside an adapter that the library has saved with its head
 READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
 # sub-layer -> the default values of its options
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -56,7 +58,8 @@ def from_adapterhub(
     (NICE), prefix_tuning and its flat form, lora, DoRA, VeRA, ia3, and unions of them such as mam and unipelt, for all
     models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3 becomes `IA3`; all
     others become a type of this package. Prefixes are imported without their reparameterisation network. Gates include
-    padding, as in that library. A prediction head, which the library saves in separate files, is not imported.
+    padding, as in that library. A prediction head, which the library saves in separate files, is not imported, as a
+    warning says.
 
     AdapterHub: Pfeiffer et al. 2020 (https://arxiv.org/abs/2007.07779); `adapters`: Poth et al. 2023
     (https://arxiv.org/abs/2311.11077), version 1.3.0.
@@ -79,6 +82,9 @@ def from_adapterhub(
     check("model", type(model).__name__, not isinstance(model, PeftModel), "must be a model without adapters")
     config, state = convert(Checkpoint(Path(path), model), model)
     config.inference_mode = not is_trainable
+    if (Path(path) / HEAD_CONFIG).exists():
+        unused = f"The prediction head beside the adapter ({Path(path) / HEAD_CONFIG}) is not imported"
+        warnings.warn(f"{unused}: copy its weights into the head of the model, or train one.", stacklevel=2)
     peft_model = get_peft_model(model, config, adapter_name)  # type: ignore[arg-type]
     set_peft_model_state_dict(peft_model, state, adapter_name)
     return peft_model if is_trainable else peft_model.eval()
