@@ -197,8 +197,7 @@ class AddToOutput(TunerLayer):
     """y = host(x) becomes y + f(y): sequential adapters and biases, stacked in the order of the active adapters."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        # Before the other hooks of the host: a bias belongs to the host, and what a block returns is recorded by hooks
-        # of transformers (hidden states), which must see what the next block reads.
+        # before the other hooks of the host, which record a block's output (hidden states) or read a module with its bias
         handle = self.host.register_forward_hook(partial(add_to_output, self.name))
         if self.site.name in ("bias", "after_residual"):
             move_first(self.host._forward_hooks, handle)
@@ -247,7 +246,10 @@ def hand_layer(key: str, name: str, holder: nn.Module, args: tuple[Any, ...]) ->
 def add_before_norm(key: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     layer, s = FORWARD.values.pop(key), args[0] if args else kwargs["hidden_states"]
     changed = layer.add(s, output, read=partial(normed, norm))
-    return output if changed is s else normed(norm, changed)
+    if changed is s:
+        return output
+    output, bias = norm.forward(changed), getattr(norm, NORM_BIAS, None)  # as `normed`, without a call of its own
+    return output if bias is None else bias.add(output, output)
 
 
 def normed(norm: Any, s: Tensor) -> Tensor:

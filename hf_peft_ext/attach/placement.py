@@ -28,7 +28,8 @@ SITES: dict[str, tuple[str, ...]] = {
     "bias": ("bias",),
     "coupling": ("embeddings",),
 }
-UNGATED = ("bias", "coupling")
+# sub-layer without a gate -> the reason
+UNGATED = {"bias": "a bias reads no input", "coupling": "with a gate, a coupling could not be inverted"}
 EXPERT_OPTIONS = ("num_experts", "shared_projection")  # of a bottleneck with experts
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -93,9 +94,8 @@ class Placement:
         poolings = get_args(GatePooling)
         rule = f"must be None or one of {', '.join(poolings)}"
         check("gate", self.gate, self.gate is None or self.gate in poolings, rule)
-        check(
-            "gate", self.gate, self.gate is None or self.sublayer not in UNGATED, f"must be None for `{self.sublayer}`"
-        )
+        is_gated = self.gate is not None and self.sublayer in UNGATED
+        check("gate", self.gate, not is_gated, f"must be None: {UNGATED.get(self.sublayer)}")
         check("gate_init", self.gate_init, is_number(self.gate_init), "must be a number")
         if self.layers is not None:
             self.layers = list(self.layers)
