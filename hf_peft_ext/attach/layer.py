@@ -197,7 +197,7 @@ class AddToOutput(TunerLayer):
     """y = host(x) becomes y + f(y): sequential adapters and biases, stacked in the order of the active adapters."""
 
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
-        # before the other hooks of the host, which record a block's output (hidden states) or read a module with its bias
+        # before the host's other hooks, which record a block's output (hidden states) or read a module with its bias
         handle = self.host.register_forward_hook(partial(add_to_output, self.name))
         if self.site.name in ("bias", "after_residual"):
             move_first(self.host._forward_hooks, handle)
