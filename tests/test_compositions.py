@@ -213,13 +213,13 @@ def test_parallel_and_split(backbone, config):
     twice = {key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in inputs.items()}
     names = [name for name in alone for _ in range(rows)]
     for name, part in zip(alone, only(model, None, twice, adapter_names=names).chunk(2), strict=True):
-        compare(part, alone[name], inputs)
+        assert_same_rows(part, alone[name], inputs)
     split = only(model, None, inputs, adapter_names=["first", "second", "second"])
-    compare(split[:1], alone["first"][:1], inputs, slice(0, 1))
-    compare(split[1:], alone["second"][1:], inputs, slice(1, None))
+    assert_same_rows(split[:1], alone["first"][:1], inputs, slice(0, 1))
+    assert_same_rows(split[1:], alone["second"][1:], inputs, slice(1, None))
 
 
-def compare(result, expected, inputs, rows=slice(None)):
+def assert_same_rows(result, expected, inputs, rows=slice(None)):
     mask = inputs.get("decoder_attention_mask", None if "decoder_input_ids" in inputs else inputs["attention_mask"])
     if mask is None:
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)

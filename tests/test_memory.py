@@ -233,6 +233,13 @@ def test_largest_fitting_of_any_cost():
     assert largest_fitting(lambda n: n, 100, 4, 7) == 7
 
 
+def test_no_length_above_the_largest_is_tried():
+    tried = []
+    for most in (2, 9, 1000):
+        assert largest_fitting(lambda n: tried.append(n) or n**3, most**3 - 1, 4, most) == most - 1
+        assert max(tried) == most
+
+
 def test_models_and_folders(tmp_path):
     """A model on any device, an adapted model, a folder: as the config. Nothing in the model changes."""
     model = AutoModelForCausalLM.from_config(config())

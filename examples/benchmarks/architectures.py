@@ -100,12 +100,7 @@ def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # pyright: ignore[reportArgumentType]
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    heads = [
-        (task, model_type, class_name)
-        for task, names in HEADS.items()
-        for model_type, class_name in names.items()
-        if args.model_types is None or model_type in args.model_types
-    ]
+    heads = chosen_heads(HEADS, None, args.model_types)
     failures: dict[str, dict[str, str]] = {method: {} for method in METHODS}
     built, unbuilt = Counter(), {}
     for task, model_type, class_name in track(heads, "adapting", transient=True):
@@ -166,15 +161,35 @@ def build(model_type: str, class_name: str, sizes: dict[str, int]) -> nn.Module:
     config_class, model_class = CONFIG_MAPPING[model_type], getattr(transformers, class_name)
     values = {**shrunk(config_class(), sizes), "pad_token_id": 0, "eos_token_id": EOS, "decoder_start_token_id": 0}
     values |= EXTRAS.get(model_type, {})
-    config = config_class(**values)
+    model = with_random_weights(model_class, config_class(**values))
+    logits(model)
+    return model
+
+
+def with_random_weights(model_class: Any, config: PretrainedConfig) -> nn.Module:
+    """A model, always with the same weights.
+
+    Raises:
+        ValueError: it has more than `LARGEST` parameters.
+    """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
-    model = model_class(config).eval()
-    logits(model)
-    return model
+    return model_class(config).eval()
+
+
+def chosen_heads(
+    heads_of: dict[str, dict[str, str]], tasks: list[str] | None, model_types: list[str] | None
+) -> list[tuple[str, str, str]]:
+    """Task, model type and class name of each head; None chooses all."""
+    return [
+        (task, model_type, class_name)
+        for task, names in heads_of.items()
+        for model_type, class_name in names.items()
+        if (tasks is None or task in tasks) and (model_types is None or model_type in model_types)
+    ]
 
 
 def shrunk(config: PretrainedConfig, sizes: dict[str, int]) -> dict[str, Any]:

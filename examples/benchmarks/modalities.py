@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures import FOUND, LORA, first_line, host
+from architectures import FOUND, LORA, chosen_heads, first_line, host
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import track
@@ -69,12 +69,7 @@ def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # pyright: ignore[reportArgumentType]
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    heads = [
-        (task, model_type, class_name)
-        for task, names in HEADS.items()
-        for model_type, class_name in names.items()
-        if (args.tasks is None or task in args.tasks) and (args.model_types is None or model_type in args.model_types)
-    ]
+    heads = chosen_heads(HEADS, args.tasks, args.model_types)
     methods = args.methods or list(METHODS)
     rows: list[Row] = []
     unbuilt: list[Row] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from architectures import LAYERS, SIZES, VOCABULARY, shrunk
+from architectures import LAYERS, SIZES, VOCABULARY, shrunk, with_random_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
@@ -31,7 +31,6 @@ HEADS = {
 BATCH, LENGTH, FRAMES = 2, 8, 64
 SIDE, PATCH = 64, 8  # pixels
 GRID = torch.tensor([[1, 4, 4]] * BATCH)  # patches of each image, in time, height and width
-LARGEST = 20_000_000  # parameters; larger models are skipped
 
 MEDIA = ("pixel_values", "flattened_patches", "input_features", "input_values")
 
@@ -111,12 +110,7 @@ def build(model_type: str, class_name: str, n_layers: int, kv_heads: int) -> nn.
     values = staged(config_class(), shrunk(config_class(), sizes))
     values = {**values, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
     config = config_class(**merged(values, EXTRAS.get(model_type, {})))
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters")
-    torch.manual_seed(0)
-    model = model_class(config).eval()
+    model = with_random_weights(model_class, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # Gemma 3's projector begins at zero, and Idefics' gates
             if not parameter.any() and "bias" not in name:

@@ -1,5 +1,6 @@
 """The largest whole number whose cost fits a limit."""
 
+import sys
 from collections.abc import Callable
 
 MOST_ESTIMATES = 40  # bounds the number of estimates
@@ -22,13 +23,14 @@ def largest_fitting(cost: Callable[[int], int], limit: int, start: int, most: in
     low, low_cost = 1, cost(1)
     if low_cost > limit:
         return 0
-    high = max(start, 2)
+    largest = sys.maxsize if most is None else most
+    high = min(max(start, 2), largest)
     high_cost = cost(high)
     while high_cost <= limit:
         slope = (high_cost - low_cost) / (high - low)
         reach = high + (limit - high_cost) / slope if slope > 0 else 2 * high
         low, low_cost = high, high_cost
-        high = max(2 * high, min(int(1.01 * reach) + 1, 64 * high))
+        high = min(max(2 * high, min(int(1.01 * reach) + 1, 64 * high)), largest)
         high_cost = cost(high)
     for attempt in range(MOST_ESTIMATES):
         if high - low <= 1:
