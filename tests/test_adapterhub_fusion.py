@@ -123,6 +123,16 @@ def test_what_does_not_fit(saved, tmp_path):
             from_adapterhub(fusion, model, "both")
         assert [*model.peft_config] == NAMES
         assert not any(".both." in name for name, _ in model.named_modules())
+    folder, model = edited(saved, tmp_path / "deeper"), imported(saved, "bert")
+    tensors = torch.load(folder / "pytorch_model_adapter_fusion.bin", weights_only=True)
+    further = {key.replace("layer.1.", "layer.2."): tensor for key, tensor in tensors.items()}
+    torch.save(tensors | further, folder / "pytorch_model_adapter_fusion.bin")
+    with pytest.raises(ValueError, match=r"`places` \(=3\) must be 2, as the adapters have"):
+        from_adapterhub(folder, model, "both")
+    assert [*model.peft_config] == NAMES
+    (folder / "adapter_fusion_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must hold the `name` and the `config` of a fusion"):
+        from_adapterhub(folder, model, "both")
     folder = edited(saved, tmp_path / "bare")
     (folder / "pytorch_model_adapter_fusion.bin").unlink()
     with pytest.raises(ValueError, match="must hold model_adapter_fusion"):

@@ -46,7 +46,7 @@ def embeddings_host(model: nn.Module) -> str:
     owner = getattr(backbone, "text_model", backbone)
     if has_two_stacks(model) or not any(hasattr(owner, name) for name in EMBEDDINGS):
         owner = getattr(owner, "encoder", owner)
-    found = next((getattr(owner, name) for name in EMBEDDINGS if hasattr(owner, name)), None)
-    path = next((path for path, module in model.named_modules() if module is found), "")
+    embeddings = next((getattr(owner, name) for name in EMBEDDINGS if hasattr(owner, name)), None)
+    path = next((path for path, module in model.named_modules() if module is embeddings), "")
     check("inv_adapter", "nice", bool(path), f"must be None: {type(model).__name__} has no embeddings of a known name")
     return path

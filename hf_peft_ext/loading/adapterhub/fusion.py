@@ -1,9 +1,8 @@
 """Imports an AdapterFusion that AdapterHub's library has saved, into a model that has its adapters."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -14,6 +13,7 @@ from hf_peft_ext.attach.layer import TunerLayer
 from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.tuners import AttentionFusionConfig
 from hf_peft_ext.validation.checks import check
+from hf_peft_ext.validation.config_schema import read_json
 
 CONFIG, WEIGHTS, SAFE_WEIGHTS = (
     "adapter_fusion_config.json",
@@ -56,14 +56,18 @@ def fusion_from_adapterhub(
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` (={type(model).__name__}) must be a PeftModel that has the adapters of the fusion.")
-    saved = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-    settings, names = saved["config"], saved.get("adapter_names") or saved["name"]
+    saved = read_json(Path(path) / CONFIG)
+    settings, fusion_name = saved.get("config"), saved.get("name")
+    is_saved = isinstance(settings, dict) and isinstance(fusion_name, str)
+    check("path", str(path), is_saved, f"must hold the `name` and the `config` of a fusion in {CONFIG}")
+    settings, fusion_name = cast(dict[str, Any], settings), cast(str, fusion_name)
+    names = saved.get("adapter_names") or fusion_name
     for key, required in FUSION_SETTINGS.items():
         value = settings.get(key, required)
         check(key, value, value is required, f"must be {required}")
     names = names.split(",") if isinstance(names, str) else names
-    states = states_by_layer(read_weights(Path(path)), saved["name"])
-    config = AttentionFusionConfig(adapters=names, style="pfeiffer", value=bool(settings["value"]))
+    states = states_by_layer(read_weights(Path(path)), fusion_name)
+    config = AttentionFusionConfig(adapters=names, style="pfeiffer", value=bool(settings.get("value", True)))
     config.inference_mode = not is_trainable
     model.add_adapter(adapter_name, config)
     try:
@@ -125,6 +129,8 @@ def copy_states(model: PeftModel, adapter_name: str, states: dict[str, dict[str,
             saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
             check("shapes", saved, saved == shapes, f"must be {shapes}, as at {layer.site.host}")
             fusion.load_state_dict(state)
+    rule = f"must be {len(layers)}, as the adapters have"
+    check("places", len(states), len(states) == len(layers), rule)
 
 
 def order(layer: TunerLayer) -> int:
