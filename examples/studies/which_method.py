@@ -1,6 +1,7 @@
 """Which method when: every method at an equal number of parameters on real tasks, through `compare`.
 
-    tune        SST-2 and AG News: each method chooses among three learning rates; then seeds at the best one
+    tune        SST-2, AG News, and the training messages of examples/data: each method chooses among three learning
+                rates; then seeds at the best one
     test        TREC, QNLI and STS-B: the rates of `compare`'s table, which `tune` fixed; nothing is chosen
     beginnings  TREC: UniPELT, MAM, S4, prefix and Pfeiffer as they begin by default and as in their papers
     ablation    TREC: UniPELT without gates, without one of its sub-layers, and with other gates
@@ -32,9 +33,10 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.compare.runs import RATES
 from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.trainers import compare
-from runs import MINILM, RESULTS, find_model, read
+from runs import MINILM, RESULTS, Row, find_model, read, read_rows
 
 DEV = 200
+MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"
 NOTE = (
     "MiniLM-L6; scores in % (accuracy; Pearson's correlation on STS-B) on rows that the run did not train on, mean ± "
     "standard deviation over seeds. The difference from LoRA is over all tasks and seeds, with its 95 % interval and "
@@ -42,7 +44,7 @@ NOTE = (
 )
 METHODS = ["lora", "unipelt", "mam", "s4", "pfeiffer", "prefix", "ia3", "bitfit", "full"]
 STAGES = {
-    "tune": (["sst2", "ag_news"], METHODS, [1 / 3, 1.0, 3.0]),
+    "tune": (["sst2", "ag_news", "messages"], METHODS, [1 / 3, 1.0, 3.0]),
     "test": (["trec", "qnli", "stsb"], METHODS, [1.0]),
 }
 TEXTS = {"qnli": ["question", "sentence"], "stsb": ["sentence1", "sentence2"]}
@@ -102,9 +104,15 @@ class Arguments:
     output: Path = field(default=RESULTS / "which_method", metadata={"help": "Folder of the results."})
 
 
+def messages() -> list[Row]:
+    """The training rows of the support messages."""
+    rows = [row for row in read_rows(MESSAGES) if row["split"] == "train"]
+    return [{"text": row["text"], "label": row["intent"]} for row in rows]
+
+
 def pool(args: Arguments, task: str) -> list[dict[str, Any]]:
     """The K + 200 rows of a task, drawn once; of classes as equally as they allow."""
-    rows = list(read(args.data, task, "train"))
+    rows = messages() if task == "messages" else list(read(args.data, task, "train"))
     random.Random(0).shuffle(rows)
     if task == "stsb":
         return rows[: args.k + DEV]
