@@ -13,10 +13,10 @@ from hf_peft_ext.catalogue.entries import METHOD_FAMILIES, TFEW, available, entr
 from hf_peft_ext.catalogue.measure import measure
 from hf_peft_ext.catalogue.sizes import SizesOnModel
 from hf_peft_ext.catalogue.table import describe, markdown
-from hf_peft_ext.catalogue.targets import norms, with_target_modules
 from hf_peft_ext.catalogue.traits import Traits, measurements, traits_of
 from hf_peft_ext.cli import app
 from hf_peft_ext.registry import REGISTERED
+from hf_peft_ext.tuners.target_modules import norms, with_target_modules
 
 from .backbones import BACKBONES, SPECIAL, VOCAB
 from .test_docs import DOCS

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from hf_peft_ext import trainers
+from hf_peft_ext import load_adapter, trainers
 from hf_peft_ext.cli import app
 from hf_peft_ext.compare import compare
 from hf_peft_ext.compare.runs import RATES, SEEDS, WINNER, MethodRuns
@@ -128,6 +128,17 @@ def test_classification(recipe, models, tmp_path):
     assert "<svg" in page
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_model_that_peft_has_no_names_for(tmp_path):
+    """Methods of peft run on DistilBERT, and the winner loads again."""
+    path = write_recipe(tmp_path, tiny_model(tmp_path, "distilbert"))
+    result = compare(path, ["lora", "ia3"], **QUICK, output_dir=tmp_path / "out")
+    assert {m.name: m.error for m in result.methods} == {"lora": None, "ia3": None}
+    assert all(m.parameters for m in result.methods)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    load_adapter(base, tmp_path / "out" / "winner")
+
+
 def test_regression(models, tmp_path):
     """The score is Pearson's correlation; rows are held out at random."""
     path = write_recipe(tmp_path, models["bert"], data="{{data_files: {file}, problem_type: regression}}")
@@ -223,8 +234,30 @@ def test_resumes(recipe, tmp_path, monkeypatch):
     assert len(begun) == 5  # the third run twice
     assert [m.scores for m in resumed.methods] == [m.scores for m in whole.methods]
     assert resumed.recommendation == whole.recommendation
-    with pytest.raises(ValueError, match=r"`seeds` \(=4\) is 2 in the study 'compare'; choose another `study_name`\."):
-        compare(recipe, ["lora", "bitfit"], output_dir=tmp_path / "out", **{**QUICK, "seeds": 4})
+    with pytest.raises(ValueError, match=r"`rates` \(=\[2.0\]\) is \[1.0\] in the study 'compare'; choose another"):
+        compare(recipe, ["lora", "bitfit"], output_dir=tmp_path / "out", **{**QUICK, "rates": (2.0,)})
+
+
+def test_more_seeds_and_methods(recipe, tmp_path, monkeypatch):
+    """A later command adds seeds and methods to a comparison; what was run is not repeated."""
+    first = compare(recipe, ["lora", "bitfit"], output_dir=tmp_path / "out", **QUICK)
+    execute, begun = MethodRuns.execute, []
+
+    def counted(self, trial, run):
+        begun.append((run.constraint, run.model))
+        return execute(self, trial, run)
+
+    monkeypatch.setattr(MethodRuns, "execute", counted)
+    more = compare(recipe, ["lora", "bitfit", "ia3"], output_dir=tmp_path / "out", **{**QUICK, "seeds": 3})
+    assert sorted(begun) == [("bitfit", 2), ("ia3", 0), ("ia3", 1), ("ia3", 2), ("lora", 2)]
+    for method in first.methods:
+        assert method.scores.items() < more.of(method.name).scores.items()
+    assert more.folder
+    assert more.settings["seeds"] == 3
+    with pytest.raises(ValueError, match=r"`seeds` \(=2\) must be at least 3, as in the study 'compare'"):
+        compare(recipe, ["lora", "bitfit"], output_dir=tmp_path / "out", **QUICK)
+    with pytest.raises(ValueError, match=r"`methods.lora` \(=\{.*\}\) is \{.*\} in the study"):
+        compare(recipe, ["lora", "bitfit"], budget=4000, output_dir=tmp_path / "out", **{**QUICK, "seeds": 3})
 
 
 def work(recipe, folder, cache):

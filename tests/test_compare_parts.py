@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from scipy import stats
+from transformers import AutoModelForSequenceClassification
 
 from hf_peft_ext.compare.halving import HalvingByMethod, RungReports
 from hf_peft_ext.compare.inference import adjusted, mean_interval, paired_test, verdict
@@ -213,6 +214,26 @@ def test_budget(name, method, recipes):
     model = recipe.task.model.from_pretrained(recipe.model.model_name_or_path)
     assert adapter_parameters(get_peft_model(model, config)) == found.parameters
     assert found.parameters == pytest.approx(budget, rel=0.05)
+
+
+OF_PEFT = ["lora", "dora", "adalora", "krona", "vera", "fourierft", "oft", "boft", "ln_tuning", "beft", "ia3"]
+
+
+@pytest.mark.parametrize("name", ["distilbert", "modernbert", "albert"])
+def test_models_that_peft_has_no_names_for(name):
+    """Methods of peft take the modules that they are for, on models that are missing in peft's tables."""
+
+    def make_model():
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(BACKBONES[name].build().config)
+
+    methods = {method: COMPARED_METHODS[method] for method in OF_PEFT}
+    sizes = size_methods(methods, None, "SEQ_CLS", make_model)
+    assert all(sizes[method].parameters for method in OF_PEFT)
+    budget = 2 * sizes["lora"].parameters
+    found = size_methods({"lora": COMPARED_METHODS["lora"]}, budget, "SEQ_CLS", make_model)["lora"]
+    assert found.parameters == pytest.approx(budget, rel=0.05)
+    assert found.config["r"] == 16
 
 
 def test_proportions_at_a_budget(recipes):

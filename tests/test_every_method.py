@@ -9,10 +9,10 @@ from peft import PeftModel, PeftType
 from hf_peft_ext import load_adapter
 from hf_peft_ext.catalogue.entries import TFEW, available, entry_named
 from hf_peft_ext.catalogue.measure import close, outputs, perturb, task_ids, tiny_model
-from hf_peft_ext.catalogue.targets import with_target_modules
 from hf_peft_ext.loading.config import ONLY, REFUSED, STOCK
 from hf_peft_ext.registry import REGISTERED
 from hf_peft_ext.trainers import AdapterTrainer
+from hf_peft_ext.tuners.target_modules import with_target_modules
 
 from .saved_adapters import WEIGHTS, refused_on, reweigh, rewrite
 from .test_safe_load_refusals import FORBIDDEN

@@ -8,6 +8,7 @@
 
 Each cell draws a pool of rows once. Each seed trains on other K rows of it and is scored on the 200 that are left.
 A cell that was interrupted continues, and several processes share one. The data are those of HF_PEFT_EXT_DATA.
+`--head mean` reads the model as it was pretrained to be read: by the mean of its last hidden states, not by its first.
 
     python examples/studies/which_method.py --stage tune
     python examples/studies/which_method.py --stage test --k 100 --seeds 5
@@ -33,6 +34,7 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.compare.runs import RATES
 from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.trainers import compare
+from mean_pooling import read_bert_by_its_mean
 from runs import MINILM, RESULTS, Row, find_model, read, read_rows
 
 DEV = 200
@@ -95,6 +97,7 @@ class Arguments:
     seeds: int = field(default=5, metadata={"help": "Runs of each method at its rate."})
     budget: str = field(default="0.5%", metadata={"help": "Trained parameters of each method."})
     epochs: int = field(default=8, metadata={"help": "Epochs of each run."})
+    head: str = field(default="first", metadata={"help": "What the classifier reads: first (token), or mean."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Tasks in place of the stage's own."})
     methods: list[str] | None = field(default=None, metadata={"help": "Methods in place of the stage's own."})
     rates: list[float] | None = field(default=None, metadata={"help": "Factors on the usual rates."})
@@ -164,8 +167,10 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
 def run(args: Arguments, stage: str) -> None:
     tasks, methods, rates = STAGES[stage]
     COMPARED_METHODS.update(PAPERS | ABLATIONS)
+    if args.head == "mean":
+        read_bert_by_its_mean()
     for task in args.tasks or tasks:
-        folder = args.output / f"{stage}-{task}-{args.k}"
+        folder = args.output / (f"{stage}-{task}-{args.k}" + ("" if args.head == "first" else f"-{args.head}"))
         result = compare(
             recipe(args, task, folder),
             methods=args.methods or methods,

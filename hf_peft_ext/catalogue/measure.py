@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from hf_peft_ext.attach.config import PlacedConfig
 from hf_peft_ext.budget.memory.build import without_warnings
 from hf_peft_ext.catalogue.entries import Entry, available
-from hf_peft_ext.catalogue.targets import REFUSALS, with_target_modules
 from hf_peft_ext.catalogue.traits import MEASURED, Traits, measurements
 from hf_peft_ext.registry import extend_peft
+from hf_peft_ext.tuners.target_modules import REFUSALS, with_target_modules
 
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
 SELECTED = {"SPARSE": {"selection": "random"}}  # a trainer selects its entries from data; their kind does not matter

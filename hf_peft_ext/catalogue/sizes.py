@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 from hf_peft_ext.budget.fake_model import head_task, model_on_meta
 from hf_peft_ext.budget.memory.build import without_warnings
 from hf_peft_ext.catalogue.entries import Entry
-from hf_peft_ext.catalogue.targets import REFUSALS, with_target_modules
 from hf_peft_ext.loading.expected_tensors import WithoutValues, attach_on_meta, tensors_of, with_adapter
+from hf_peft_ext.tuners.target_modules import REFUSALS, with_target_modules
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from hf_peft_ext.search.progress import SearchLines
 from hf_peft_ext.search.run_record import Record, Run
 from hf_peft_ext.search.search import FINISHED
 from hf_peft_ext.search.trial_queue import Queue, frozen_garbage
+from hf_peft_ext.validation.checks import check
 
 
 def compare(
@@ -121,7 +123,25 @@ class Comparing:
             [] if causal else ["Retention was not measured: this model has no causal language-modelling head."],
         )  # fmt: skip
         queue.check_protocol(comparing.protocol())
+        comparing.extend()
         return comparing
+
+    def extend(self) -> None:
+        """Note the methods and the number of seeds, to which a later command can add.
+
+        Raises:
+            ValueError: a method has another config in the study, or there are fewer seeds.
+        """
+        earlier: dict[str, Any] = self.queue.get_attr("methods") or {}
+        configs = {name: sized.config for name, sized in self.methods.items()}
+        for name in earlier.keys() & configs.keys():
+            rule = f"is {earlier[name]} in the study {self.args.study_name!r}; choose another `study_name`"
+            check(f"methods.{name}", configs[name], earlier[name] == json.loads(json.dumps(configs[name])), rule)
+        least = self.queue.get_attr("seeds") or 0
+        rule = f"must be at least {least}, as in the study {self.args.study_name!r}; or choose another `study_name`"
+        check("seeds", self.args.seeds, self.args.seeds >= least, rule)
+        self.queue.set_attr("methods", earlier | configs)
+        self.queue.set_attr("seeds", self.args.seeds)
 
     def protocol(self) -> dict[str, Any]:
         """The settings that all workers share."""
@@ -131,9 +151,7 @@ class Comparing:
         content = repr([[list(part[column]) for column in self.recipe.data.columns()] for part in columns])
         return {
             "recipe": written,
-            "methods": {name: sized.config for name, sized in self.methods.items()},
             "rates": list(self.args.rates),
-            "seeds": self.args.seeds,
             "dev_split": self.args.dev_split,
             "dev_share": self.args.dev_share,
             "general_text": list(self.runs.texts or ()),
@@ -197,7 +215,8 @@ class Comparing:
     def winner_run(self, result: MethodComparison) -> Run:
         """The run that trains the winner, with the dev scores that its card shows."""
         winner = result.of(str(result.winner))
-        run = self._make_run(WINNER, winner.name, 0, self.recipe.training.seed, winner.learning_rate or 0.0)
+        seeds = self.args.seeds  # with more of them the card has other scores
+        run = self._make_run(WINNER, winner.name, seeds, self.recipe.training.seed, winner.learning_rate or 0.0)
         shown = {name: list(result.of(name).scores.values()) for name in (winner.name, result.reference)}
         run.config["dev_scores"] = {name: scores for name, scores in shown.items() if scores}
         return run

@@ -46,8 +46,6 @@ class Method:
 
 ALPHA = {"lora_alpha": ("r", 2)}  # keeps LoRA's scaling at 2 for every rank
 
-NORMS = r"(?i).*(norm|\bln_)[^.]*"  # norms by their usual names; peft knows them for few architectures
-
 COMPARED_METHODS = {
     "lora": Method("LoRA", {"peft_type": "LORA", "lora_alpha": 16}, LEARNING_RATES["LORA"], {"r": 8}, ALPHA),
     "dora": Method(
@@ -68,11 +66,7 @@ COMPARED_METHODS = {
     "oft": Method("OFT", {"peft_type": "OFT"}, LEARNING_RATES["OFT"]),
     "boft": Method("BOFT", {"peft_type": "BOFT"}, LEARNING_RATES["BOFT"]),
     "shira": Method("SHiRA", {"peft_type": "SHIRA"}, LEARNING_RATES["SHIRA"], {"r": 8}),
-    "ln_tuning": Method(
-        "LayerNorm tuning",
-        {"peft_type": "LN_TUNING", "target_modules": NORMS},
-        LEARNING_RATES["LN_TUNING"],
-    ),
+    "ln_tuning": Method("LayerNorm tuning", {"peft_type": "LN_TUNING"}, LEARNING_RATES["LN_TUNING"]),
     "beft": Method("BEFT", {"peft_type": "BEFT"}, LEARNING_RATES["BEFT"]),
     "unipelt": Method(
         "UniPELT",

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.run import find_model, loading
 from hf_peft_ext.recipes.tasks import CONFIGS
 from hf_peft_ext.search.search import adapter_parameters
+from hf_peft_ext.tuners.ia3.config import TFewConfig
 from hf_peft_ext.tuners.s4.costs import base_parameters
 from hf_peft_ext.tuners.s4.solve import TOLERANCE, OutOfReach
+from hf_peft_ext.tuners.target_modules import with_target_modules
 from hf_peft_ext.validation.checks import check, is_number
 
 Budget = int | str | None
@@ -121,7 +123,8 @@ def size_methods(
         return adapter_parameters(model)
 
     sized = {}
-    for name, method in methods.items():
+    for name, usual in methods.items():
+        method = located(name, usual, task_type, make_model)
         config = dict(method.config)
         if method.trains_base:
             count(name, config)
@@ -141,6 +144,30 @@ def size_methods(
             parameters = count(name, config)
         sized[name] = SizedMethod(method, config, parameters)
     return sized
+
+
+def located(name: str, method: Method, task_type: str, make_model: Callable[[], nn.Module]) -> Method:
+    """The method with the modules that it is for, on a model for which peft knows none.
+
+    Args:
+        name: the method's name, for errors.
+        method, task_type, make_model: as in `size_methods`.
+
+    Raises:
+        ValueError: the model has no such modules.
+    """
+    fields = {key: value for key, value in method.config.items() if key != "peft_type"}
+    try:
+        usual = CONFIGS[method.config["peft_type"]](task_type=task_type, **fields)
+        config: Any = with_target_modules(usual, make_model())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`methods` (={name!r}) cannot be attached to this model: {error}") from error
+    if isinstance(config, TFewConfig):  # (IA)³ on the modules that are found in the model's structure
+        return replace(method, config={**method.config, "peft_type": "TFEW"})
+    targets: Any = getattr(config, "target_modules", None)
+    if targets == getattr(usual, "target_modules", None):
+        return method
+    return replace(method, config={**method.config, "target_modules": sorted(targets)})
 
 
 def solve_sizes(count: Callable[[Mapping[str, int]], int], usual: Mapping[str, int], target: int) -> dict[str, int]:

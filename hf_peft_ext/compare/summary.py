@@ -52,7 +52,7 @@ class Summary:
         p_adjusted = adjusted({name: test.p_value if test else None for name, test in tests.items()})
         methods = [self.method_scores(name, tests.get(name), p_adjusted.get(name)) for name in self.methods]
         winner, sentence = recommend(methods, self.reference, self.score, self.higher_is_better, self.rows["train"])
-        trained = next(iter(self.of(WINNER, winner)), None) if winner else None
+        trained = max(self.of(WINNER, winner), key=lambda r: r.run.model, default=None) if winner else None
         is_trained = trained is not None and trained.state == "done"
         notes = [*self.notes, *self.rate_notes()]
         if trained is not None and trained.error:
