@@ -19,7 +19,8 @@ arguments:
               gguf_file: its file, if it is a GGUF model
 [cyan]quantization[/]  optional; arguments of transformers.BitsAndBytesConfig
 [cyan]peft[/]          peft_type: UNIPELT, MAM, TFEW, LORA or any other type of peft
-              task_type: SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM
+              task_type: SEQ_CLS, CAUSAL_LM, SEQ_2_SEQ_LM, or
+              FEATURE_EXTRACTION, a model of sentence-transformers
               and the fields of that type's config
 [cyan]data[/]          path, name, data_files, revision, as in load_dataset;
               train_split, eval_split, split_column,
@@ -30,16 +31,23 @@ arguments:
                   or prompt_column and response_column
                 SEQ_2_SEQ_LM: prompt_column, response_column, max_length,
                   max_target_length
+                FEATURE_EXTRACTION: anchor_column, positive_column,
+                  negative_column or score_column, max_length
                 T-Few, with a language model: prompt and choices (Jinja
                   templates), answer_column, use_chat_template
 [cyan]training[/]      arguments of transformers.TrainingArguments for SEQ_CLS,
               trl.SFTConfig for CAUSAL_LM,
               Seq2SeqTrainingArguments for SEQ_2_SEQ_LM,
-              TFewTrainingArguments for T-Few;
+              TFewTrainingArguments for T-Few,
+              SentenceTransformerTrainingArguments for FEATURE_EXTRACTION;
               output_dir is the folder of the adapter
 [cyan]metrics[/]       optional list; for SEQ_CLS and T-Few: accuracy, f1,
               matthews_correlation; for regression: pearson, spearmanr;
-              for SEQ_2_SEQ_LM: exact_match
+              for SEQ_2_SEQ_LM: exact_match;
+              for FEATURE_EXTRACTION: cosine_ndcg@10, cosine_mrr@10,
+              cosine_map@100, cosine_accuracy@1, cosine_precision@10,
+              cosine_recall@10; with score_column:
+              pearson_cosine, spearman_cosine
 
 Changes follow the file: section.key=value, or key=value if only one section
 has the key. Values are YAML: section={...} replaces a section, section=null

@@ -33,6 +33,7 @@ TOKENIZER = (
 PUSHED = (
     *("*.safetensors", CONFIG_NAME, "README.md", "figures/*.png", "recipe.yaml"),
     *("training_record.json", "trainer_state.json", *TOKENIZER),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]*_*/config.json"),
 )
 NEVER_PUSHED = ("optimizer*", "scheduler*")  # in any format
 REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # the names that git accepts

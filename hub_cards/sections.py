@@ -14,7 +14,7 @@ from hf_peft_ext.hub_cards.methods import METHOD_TEXTS
 from hf_peft_ext.hub_cards.record import DatasetRecord, Result, TrainingRecord
 from hf_peft_ext.hub_cards.redact import in_text, without_places
 from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
-from hf_peft_ext.hub_cards.snippet import base_class, ranks_choices, snippet
+from hf_peft_ext.hub_cards.snippet import base_class, is_embedding, ranks_choices, snippet
 from hf_peft_ext.validation.checks import is_hub_id
 
 METHOD_TITLES = {"adapter": "this adapter", "original": "original adapter", "lora": "LoRA", "base": "base model"}
@@ -32,6 +32,8 @@ def values(
     trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
     place = {"repo_id": repo_id, "subfolder": subfolder}
     ranks = ranks_choices(adapter, record.pipeline_tag)
+    packages = "hf_peft_ext" if adapter.is_ours or ranks else "peft"
+    packages += " sentence-transformers" * is_embedding(adapter)
     loading = snippet(adapter, base, revision=revision, labels=record.labels, ranks=ranks, **place)
     cited = dict.fromkeys([*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")])
     return {
@@ -41,7 +43,7 @@ def values(
         "parameters": whole(adapter.parameters),
         "size": in_units(adapter.bytes, BYTES),
         "trained_on": listed(trained_on) if trained_on else None,
-        "install": fenced(f"pip install {'hf_peft_ext' if adapter.is_ours or ranks else 'peft'}", "bash"),
+        "install": fenced(f"pip install {packages}", "bash"),
         "snippet": fenced(loading, "python"),
         "labels": ", ".join(code(label) for label in record.labels),
         "results": results(record.results),

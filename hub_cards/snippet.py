@@ -44,6 +44,9 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 RANK = """
 classifier = RankClassifier(model, tokenizer, choices=["one answer", "another"])
 print(classifier.predict(["A prompt that asks for one of them:"]))"""
+EMBED = """
+print(model.encode(["A text to embed."]).shape)"""
+EMBEDDING_FILE = "config_sentence_transformers.json"  # in the folder of a SentenceTransformer
 USES = {"SEQ_CLS": CLASSIFY, "CAUSAL_LM": GENERATE, "SEQ_2_SEQ_LM": GENERATE}
 MAX_LABELS = 20  # names of classes in the code
 
@@ -53,11 +56,18 @@ def ranks_choices(adapter: SavedAdapter, task: str | None) -> bool:
     return task == "text-classification" and adapter.config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
+def is_embedding(adapter: SavedAdapter) -> bool:
+    """Whether the adapter was saved with a SentenceTransformer."""
+    return (adapter.folder / EMBEDDING_FILE).is_file()
+
+
 def auto_class(adapter: SavedAdapter) -> str | None:
     """The class of transformers that loads the base model: by the task type, else the base model's class.
 
     None for models of other libraries.
     """
+    if is_embedding(adapter):
+        return "SentenceTransformer"
     if adapter.config.task_type in TASK_CLASSES:
         return TASK_CLASSES[adapter.config.task_type][0]
     cls = base_class(adapter)
@@ -72,6 +82,8 @@ def base_class(adapter: SavedAdapter) -> Any:
 
 def pipeline_tag(adapter: SavedAdapter) -> str | None:
     """The task on the Hub; None if the config allows several."""
+    if is_embedding(adapter):
+        return "sentence-similarity"
     if adapter.config.task_type in TASK_CLASSES:
         return TASK_CLASSES[adapter.config.task_type][1]
     cls = base_class(adapter)
@@ -101,6 +113,7 @@ def snippet(
         ranks: whether the model classifies by ranking answer choices.
     """
     cls, use = auto_class(adapter), RANK if ranks else USES.get(adapter.config.task_type, "")
+    embeds = is_embedding(adapter)
     load = "hf_peft_ext.load_adapter" if adapter.is_ours else "PeftModel.from_pretrained"
     lines = [*imports(adapter, cls, use), "", f"adapter = {string_literal(repo_id or adapter.folder.resolve().name)}"]
     if cls:
@@ -108,12 +121,15 @@ def snippet(
         if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") or cls.endswith("Classification"):
             arguments += class_arguments(labels, adapter.number_of_labels())
         lines += [f"base = {string_literal(base_model or 'path/to/the/base/model')}"]
-        lines += [call(f"model = {cls}.from_pretrained", ["base", *arguments])]
+        lines += [call(f"model = {cls}{'' if embeds else '.from_pretrained'}", ["base", *arguments])]
     else:
         lines += ["model = ...  # the base model, as it was before training"]
     place = f", subfolder={string_literal(subfolder)}" if subfolder else ""
-    lines += [f"model = {load}(model, adapter{place})"]
-    if use:
+    inner = "model[0].model" if embeds else "model"  # the transformers model
+    lines += [f"{inner} = {load}({inner}, adapter{place})"]
+    if embeds:
+        lines += [EMBED]
+    elif use:
         saved = (adapter.folder / "tokenizer_config.json").is_file()
         lines += [f"tokenizer = AutoTokenizer.from_pretrained({f'adapter{place}' if saved else 'base'})", use]
     return "\n".join(lines)
@@ -128,7 +144,7 @@ def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
         "import torch": "torch." in use,
         "from hf_peft_ext import RankClassifier": "RankClassifier(" in use,
         "from peft import PeftModel": not adapter.is_ours,
-        f"from transformers import {', '.join(names)}": bool(names),
+        f"from {'sentence_' * is_embedding(adapter)}transformers import {', '.join(names)}": bool(names),
     }
     return [line for line, needed in lines.items() if needed]
 

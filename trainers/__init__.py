@@ -21,6 +21,7 @@ from hf_peft_ext.trainers.trainer import AdapterSeq2SeqTrainer as AdapterSeq2Seq
 from hf_peft_ext.trainers.trainer import AdapterTrainer as AdapterTrainer
 
 if TYPE_CHECKING:
+    from hf_peft_ext.trainers.embeddings import AdapterEmbeddingTrainer as AdapterEmbeddingTrainer
     from hf_peft_ext.trainers.sft import AdapterSFTTrainer as AdapterSFTTrainer
 
 
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from hf_peft_ext.trainers.sft import AdapterSFTTrainer
 
         return AdapterSFTTrainer
+    if name == "AdapterEmbeddingTrainer":  # sentence-transformers is an extra, too
+        from hf_peft_ext.trainers.embeddings import AdapterEmbeddingTrainer
+
+        return AdapterEmbeddingTrainer
     if name == "compare":  # above the trainers, which it uses; its name is handed on for users
         return importlib.import_module("hf_peft_ext.compare").compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,15 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from hf_peft_ext.model.sentence_transformer import transformer_module
 
-def add_adapter_to(model: nn.Module, config: PeftConfig | None, args: TrainingArguments | None) -> PeftModel:
+
+def add_adapter_to(model: nn.Module, config: PeftConfig | None, args: TrainingArguments | None) -> nn.Module:
     """Add an adapter to a base model, which is prepared first if it is quantized.
 
     Args:
-        model: a base model; a `PeftModel` is returned unchanged.
+        model: a base model; a `PeftModel` is returned unchanged. The adapter of a SentenceTransformer is put on the
+            transformers model inside.
         config: the adapter.
         args: the seed of the adapter's initial values, and gradient checkpointing; None leaves both.
 
@@ -17,6 +20,9 @@ def add_adapter_to(model: nn.Module, config: PeftConfig | None, args: TrainingAr
         TypeError: a base model has no `config`.
         ValueError: a `PeftModel` has a `config` too.
     """
+    if (inside := transformer_module(model)) is not None:
+        inside.model = add_adapter_to(inside.model, config, args)
+        return model
     if isinstance(model, PeftModel):
         if config is not None:
             raise ValueError("`peft_config` must be None where `model` has an adapter already.")

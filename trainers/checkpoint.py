@@ -76,8 +76,7 @@ class AdapterCheckpoints(Base):
         folder.mkdir(parents=True, exist_ok=True)
         if self._unfinished is None:
             self.recorder.save(self.adapter_folder(folder))  # before the adapter: its card is written with it
-        with without_stock_card(model):
-            model.save_pretrained(str(folder), state_dict=state_dict)
+        self._save_weights(folder, state_dict)
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             for place in {folder, self.adapter_folder(folder)}:
@@ -86,6 +85,11 @@ class AdapterCheckpoints(Base):
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2, sort_keys=True, default=str) + "\n", "utf-8")
         if model.peft_type not in REGISTERED and self._unfinished is None:  # `save_pretrained` writes their cards
             self.pusher.write_cards(folder)
+
+    def _save_weights(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Write the adapter, with its card."""
+        with without_stock_card(self.peft_model):
+            self.peft_model.save_pretrained(str(folder), state_dict=state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._unfinished or super()._get_output_dir(trial)

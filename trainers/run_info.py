@@ -29,6 +29,7 @@ PACKAGES = (
     "datasets",
     "tokenizers",
     "trl",
+    "sentence_transformers",
     "bitsandbytes",
 )
 # Settings of folders and reports, which do not change the adapter.
@@ -109,7 +110,8 @@ def hyperparameters(args: TrainingArguments) -> dict[str, Any]:
 def defaults(args: TrainingArguments) -> dict[str, Any]:
     """The default settings of the class of `args`, after its `__post_init__`."""
     usual = object.__new__(type(args))
-    vars(usual)["_setup_devices"] = torch.device("cpu")  # or it would set up the devices again, during training
+    # or it would set up the devices again, during training; sentence-transformers' arguments read the last two
+    vars(usual).update(_setup_devices=torch.device("cpu"), distributed_state=None, _n_gpu=0)
     with warnings.catch_warnings(), patch_environment(accelerate_use_deepspeed="false"):  # and DeepSpeed
         warnings.simplefilter("ignore")  # `args` have given the same warnings
         try:

@@ -74,7 +74,7 @@ def print_dry_run(out: Console, plan: dict[str, str], recipe: str, as_json: bool
 def plan_values(recipe: Recipe, trainer: Any) -> dict[str, str]:
     """The plan of a run: adapter, data, length of training."""
     args = recipe.training
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = trainer.peft_model.get_nb_trainable_parameters()
     train, evaluated = (0 if rows is None else len(rows) for rows in (trainer.train_dataset, trainer.eval_dataset))
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

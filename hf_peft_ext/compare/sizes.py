@@ -12,7 +12,9 @@ from transformers import AutoConfig
 
 from hf_peft_ext.compare.methods import Method
 from hf_peft_ext.loading.expected_tensors import first_weights
+from hf_peft_ext.recipes.embeddings import EmbeddingData
 from hf_peft_ext.recipes.recipe import Recipe
+from hf_peft_ext.recipes.recipe_source import RecipeError
 from hf_peft_ext.recipes.run import find_model, loading
 from hf_peft_ext.recipes.tasks import CONFIGS
 from hf_peft_ext.search.search import adapter_parameters
@@ -77,7 +79,15 @@ def parameters_of(budget: Budget, base: int) -> int | None:
 
 
 def empty_model(recipe: Recipe, labels: list[str]) -> nn.Module:
-    """The recipe's base model on the meta device: its structure without weights."""
+    """The recipe's base model on the meta device: its structure without weights.
+
+    Raises:
+        RecipeError: the recipe is of an embedding model, or the model's config cannot be loaded.
+    """
+    if isinstance(recipe.data, EmbeddingData):
+        raise RecipeError(
+            "`peft.task_type` (='FEATURE_EXTRACTION') must be another: embedding models are not compared."
+        )
     source = find_model(recipe)
     options: dict[str, Any] = {"num_labels": len(labels)} if labels else {}
     with loading(source):

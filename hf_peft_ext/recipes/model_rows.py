@@ -6,7 +6,9 @@ from typing import Any
 from hf_peft_ext.ranking.encode import encode_choices
 from hf_peft_ext.ranking.losses import IGNORED
 from hf_peft_ext.recipes.data import InstructionData, RankingData
+from hf_peft_ext.recipes.embeddings import EmbeddingData
 from hf_peft_ext.recipes.recipe import Recipe
+from hf_peft_ext.recipes.recipe_source import RecipeError
 
 
 def model_rows(recipe: Recipe, rows: Any, tokenizer: Any, labels: list[str]) -> list[dict[str, Any]]:
@@ -20,7 +22,12 @@ def model_rows(recipe: Recipe, rows: Any, tokenizer: Any, labels: list[str]) -> 
         rows: a `datasets.Dataset`, from `recipe.data.load`.
         tokenizer: the model's.
         labels: names of the classes.
+
+    Raises:
+        RecipeError: the recipe is of an embedding model, whose rows have no labels.
     """
+    if isinstance(recipe.data, EmbeddingData):
+        raise RecipeError("`peft.task_type` (='FEATURE_EXTRACTION') must be another: pairs of texts have no labels.")
     encoded = recipe.data.encode(rows, tokenizer, labels)
     if isinstance(recipe.data, RankingData):
         seq2seq = recipe.task.model.__name__ == "AutoModelForSeq2SeqLM"

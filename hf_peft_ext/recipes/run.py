@@ -12,7 +12,9 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 
+from hf_peft_ext.model.sentence_transformer import transformer_module
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, REGRESSION, classification_metrics, generation_metrics
+from hf_peft_ext.recipes.embeddings import EmbeddingData, embedding_options
 from hf_peft_ext.recipes.recipe import Recipe
 from hf_peft_ext.recipes.recipe_schema import ModelArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError
@@ -80,11 +82,11 @@ def prepare(recipe: Recipe, rows_and_labels: tuple[Any, Any, list[str]] | None =
         rule = f"trains nothing: {len(rows[0])} rows do not fill one batch of {needed}"
         raise RecipeError(f"`training.dataloader_drop_last` (=True) {rule}.")
     model = load_model(recipe, source, labels, tokenizer)
+    options = {"processing_class": tokenizer, **_task_options(recipe, model, tokenizer, evaluated)}
     try:
         trainer = recipe.task.trainer()(
-            model=model, args=args, train_dataset=train, eval_dataset=evaluated, processing_class=tokenizer,
-            peft_config=recipe.peft, **_task_options(recipe, model, tokenizer),
-        )  # fmt: skip
+            model=model, args=args, train_dataset=train, eval_dataset=evaluated, peft_config=recipe.peft, **options
+        )
     except ValueError as error:
         raise RecipeError(
             f"{recipe.written['peft']['peft_type']} on {recipe.model.model_name_or_path}: {error}"
@@ -171,14 +173,18 @@ def load_model(recipe: WithModel, source: str, labels: list[str], tokenizer: Any
         options |= {"quantization_config": recipe.quantization, "device_map": {"": PartialState().device}}
     with loading(source):
         model = recipe.task.model.from_pretrained(source, **options)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.name_or_path = model.config._name_or_path = names.model_name_or_path  # the adapter saves this name
+    inside = transformer_module(model)
+    base = model if inside is None else inside.model
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    base.name_or_path = base.config._name_or_path = names.model_name_or_path  # the adapter saves this name
     return model
 
 
-def _task_options(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
+def _task_options(recipe: Recipe, model: Any, tokenizer: Any, evaluated: Any) -> dict[str, Any]:
     """The arguments that only this task's trainer has."""
+    if isinstance(recipe.data, EmbeddingData):
+        return embedding_options(model, recipe.data, evaluated)
     metrics = {name: recipe.task.metrics[name] for name in recipe.metrics}
     if recipe.task.metrics in (CLASSIFICATION, REGRESSION):
         return {"compute_metrics": classification_metrics(metrics)} if metrics else {}

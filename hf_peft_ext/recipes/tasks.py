@@ -1,7 +1,8 @@
 """The tasks of recipes: model class, data, trainer and metrics of each `task_type`.
 
 A language model with `data.choices` learns to rank the choices: T-Few's task. `data.problem_type` makes SEQ_CLS a
-regression, as transformers has it.
+regression, as transformers has it. FEATURE_EXTRACTION is an embedding model of sentence-transformers; with
+`data.score_column` it learns similarities.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_peft_ext import trainers
-from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, REGRESSION, Metric
+from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, REGRESSION
 from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
 from hf_peft_ext.recipes.dataset_config import DatasetArguments
+from hf_peft_ext.recipes.embeddings import EXTRA, RETRIEVAL, SIMILARITY, EmbeddingData, EmbeddingModel
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
 
@@ -26,25 +28,28 @@ class RecipeTask:
     Args:
         model: transformers' auto class.
         data: class of the `data` section.
-        arguments: name of the class of the `training` section, from transformers, TRL or `hf_peft_ext.trainers`.
+        arguments: name of the class of the `training` section, from transformers, TRL, sentence-transformers or
+            `hf_peft_ext.trainers`.
         trainer_name: name of the trainer in `hf_peft_ext.trainers`.
-        metrics: the available metrics, besides the loss.
+        metrics: the available metrics, besides the loss: name -> its function, or None where the trainer computes it.
     """
 
     model: Any
     data: type[DatasetArguments]
     arguments: str
     trainer_name: str
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def training(self) -> Any:
-        """The class of the `training` section; imported late, since TRL is an extra."""
+        """The class of the `training` section; imported late, since TRL and sentence-transformers are extras."""
         if self.arguments == "SFTConfig":
             return optional("trl", "trl").SFTConfig
+        if self.arguments == "SentenceTransformerTrainingArguments":
+            return optional(*EXTRA).SentenceTransformerTrainingArguments
         return getattr(trainers if hasattr(trainers, self.arguments) else transformers, self.arguments)
 
     def trainer(self) -> Any:
-        """The class of the trainer; imported late, since TRL is an extra."""
+        """The class of the trainer; imported late, as `training`."""
         return getattr(trainers, self.trainer_name)
 
 
@@ -64,6 +69,13 @@ RECIPE_TASKS = {
         "AdapterSeq2SeqTrainer",
         GENERATION,
     ),
+    "FEATURE_EXTRACTION": RecipeTask(
+        EmbeddingModel,
+        EmbeddingData,
+        "SentenceTransformerTrainingArguments",
+        "AdapterEmbeddingTrainer",
+        RETRIEVAL,
+    ),
 }
 T_FEW = {
     task_type: replace(
@@ -76,6 +88,7 @@ T_FEW = {
     for task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 }
 REGRESSION_TASK = replace(RECIPE_TASKS["SEQ_CLS"], metrics=REGRESSION)
+SIMILARITY_TASK = replace(RECIPE_TASKS["FEATURE_EXTRACTION"], metrics=SIMILARITY)
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
@@ -90,5 +103,7 @@ def task_of(task_type: str, data: Mapping[str, Any] | None) -> RecipeTask:
     data = data or {}
     if task_type in T_FEW and "choices" in data:
         return T_FEW[task_type]
+    if task_type == "FEATURE_EXTRACTION" and data.get("score_column"):
+        return SIMILARITY_TASK
     is_regression = task_type == "SEQ_CLS" and data.get("problem_type") == "regression"
     return REGRESSION_TASK if is_regression else RECIPE_TASKS[task_type]
