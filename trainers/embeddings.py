@@ -16,7 +16,7 @@ from hf_peft_ext.hub_cards.peft_integration import without_stock_card
 from hf_peft_ext.model.sentence_transformer import transformer_module
 from hf_peft_ext.trainers.mixin import AdapterTrainerMixin
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TEXT_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class AdapterEmbeddingTrainer(AdapterTrainerMixin, SentenceTransformerTrainer):
@@ -38,7 +38,7 @@ class AdapterEmbeddingTrainer(AdapterTrainerMixin, SentenceTransformerTrainer):
     def gate_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The tokens of the first column of texts."""
         features = self.collect_features(inputs)[0][0]
-        return {name: value for name, value in features.items() if name in INPUTS}
+        return {name: value for name, value in features.items() if name in TEXT_COLUMNS}
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Nothing: the record of this package has what the card shows."""

@@ -10,7 +10,7 @@ from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.recipe_source import RecipeError, optional
 from hf_peft_ext.validation.checks import check, check_count
 
-EXTRA = ("sentence_transformers", "embeddings")
+PACKAGE_AND_EXTRA = ("sentence_transformers", "embeddings")
 # metrics of sentence-transformers' evaluators, which compute them
 RETRIEVAL: dict[str, Any] = dict.fromkeys(
     (
@@ -91,7 +91,7 @@ class EmbeddingModel:
             kwargs: for the transformers model inside.
         """
         device = None if "device_map" in kwargs else str(PartialState().device)
-        cls = optional(*EXTRA).SentenceTransformer
+        cls = optional(*PACKAGE_AND_EXTRA).SentenceTransformer
         return cls(source, revision=revision, device=device, model_kwargs=kwargs)
 
 
@@ -106,7 +106,7 @@ def embedding_options(model: Any, data: EmbeddingData, evaluated: Any) -> dict[s
         data: the recipe's data.
         evaluated: rows to evaluate on, from `data.encode`; None for no evaluator.
     """
-    losses = optional(f"{EXTRA[0]}.sentence_transformer.losses", EXTRA[1])
+    losses = optional(f"{PACKAGE_AND_EXTRA[0]}.sentence_transformer.losses", PACKAGE_AND_EXTRA[1])
     if data.max_length is not None:
         model.max_seq_length = data.max_length
     loss = (losses.CosineSimilarityLoss if data.score_column else losses.MultipleNegativesRankingLoss)(model)
@@ -116,7 +116,7 @@ def embedding_options(model: Any, data: EmbeddingData, evaluated: Any) -> dict[s
 
 def retrieval(rows: Any) -> Any:
     """An evaluator that searches all second texts, and the negatives, for those that a query has in the rows."""
-    evaluation = optional(f"{EXTRA[0]}.sentence_transformer.evaluation", EXTRA[1])
+    evaluation = optional(f"{PACKAGE_AND_EXTRA[0]}.sentence_transformer.evaluation", PACKAGE_AND_EXTRA[1])
     negatives = rows["negative"] if "negative" in rows.column_names else []
     queries, texts = ({text: str(i) for i, text in enumerate(dict.fromkeys(part))} for part in (
         rows["anchor"], [*rows["positive"], *negatives]
@@ -127,12 +127,12 @@ def retrieval(rows: Any) -> Any:
     return evaluation.InformationRetrievalEvaluator(
         {id_: text for text, id_ in queries.items()}, {id_: text for text, id_ in texts.items()}, relevant,
         accuracy_at_k=[1], precision_recall_at_k=[10], write_csv=False,
-        score_functions={"cosine": optional(f"{EXTRA[0]}.util", EXTRA[1]).cos_sim},
+        score_functions={"cosine": optional(f"{PACKAGE_AND_EXTRA[0]}.util", PACKAGE_AND_EXTRA[1]).cos_sim},
     )  # fmt: skip
 
 
 def similarity(rows: Any) -> Any:
     """An evaluator of the correlation between the cosines of the pairs and their scores."""
-    evaluation = optional(f"{EXTRA[0]}.sentence_transformer.evaluation", EXTRA[1])
+    evaluation = optional(f"{PACKAGE_AND_EXTRA[0]}.sentence_transformer.evaluation", PACKAGE_AND_EXTRA[1])
     columns = (list(rows[name]) for name in ("anchor", "positive", "score"))
     return evaluation.EmbeddingSimilarityEvaluator(*columns, similarity_fn_names=["cosine"], write_csv=False)

@@ -16,7 +16,7 @@ from hf_peft_ext import trainers
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, REGRESSION
 from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
 from hf_peft_ext.recipes.dataset_config import DatasetArguments
-from hf_peft_ext.recipes.embeddings import EXTRA, RETRIEVAL, SIMILARITY, EmbeddingData, EmbeddingModel
+from hf_peft_ext.recipes.embeddings import PACKAGE_AND_EXTRA, RETRIEVAL, SIMILARITY, EmbeddingData, EmbeddingModel
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
 
@@ -45,7 +45,7 @@ class RecipeTask:
         if self.arguments == "SFTConfig":
             return optional("trl", "trl").SFTConfig
         if self.arguments == "SentenceTransformerTrainingArguments":
-            return optional(*EXTRA).SentenceTransformerTrainingArguments
+            return optional(*PACKAGE_AND_EXTRA).SentenceTransformerTrainingArguments
         return getattr(trainers if hasattr(trainers, self.arguments) else transformers, self.arguments)
 
     def trainer(self) -> Any:
