@@ -86,6 +86,7 @@ SUBLAYER_NAMES = {
     "prefix": "trained prefixes (further keys and values for attention)",
     "bias": "trained biases",
     "coupling": "an invertible coupling of the embeddings",
+    "prompt": "a soft prompt (virtual tokens behind the embeddings)",
 }
 STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}
 

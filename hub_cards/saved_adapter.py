@@ -21,12 +21,12 @@ from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.suggestions import ranges
 
 SUBLAYER_KEY = re.compile(
-    r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias|coupling))\.sublayer_of\.(?P<rest>.+)"
+    r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias|coupling|prompt))\.sublayer_of\.(?P<rest>.+)"
 )
 SPARSE_KEY = re.compile(r"(?:.+\.)?parameter_deltas\.deltas_of\.(?P<rest>values|indices)")
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
-PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias|coupling)")
+PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias|coupling|prompt)")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
     **{
@@ -176,7 +176,7 @@ class SavedAdapter:
         places: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         for tensor in self.tensors:
             places[tensor.sublayer, tensor.site].append(tensor)
-        order = ("bottleneck", "prefix", "low_rank", "bias", "coupling")
+        order = ("bottleneck", "prefix", "low_rank", "bias", "coupling", "prompt")
         ranked = sorted(places, key=lambda p: (p[0] == "saved whole", order.index(p[0]) if p[0] in order else 9))
         return [self._row(*place, places[place]) for place in ranked]
 

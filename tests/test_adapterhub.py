@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, XmodConfig
 
-from hf_peft_ext import from_adapterhub
+from hf_peft_ext import ComposedConfig, Placement, from_adapterhub
 
 from .adapterhub.families import FAMILIES, MORE_FAMILIES, PLAIN, batch, build, outputs
 from .backbones import BACKBONES
@@ -152,13 +152,6 @@ def test_name_and_training(checkpoints):
     assert all(".mine." in name and model.get_parameter(name).grad is not None for name in trained)
 
 
-def test_a_head_is_not_lost_silently(checkpoints, tmp_path):
-    shutil.copytree(checkpoints / "bert" / "seq_bn", tmp_path / "saved")
-    (tmp_path / "saved" / "head_config.json").write_text("{}")
-    with pytest.warns(UserWarning, match=r"prediction head beside the adapter \(.*head_config.json\) is not imported"):
-        from_adapterhub(tmp_path / "saved", build("bert"))
-
-
 def edited(folder, target, **changes):
     """A copy of a checkpoint with another config: fields of the file, or of the method in it."""
     shutil.copytree(folder, target)
@@ -182,10 +175,11 @@ ERRORS = {
         {"architecture": "reft"},
         "`architecture` (='reft') cannot be imported: no sub-layer of this package changes single positions of a",
     ),
-    "prompt": (
-        "prefix_tuning",
-        {"architecture": "prompt_tuning"},
-        "`architecture` (='prompt_tuning') cannot be imported: its prompt comes after the positions and the norm of",
+    "prompt": ("prompt_tuning", {"combine": "suffix"}, "`combine` (='suffix') must be one of prefix, prefix_after"),
+    "prompt_union": (
+        "mam",
+        {"configs": [{"architecture": "prompt_tuning"}, {}]},
+        "`architecture` (='prompt_tuning') must not be in a union.",
     ),
     "mtl": (
         "lora",
@@ -354,6 +348,49 @@ def test_no_language_adapters_of_x_mod(checkpoints, tmp_path):
         from_adapterhub(folder, model)
 
 
+NO_PROMPT = {
+    "llama": "must be another one with a decoder, whose cache has no prompt",
+    "bart": "must be another one with a decoder, whose cache has no prompt",
+    "deberta": "must be another one for a prompt, which in the library attends to padding in DeBERTa",
+}
+
+
+@pytest.mark.parametrize("family", NO_PROMPT)
+def test_models_without_a_prompt(family, checkpoints, tmp_path):
+    """The library has none in decoders either."""
+    folder = edited(checkpoints / "bert" / "prompt_tuning", tmp_path / "other", model_type=family)
+    save_adapter(folder, {name.removeprefix("bert."): tensor for name, tensor in load_adapter(folder).items()})
+    model = build(family)
+    with pytest.raises(ValueError, match=NO_PROMPT[family]):
+        from_adapterhub(folder, model)
+    assert torch.equal(outputs(model, family), outputs(build(family), family))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prompt(attention, checkpoints):
+    """A prompt lengthens masks of every kind, in the backbone by itself too, and can be trained; rows cannot mix."""
+    model = from_adapterhub(checkpoints / "bert" / "prompt_tuning", build("bert", attention), is_trainable=True).eval()
+    inputs = batch("bert")
+    expected = LIBRARY_LOGITS["bert"]["prompt_tuning"]
+    positional = model.get_base_model()(inputs["input_ids"], inputs["attention_mask"].bool()).logits
+    torch.testing.assert_close(positional, expected, rtol=0, atol=1e-4)
+    unpadded = {**inputs, "attention_mask": None}
+    whole = {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+    torch.testing.assert_close(model(**unpadded).logits, model(**whole).logits, rtol=0, atol=1e-5)
+    model(**inputs).logits.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"base_model.model.bert.embeddings.embeddings_prompt.sublayer_of.default.P"}
+    assert all(model.get_parameter(name).grad.abs().max() > 0 for name in trained)
+    with pytest.raises(ValueError, match=re.escape("must have the shape (batch, length) with a prompt")):
+        model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None]})
+    with pytest.raises(ValueError, match="must be None with a prompt"):
+        model(**inputs, adapter_names=["default"] * 3)
+    bare = build("bert", attention, auto=AutoModel)
+    bare.load_state_dict(backbone(build("bert")).state_dict(), strict=False)
+    bare = from_adapterhub(checkpoints / "bert" / "prompt_tuning", bare)
+    assert bare(**inputs).last_hidden_state.shape == (3, 10, 16)
+
+
 def test_layers_of_two_models(checkpoints, tmp_path):
     """In an encoder-decoder of two models, the library counts the layers of each from 0."""
     folder = edited(checkpoints / "encoder-decoder" / "seq_bn", tmp_path / "some", leave_out=[0])
@@ -387,3 +424,12 @@ def test_other_shapes(checkpoints):
     config.num_hidden_layers = 1
     with pytest.raises(ValueError, match=r"has 4 tensors with no place in this model: encoder\.layer\.1"):
         from_adapterhub(checkpoints / "bert" / "seq_bn", AutoModelForMaskedLM.from_config(config))
+
+
+def test_prompt_in_deberta():
+    """Its embeddings read the mask."""
+    config = ComposedConfig(placements=[Placement("prompt", "embeddings")], sites={"embeddings": ["embeddings"]})
+    with pytest.raises(ValueError, match=re.escape("must be another one: deberta.embeddings reads the mask.")):
+        get_peft_model(build("deberta-v2"), config)
+    with pytest.raises(ValueError, match=re.escape("`position` (='last') must be one of first, second.")):
+        Placement("prompt", "embeddings", options={"position": "last"})

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from hf_peft_ext import AttentionFusionConfig, BottleneckConfig, from_adapterhub, load_adapter
 
 from .adapterhub.families import batch, build
+from .adapterhub.head_cases import CASES
 
 ROOT = Path(__file__).parent / "adapterhub"
 FAMILIES = pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama", "t5", "bart"])
@@ -137,3 +138,23 @@ def test_what_does_not_fit(saved, tmp_path):
     (folder / "pytorch_model_adapter_fusion.bin").unlink()
     with pytest.raises(ValueError, match="must hold model_adapter_fusion"):
         from_adapterhub(folder, imported(saved, "bert"), "both")
+
+
+def test_head_beside_a_fusion(saved, tmp_path):
+    """A fusion has its own copy of the head; adapters with heads of their own leave none for it."""
+    with zipfile.ZipFile(ROOT / "heads.zip") as archive:
+        archive.extractall(tmp_path)
+    shutil.copytree(saved / "bert" / "fusion", tmp_path / "fusion")
+    for file in (tmp_path / "bert-classification").glob("*head*"):
+        shutil.copy(file, tmp_path / "fusion")
+    family, auto, _, changes = CASES["bert-classification"]
+    model = build(family, auto=auto, **changes)
+    imported(saved, "bert")  # saves the adapters
+    for name in NAMES:
+        model = load_adapter(model, saved / "bert" / "ours" / name, name)
+    from_adapterhub(tmp_path / "fusion", model, "both")
+    expected = load_file(tmp_path / "bert-classification" / "model_head.safetensors")["heads.mine.4.weight"]
+    assert torch.equal(model.get_base_model().classifier.modules_to_save["both"].weight, expected)
+    assert model.get_base_model().config.id2label[1] == "good"
+    with pytest.warns(UserWarning, match="an adapter of the model has a head of its own"):
+        from_adapterhub(tmp_path / "fusion", model, "again")

@@ -76,6 +76,9 @@ def test_code_runs(page, found, place, capsys):
         with zipfile.ZipFile(ROOT / "tests" / "adapterhub" / "bert.zip") as archive:
             archive.extractall()
         Path("unipelt").rename("my_adapter")
+        with zipfile.ZipFile(ROOT / "tests" / "adapterhub" / "heads.zip") as archive:
+            archive.extractall()
+        Path("bert-classification").rename("my_classifier")
     namespace = {"__name__": "page"}
     for block in found:
         source = "\n" * block.line + block.code  # so that a traceback has the page's line

@@ -161,3 +161,17 @@ def test_import_adapterhub(tmp_path):
     assert "PEFT type   UNIPELT" in run(*words)
     assert "is neither a folder nor an id" in run("import-adapterhub", "a/b/c", str(tmp_path / "x"), code=2)
     assert "must be one of" in run(*words, "--task-type", "NONE", code=2)
+
+
+def test_import_adapterhub_with_a_head(tmp_path):
+    """The base gets a head of the saved one's type and size; the labels are printed."""
+    build("roberta").save_pretrained(tmp_path / "model")
+    with zipfile.ZipFile(ROOT / "tests" / "adapterhub" / "heads.zip") as archive:
+        archive.extractall(tmp_path)
+    for name in ("roberta-classification", "roberta-static-classification"):
+        words = ["import-adapterhub", str(tmp_path / name), str(tmp_path / f"{name}-out"), "--model"]
+        result = json.loads(run(*words, str(tmp_path / "model"), "--json"))
+        assert (result["head"], result["labels"]) == ("classifier, score", "bad, good, fair")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
+        loaded = PeftModel.from_pretrained(base, tmp_path / f"{name}-out")
+        assert loaded.peft_config["default"].task_type == "SEQ_CLS"

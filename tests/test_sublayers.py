@@ -14,6 +14,7 @@ from hf_peft_ext.sublayers import (
     Prefix,
     ProjectedPrefix,
     Projection,
+    SoftPrompt,
 )
 
 BATCH, LENGTH, D = 3, 5, 6
@@ -344,6 +345,16 @@ def test_coupling(d):
     y = torch.cat([y_1, x_2 + module.second(y_1)], -1)
     torch.testing.assert_close(module.add(x, x), y)
     torch.testing.assert_close(module.inverse(y), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["first", "second"])
+def test_soft_prompt(position):
+    """P is in front of every row, or behind its first token; it starts between -0.5 and 0.5."""
+    x, module = torch.randn(2, 4, D), SoftPrompt(3, D, position)
+    assert module.P.abs().max() <= 0.5
+    first = 1 if position == "second" else 0
+    for row, result in zip(x, module.add(x, x), strict=True):
+        assert torch.equal(result, torch.stack([*row[:first], *module.P, *row[first:]]))
 
 
 @pytest.mark.parametrize("norm", ["before", "after", "both"])

@@ -22,6 +22,7 @@ from hf_peft_ext.sublayers import (
     Prefix,
     ProjectedPrefix,
     Projection,
+    SoftPrompt,
 )
 from hf_peft_ext.sublayers.phm import rule_std
 
@@ -46,6 +47,8 @@ def build(placement: Placement, site: Site, shared: SharedParts) -> nn.Module:
         return Bias(site.d_out)
     if placement.sublayer == "coupling":
         return Coupling(site.d_out, **options)
+    if placement.sublayer == "prompt":
+        return SoftPrompt(options.pop("num_virtual_tokens", 10), site.d_out, **options)
     gate = make_gate(placement, site)
     if placement.sublayer == "low_rank":
         return LowRank(site.d_in, site.d_out, gate=gate, rows=site.rows, width=site.width, **options)

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 from transformers.activations import ACT2FN
 
-from hf_peft_ext.sublayers import ExpertSharing, OwnNorm, PrefixForm
+from hf_peft_ext.sublayers import ExpertSharing, OwnNorm, PrefixForm, PromptPosition
 from hf_peft_ext.validation.checks import check, check_count, check_dropout, check_positive, is_number
 
 GatePooling = Literal["auto", "mean", "mean_padded", "token"]
@@ -27,9 +27,14 @@ SITES: dict[str, tuple[str, ...]] = {
     "prefix": ("attention",),
     "bias": ("bias",),
     "coupling": ("embeddings",),
+    "prompt": ("embeddings",),
 }
 # sub-layer without a gate -> the reason
-UNGATED = {"bias": "a bias reads no input", "coupling": "with a gate, a coupling could not be inverted"}
+UNGATED = {
+    "bias": "a bias reads no input",
+    "coupling": "with a gate, a coupling could not be inverted",
+    "prompt": "a prompt reads no input",
+}
 EXPERT_OPTIONS = ("num_experts", "shared_projection")  # of a bottleneck with experts
 # The arguments of a sub-layer that a user sets; the others follow from the model.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -42,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "prefix": ("num_virtual_tokens", "encoder_hidden_size", "form", "shift_positions"),
     "bias": (),
     "coupling": ("reduction_factor", "activation"),
+    "prompt": ("num_virtual_tokens", "position"),
 }
 
 
@@ -50,7 +56,7 @@ class Placement:
     """One sub-layer at one site of some layers.
 
     Args:
-        sublayer: "bottleneck", "low_rank", "prefix", "bias" or "coupling".
+        sublayer: "bottleneck", "low_rank", "prefix", "bias", "coupling" or "prompt".
         site: its site (`SITES` lists those of each sub-layer):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
               "after_residual" (sequential, reads the block's output after residual and norm), "parallel_attention",
@@ -59,7 +65,8 @@ class Placement:
             - low_rank: "query", "key", "value", "attention_output", "ffn_input", "ffn_gate", "ffn_output";
               "mixer_input", the input projection of layers without attention (Mamba's `in_proj`), which also takes
               branches for "query", "key" and "value";
-            - prefix: "attention"; bias: "bias"; coupling: "embeddings", which a config names by `sites=`.
+            - prefix: "attention"; bias: "bias"; coupling and prompt: "embeddings", which a config names by
+              `sites=`.
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
             "auto" (token where attention is causal, else mean).
@@ -73,7 +80,7 @@ class Placement:
             `form` ("separate" or "joint": how attention sees the prefix, see `sublayers.Prefix`), `shift_positions`
             (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
             then have it, and the form is "joint"). coupling: `reduction_factor`, `activation` (see
-            `sublayers.Coupling`).
+            `sublayers.Coupling`). prompt: `num_virtual_tokens`, `position` (see `sublayers.SoftPrompt`).
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
@@ -127,6 +134,9 @@ class Placement:
         if "form" in o:
             forms = get_args(PrefixForm)
             check("form", o["form"], o["form"] in forms, f"must be one of {', '.join(forms)}")
+        if "position" in o:
+            positions = get_args(PromptPosition)
+            check("position", o["position"], o["position"] in positions, f"must be one of {', '.join(positions)}")
         if "shift_positions" in o:
             shift = o["shift_positions"]
             check("shift_positions", shift, isinstance(shift, bool), "must be True or False")

@@ -28,6 +28,7 @@ from hf_peft_ext.attach.layer import (
 from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
+from hf_peft_ext.attach.prompt_layer import LengthenSequence
 from hf_peft_ext.attach.resolve import Plan, excluded, plan
 from hf_peft_ext.attach.separate_prefix import SeparatePrefix
 from hf_peft_ext.model.quantization import keep_4bit_trainable
@@ -112,7 +113,8 @@ class ComposedModel(AdapterTuner):
         """The tuner layer of a site, which is made if it is not there."""
         name, holder = child_name(site.name, sublayer), self.model.get_submodule(holder_of(site))
         if not hasattr(holder, name):
-            holder.add_module(name, LAYERS[site.act](self.model, site, name))
+            layer = LengthenSequence if sublayer == "prompt" else LAYERS[site.act]
+            holder.add_module(name, layer(self.model, site, name))
         return cast(TunerLayer, getattr(holder, name))
 
     # Saving and loading

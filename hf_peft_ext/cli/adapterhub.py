@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hf_peft_ext.cli.failures import one_line, quiet_consoles
 from hf_peft_ext.cli.tables import print_values
 
-ADAPTERHUB_FILES = ("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+ADAPTERHUB_FILES = (
+    *("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"),
+    *("head_config.json", "model_head.safetensors", "pytorch_model_head.bin"),
+)
 
 
 def import_command(path: str, output: Path, model: str | None, task_type: str | None, as_json: bool) -> None:
@@ -16,7 +20,8 @@ def import_command(path: str, output: Path, model: str | None, task_type: str | 
         path: the folder of an adapter that `adapters` saved, or its id on the Hub.
         output: the folder to write.
         model: the base model's folder or Hub id; None for the one that the adapter names.
-        task_type: peft's name of the task, which decides on the model's head; None for one that suits the model.
+        task_type: peft's name of the task, which decides on the model's head; None for that of the saved head,
+            or one that suits the model.
         as_json: whether to print JSON in place of the lines.
 
     Raises:
@@ -30,6 +35,7 @@ def import_command(path: str, output: Path, model: str | None, task_type: str | 
 
         from hf_peft_ext.budget.model_class import HEAD_CLASSES, head_task
         from hf_peft_ext.loading.adapterhub import from_adapterhub
+        from hf_peft_ext.loading.adapterhub.saved_head import head_auto_class, read_head
         from hf_peft_ext.validation.checks import check, check_writable, is_hub_id
         from hf_peft_ext.validation.config_schema import read_json
 
@@ -42,12 +48,19 @@ def import_command(path: str, output: Path, model: str | None, task_type: str | 
         check("path", path, (folder / ADAPTERHUB_FILES[0]).is_file(), f"has no {ADAPTERHUB_FILES[0]}")
         base = str(model or read_json(folder / ADAPTERHUB_FILES[0]).get("model_name") or "")
         check("model", base, bool(base), "must name the base model, which the adapter does not")
-        task = task_type or head_task(AutoConfig.from_pretrained(base), encoder_task="FEATURE_EXTRACTION")
-        check("task_type", task, task in HEAD_CLASSES, f"must be one of {', '.join(HEAD_CLASSES)}")
-        adapter = from_adapterhub(folder, HEAD_CLASSES[task].from_pretrained(base))
+        head = read_head(folder)
+        auto_class = None if task_type or head is None else head_auto_class(head)
+        if auto_class is None:
+            task = task_type or head_task(AutoConfig.from_pretrained(base), encoder_task="FEATURE_EXTRACTION")
+            check("task_type", task, task in HEAD_CLASSES, f"must be one of {', '.join(HEAD_CLASSES)}")
+            auto_class = HEAD_CLASSES[task]
+        adapter = from_adapterhub(folder, auto_class.from_pretrained(base, **(head.base_kwargs() if head else {})))
         adapter.save_pretrained(str(output))
-        kind = str(adapter.peft_config["default"].peft_type.value)  # pyright: ignore
-    values = {"adapter": str(output), "PEFT type": kind, "base model": base}
+        config: Any = adapter.peft_config["default"]
+        modules = ", ".join(sorted(set(getattr(config, "modules_to_save", None) or []))) or "none"
+    values = {"adapter": str(output), "PEFT type": str(config.peft_type.value), "base model": base, "head": modules}
+    if head and head.labels:
+        values["labels"] = ", ".join(sorted(head.labels, key=lambda label: head.labels[label]))
     if as_json:
         print(json.dumps({name.lower().replace(" ", "_"): value for name, value in values.items()}))
     else:

@@ -22,3 +22,5 @@ from hf_peft_ext.sublayers.prefix import Prefix as Prefix
 from hf_peft_ext.sublayers.prefix import PrefixForm as PrefixForm
 from hf_peft_ext.sublayers.prefix import ProjectedPrefix as ProjectedPrefix
 from hf_peft_ext.sublayers.prefix import Projection as Projection
+from hf_peft_ext.sublayers.soft_prompt import PromptPosition as PromptPosition
+from hf_peft_ext.sublayers.soft_prompt import SoftPrompt as SoftPrompt

@@ -2,6 +2,7 @@
 
 import zlib
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +70,19 @@ MORE_FAMILIES = {
 SEQ2SEQ = {"t5", "bart", "mt5", "mbart", "plbart", "encoder-decoder", "whisper"}
 
 
-def build(family: str, attention: str = "eager") -> nn.Module:
-    """The tiny model of a family."""
-    auto, overrides = (FAMILIES | MORE_FAMILIES)[family]
+def build(family: str, attention: str = "eager", auto: Any = None, **changes: Any) -> nn.Module:
+    """The tiny model of a family, by default with the head of `FAMILIES`.
+
+    Args:
+        family: its name.
+        attention: its implementation.
+        auto: an auto class for another head.
+        changes: fields of the config, such as `num_labels`.
+    """
+    usual, overrides = (FAMILIES | MORE_FAMILIES)[family]
     nested = family in ("clip", "encoder-decoder")
-    config = AutoConfig.for_model(family, **deepcopy(overrides) if nested else {**SPECIAL, **overrides})
-    model = auto.from_config(config, attn_implementation=attention)
+    config = AutoConfig.for_model(family, **deepcopy(overrides) if nested else {**SPECIAL, **overrides, **changes})
+    model = (auto or usual).from_config(config, attn_implementation=attention)
     names = saved_names(model) if family in ("beit", "clip_text_model", "clip_vision_model", "vit") else {}
     fill({names.get(name, name): parameter for name, parameter in model.named_parameters()}, 0.35)
     return model.eval()

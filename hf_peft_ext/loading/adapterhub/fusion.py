@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_peft_ext.attach.layer import TunerLayer
+from hf_peft_ext.loading.adapterhub.heads import import_head
 from hf_peft_ext.model.structure import layer_paths
 from hf_peft_ext.tuners import AttentionFusionConfig
 from hf_peft_ext.validation.checks import check
@@ -37,7 +38,12 @@ def is_fusion(path: str | Path) -> bool:
 
 
 def fusion_from_adapterhub(
-    path: str | Path, model: nn.Module, adapter_name: str = "default", *, is_trainable: bool = False
+    path: str | Path,
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    with_head: bool = True,
 ) -> PeftModel:
     """Import a fusion as an `AttentionFusionConfig` of style "pfeiffer", and activate it. The outputs are equal.
 
@@ -46,6 +52,7 @@ def fusion_from_adapterhub(
         model: a model that has the fused adapters, by the names that they had in the library.
         adapter_name: name of the fusion in the model.
         is_trainable: whether it can be trained further.
+        with_head: whether to import the prediction head beside it. The adapters must have none then.
 
     Returns:
         The model.
@@ -69,13 +76,18 @@ def fusion_from_adapterhub(
     states = states_by_layer(read_weights(Path(path)), fusion_name)
     config = AttentionFusionConfig(adapters=names, style="pfeiffer", value=bool(settings.get("value", True)))
     config.inference_mode = not is_trainable
+    base: Any = model.get_base_model()
+    head = import_head(Path(path), base, [], with_head)
+    config.modules_to_save = head.modules or None
     model.add_adapter(adapter_name, config)
     try:
         copy_states(model, adapter_name, states)
+        set_peft_model_state_dict(model, head.state, adapter_name)
     except BaseException:
         model.delete_adapter(adapter_name)
         raise
     model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    head.set_config(base.config)
     return model
 
 

@@ -1,6 +1,5 @@
 """Imports an AdapterHub adapter: converts it to a config and a state of peft, and attaches it to the model."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,12 @@ from hf_peft_ext.loading.adapterhub.checkpoint import Checkpoint
 from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
 from hf_peft_ext.loading.adapterhub.couplings import coupling
 from hf_peft_ext.loading.adapterhub.fusion import fusion_from_adapterhub, is_fusion
+from hf_peft_ext.loading.adapterhub.heads import import_head
 from hf_peft_ext.loading.adapterhub.low_ranks import check_fused_rows, low_ranks
 from hf_peft_ext.loading.adapterhub.names import kept
 from hf_peft_ext.loading.adapterhub.prefixes import prefixes
 from hf_peft_ext.loading.adapterhub.settings import Settings, is_ia3
+from hf_peft_ext.loading.adapterhub.soft_prompts import soft_prompts
 from hf_peft_ext.loading.adapterhub.stock import add_dora, module_suffixes, stock_ia3, stock_lora
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites
@@ -36,30 +37,38 @@ from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.tuners.compacter import COMPACTER_SITES
 from hf_peft_ext.validation.checks import check
 
-HEAD_CONFIG = "head_config.json"  # beside an adapter that the library has saved with its head
-READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes}
+READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes, "prompt_tuning": soft_prompts}
 # sub-layer -> the default values of its options
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"activation": "relu", "dropout": 0.0, "scaling": 1.0},
     "low_rank": {"dropout": 0.0},
     "prefix": {"shift_positions": False},
     "coupling": {},
+    "prompt": {},
 }
 
 
 def from_adapterhub(
-    path: str | Path, model: nn.Module, adapter_name: str = "default", *, is_trainable: bool = False
+    path: str | Path,
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    with_head: bool = True,
 ) -> PeftModel:
     """Import an adapter saved by AdapterHub's library (`model.save_adapter`), with equal outputs.
 
     A fusion (`save_adapter_fusion`) is imported into a `PeftModel` with its adapters: `fusion_from_adapterhub`.
 
     It supports bottlenecks (also with norms of their own, Compacter's matrices and AdapterPlus), invertible adapters
-    (NICE), prefix_tuning and its flat form, lora, DoRA, VeRA, ia3, and unions of them such as mam and unipelt, for all
-    models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3 becomes `IA3`; all
-    others become a type of this package. Prefixes are imported without their reparameterisation network. Gates include
-    padding, as in that library. A prediction head, which the library saves in separate files, is not imported, as a
-    warning says.
+    (NICE), prefix_tuning and its flat form, prompt_tuning, lora, DoRA, VeRA, ia3, and unions of them such as mam and
+    unipelt, for all models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3
+    becomes `IA3`; all others become a type of this package. Prefixes are imported without their reparameterisation
+    network. Gates include padding, as in that library.
+
+    A prediction head beside the adapter becomes its `modules_to_save`, and its labels those of the model's config. The
+    model must have an equal head: else the adapter comes without it, and a warning says why. Dropout in the head is
+    the model's.
 
     AdapterHub: Pfeiffer et al. 2020 (https://arxiv.org/abs/2007.07779); `adapters`: Poth et al. 2023
     (https://arxiv.org/abs/2311.11077), version 1.3.0.
@@ -69,24 +78,28 @@ def from_adapterhub(
         model: the base model, from transformers, without adapters.
         adapter_name: name of the adapter in the result.
         is_trainable: whether the adapter can be trained further; else it is frozen and in evaluation mode.
+        with_head: whether to import the prediction head beside the adapter.
 
     Returns:
         The model with the adapter; peft can save and load it.
 
     Raises:
         ValueError: the folder holds no such checkpoint, it is for another model, a setting is not supported, or the
-            tensors do not fit config and model. The model does not change then.
+            tensors do not fit config and model, or the model's head has another number of labels. The model does not
+            change then.
     """
     if is_fusion(path):
-        return fusion_from_adapterhub(path, model, adapter_name, is_trainable=is_trainable)
+        return fusion_from_adapterhub(path, model, adapter_name, is_trainable=is_trainable, with_head=with_head)
     check("model", type(model).__name__, not isinstance(model, PeftModel), "must be a model without adapters")
-    config, state = convert(Checkpoint(Path(path), model), model)
+    checkpoint = Checkpoint(Path(path), model)
+    config, state = convert(checkpoint, model)
+    head = import_head(Path(path), model, checkpoint.methods, with_head)
     config.inference_mode = not is_trainable
-    if (Path(path) / HEAD_CONFIG).exists():
-        unused = f"The prediction head beside the adapter ({Path(path) / HEAD_CONFIG}) is not imported"
-        warnings.warn(f"{unused}: copy its weights into the head of the model, or train one.", stacklevel=2)
+    if head.modules:
+        config.modules_to_save, config.task_type = head.modules, head.task_type  # type: ignore[attr-defined]
     peft_model = get_peft_model(model, config, adapter_name)  # type: ignore[arg-type]
-    set_peft_model_state_dict(peft_model, state, adapter_name)
+    set_peft_model_state_dict(peft_model, state | head.state, adapter_name)
+    head.set_config(model.config)
     return peft_model if is_trainable else peft_model.eval()
 
 
@@ -141,7 +154,7 @@ def config_of(converted: list[ConvertedSublayer], model: nn.Module, sites: list[
     """The config of the named method with these placements, or else a `ComposedConfig`."""
     placements, excluded = placements_of(converted, sites)
     common: dict[str, Any] = {"exclude_modules": module_suffixes(excluded, model) if excluded else None}
-    embeddings = sorted({one.site.host for one in converted if one.sublayer == "coupling"})
+    embeddings = sorted({one.site.host for one in converted if one.site.name == "embeddings"})
     if embeddings:
         common["sites"] = {"embeddings": module_suffixes(embeddings, model)}
     if all(placement.layers == placements[0].layers for placement in placements):
@@ -180,7 +193,7 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
     options = {placement.sublayer: placement.options for placement in placements}
     bottleneck, prefix, lora = (options.get(name, {}) for name in ("bottleneck", "prefix", "low_rank"))
     n_tokens = prefix.get("num_virtual_tokens", 0)
-    if "coupling" in options:
+    if options.keys() & {"coupling", "prompt"}:
         return
     if options.keys() == {"bottleneck"} and "phm_dim" in bottleneck:
         own = {key: value for key, value in bottleneck.items() if key != "scaling"}

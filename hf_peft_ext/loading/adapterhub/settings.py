@@ -12,10 +12,10 @@ DEFAULT_ONLY: dict[str | None, dict[str, Any]] = {
     None: {"shared_W_phm": False, "factorized_phm_W": True, "adapter_residual_before_ln": False},
     "lora": {},
     "prefix_tuning": {"shared_gating": True},
+    "prompt_tuning": {},
 }
 # architecture -> why it cannot be imported
 REFUSED_METHODS = {
-    "prompt_tuning": "its prompt comes after the positions and the norm of the embeddings, peft's before them",
     "reft": "no sub-layer of this package changes single positions of a sequence",
     "mtl_lora": "peft has no matrices of single tasks in a LoRA",
 }
@@ -39,12 +39,13 @@ def methods(saved: dict[str, Any]) -> list[Settings]:
         check(
             "architecture", kind, kind not in REFUSED_METHODS, f"cannot be imported: {REFUSED_METHODS.get(str(kind))}"
         )
-        rule = "must be None (a bottleneck), 'lora', 'prefix_tuning' or 'union'"
+        rule = "must be None (a bottleneck), 'lora', 'prefix_tuning', 'prompt_tuning' or 'union'"
         check("architecture", kind, kind in DEFAULT_ONLY, rule)
         for key, value in DEFAULT_ONLY[kind].items():
             check(key, method.get(key, value), method.get(key, value) == value, f"must be {value!r}")
         inverse = method.get("inv_adapter")
         check("inv_adapter", inverse, inverse in (None, "nice"), "must be None or 'nice'; the library's others fail")
+        check("architecture", kind, kind != "prompt_tuning" or len(members) == 1, "must not be in a union")
         if is_ia3(method):
             check("composition_mode", "scale", len(members) == 1, "must be 'add' in a union")
             check("use_gating", True, not method.get("use_gating"), "must be False for (IA)^3")
