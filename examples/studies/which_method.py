@@ -104,7 +104,9 @@ class Arguments:
     data: Path = field(
         default=Path(os.environ.get("HF_PEFT_EXT_DATA", "../shared/data")), metadata={"help": "Folder of the data."}
     )
-    output: Path = field(default=RESULTS / "which_method", metadata={"help": "Folder of the results."})
+    output: Path = field(
+        default=RESULTS / "which_method", metadata={"help": 'Folder of the results; "mean" inside for that head.'}
+    )
 
 
 def messages() -> list[Row]:
@@ -167,10 +169,8 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
 def run(args: Arguments, stage: str) -> None:
     tasks, methods, rates = STAGES[stage]
     COMPARED_METHODS.update(PAPERS | ABLATIONS)
-    if args.head == "mean":
-        read_bert_by_its_mean()
     for task in args.tasks or tasks:
-        folder = args.output / (f"{stage}-{task}-{args.k}" + ("" if args.head == "first" else f"-{args.head}"))
+        folder = args.output / f"{stage}-{task}-{args.k}"
         result = compare(
             recipe(args, task, folder),
             methods=args.methods or methods,
@@ -255,6 +255,7 @@ def report(args: Arguments) -> None:
     """Write and print table.md."""
     texts = [table(args, stage) for stage in STAGES]
     text = "\n".join([f"# Which method when\n\n{NOTE}\n", *filter(None, texts), rates(args)])
+    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -263,6 +264,11 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # pyright: ignore[reportArgumentType]
     if args.stage not in (*STAGES, "table"):
         raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(STAGES)}, table.")
+    if args.head not in ("first", "mean"):
+        raise SystemExit(f"`head` (={args.head!r}) must be one of: first, mean.")
+    if args.head == "mean":
+        read_bert_by_its_mean()
+        args.output /= "mean"  # its cells and its table
     report(args) if args.stage == "table" else run(args, args.stage)
 
 
