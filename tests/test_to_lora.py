@@ -251,6 +251,9 @@ def test_refused_arguments(tmp_path):
     lora = get_peft_model(BACKBONES["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="is a LoRA already"):
         to_lora(lora, tmp_path)
+    prompt = ComposedConfig(placements=[Placement("prompt", "embeddings")], sites={"embeddings": ["embeddings"]})
+    with pytest.raises(ValueError, match="has a prompt, which makes the output longer"):
+        to_lora(adapted("bert", prompt), tmp_path)
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"has merged adapters; call unmerge_adapter\(\) first"):
         to_lora(model, tmp_path)

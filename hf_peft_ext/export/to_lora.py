@@ -192,6 +192,9 @@ def checked_adapter_name(
     check("adapter_name", name, kind != "LORA", "is a LoRA already")
     rule = "is of a type that adds to the input of the model, which cannot be switched off in it"
     check("adapter_name", name, not model.peft_config[name].is_prompt_learning, rule)
+    placements: Any = getattr(model.peft_config[name], "placements", None) or ()
+    rule = "has a prompt, which makes the output longer than that of a LoRA"
+    check("adapter_name", name, all(placement.sublayer != "prompt" for placement in placements), rule)
     check("tokenizer", tokenizer, not texts or tokenizer is not None, "must be given with `texts`")
     unlabelled = [sorted(row) for row in eval_rows or () if not {"input_ids", "labels"} <= row.keys()]
     check("eval_rows", unlabelled[:1], not unlabelled, "must have `input_ids` and `labels`")
