@@ -84,7 +84,10 @@ class MethodRuns:
         if run.stage == SEEDS and self.texts is not None:
             with trainer.model.disable_adapter():
                 measures["base_loss"] = text_loss(trainer.model, trainer.processing_class, self.texts)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            memory.stop()  # a profiler that is left running crashes the process at its end
         if reports.is_stopped:
             trial.set_user_attr("scores", {"dev": reports.value})
             raise optuna.TrialPruned
