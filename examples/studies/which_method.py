@@ -8,7 +8,7 @@
 
 Each cell draws a pool of rows once. Each seed trains on other K rows of it and is scored on the 200 that are left.
 A cell that was interrupted continues, and several processes share one. The data are those of HF_PEFT_EXT_DATA.
-`--head mean` reads the model as it was pretrained to be read: by the mean of its last hidden states, not by its first.
+With `--head mean` the classifier reads the mean of the last hidden states, for which MiniLM was pretrained.
 
     python examples/studies/which_method.py --stage tune
     python examples/studies/which_method.py --stage test --k 100 --seeds 5

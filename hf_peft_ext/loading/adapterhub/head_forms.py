@@ -94,7 +94,7 @@ def classifier_form(model: Any) -> HeadForm:
     config, prefix = model.config, model.base_model_prefix
     pooler = getattr(getattr(model, prefix, None), "pooler", None)
     forms = [
-        ("classifier.dense", "classifier.out_proj", "gelu" if config.model_type in GELU_HEADS[:1] else "tanh"),
+        ("classifier.dense", "classifier.out_proj", "gelu" if config.model_type == "electra" else "tanh"),
         ("classification_head.dense", "classification_head.out_proj", "tanh"),
         ("pre_classifier", "classifier", "relu"),  # DistilBERT
         ("pooler.dense", "classifier", getattr(config, "pooler_hidden_act", None)),  # DeBERTa
