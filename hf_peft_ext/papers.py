@@ -57,6 +57,7 @@ LT_SFT = BY_KEY["ansell2022composable"]
 SPARSE_ADAPTER = BY_KEY["he2022sparseadapter"]
 DIFF_PRUNING = BY_KEY["guo2021diff"]
 INTRINSIC = BY_KEY["li2018measuring"]
+REFT = BY_KEY["wu2024reft"]
 SAID = BY_KEY["aghajanyan2021intrinsic"]
 
 # PEFT type, in lower case -> the papers of the method, its own first.

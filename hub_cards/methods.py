@@ -15,6 +15,7 @@ from hf_peft_ext.papers import (
     PAPERS,
     PFEIFFER,
     PREFIX_TUNING,
+    REFT,
     S4,
     SPARSE_ADAPTER,
     STOCK_PAPERS,
@@ -87,6 +88,7 @@ SUBLAYER_NAMES = {
     "bias": "trained biases",
     "coupling": "an invertible coupling of the embeddings",
     "prompt": "a soft prompt (virtual tokens behind the embeddings)",
+    "intervention": "ReFT's interventions (low-rank edits of the first and last hidden states)",
 }
 STRATEGY_NAMES = {"adapter": "adapters", "prefix": "prefixes", "bitfit": "biases", "lora": "LoRA"}
 
@@ -111,7 +113,7 @@ def papers(adapter: SavedAdapter) -> tuple[Paper, ...]:
     if adapter.method == "sparse":
         return tuple(filter(None, SELECTIONS[adapter.config.selection][:1]))
     present = {placement.sublayer for placement in adapter.config.to_placements()}
-    parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank", BITFIT: "bias"}
+    parts = {PFEIFFER: "bottleneck", PREFIX_TUNING: "prefix", LORA: "low_rank", BITFIT: "bias", REFT: "intervention"}
     if adapter.method == "composed":
         return tuple(paper for paper, sublayer in parts.items() if sublayer in present)
     return tuple(p for p in PAPERS[adapter.method] if p in (UNIPELT, MAM, S4) or parts.get(p, "") in ("", *present))

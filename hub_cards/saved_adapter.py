@@ -15,24 +15,24 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from hf_peft_ext.attach.placement import SITES
 from hf_peft_ext.hub_cards.markdown import cell
 from hf_peft_ext.registry import REGISTERED
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.suggestions import ranges
 
-SUBLAYER_KEY = re.compile(
-    r"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:bottleneck|low_rank|prefix|bias|coupling|prompt))\.sublayer_of\.(?P<rest>.+)"
-)
+SUBLAYER_KEY = re.compile(rf"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:{'|'.join(SITES)}))\.sublayer_of\.(?P<rest>.+)")
 SPARSE_KEY = re.compile(r"(?:.+\.)?parameter_deltas\.deltas_of\.(?P<rest>values|indices)")
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
-PLACE = re.compile(r"(?P<site>\w+)_(?P<sublayer>bottleneck|low_rank|prefix|bias|coupling|prompt)")
+PLACE = re.compile(rf"(?P<site>\w+)_(?P<sublayer>{'|'.join(SITES)})")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
     **{
         "down.weight": (0, "r"),
         "down.bias": (0, "r"),
         "factors": (0, "n"),
+        **{f"edit_of.{name}.W": (0, "r") for name in ("all", "first", "last")},
         "down.weights": (1, "r"),
         "down.biases": (0, "experts"),
         "A": (0, "r"),
@@ -49,6 +49,7 @@ SITE_NAMES = {
     "parallel_attention": "beside attention",
     "parallel_ffn": "beside the FFN",
     "parallel_residual": "beside the FFN, from the residual stream",
+    "block_output": "hidden states behind a block",
     "attention": "keys and values of attention",
     "query": "query projection",
     "key": "key projection",
@@ -176,7 +177,7 @@ class SavedAdapter:
         places: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         for tensor in self.tensors:
             places[tensor.sublayer, tensor.site].append(tensor)
-        order = ("bottleneck", "prefix", "low_rank", "bias", "coupling", "prompt")
+        order = ("bottleneck", "prefix", "low_rank", "bias", "coupling", "prompt", "intervention")
         ranked = sorted(places, key=lambda p: (p[0] == "saved whole", order.index(p[0]) if p[0] in order else 9))
         return [self._row(*place, places[place]) for place in ranked]
 

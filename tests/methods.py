@@ -112,6 +112,9 @@ METHODS = {
         )
     ),
     "composed": Method(composed),
+    "intervention": Method(
+        lambda **kw: ComposedConfig(placements=[Placement("intervention", "block_output", options={"r": 2})], **kw),
+    ),
 }
 # Methods that are no list of placements.
 OTHERS = {
@@ -143,7 +146,7 @@ ALL = METHODS | OTHERS
 # Settings and methods that other rows cover on most families: the fast tests run them with `CORE` alone.
 VARIANTS = {
     *("houlsby", "parallel", "compacter", "compacter_unshared", "adamix", "projected_prefix"),
-    *("unipelt_paper", "unipelt_aplb", "unipelt_nogate", "sparse", "intrinsic", "said"),
+    *("unipelt_paper", "unipelt_aplb", "unipelt_nogate", "intervention", "sparse", "intrinsic", "said"),
 }
 CORE = {"bert", "t5", "llama"}
 

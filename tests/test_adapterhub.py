@@ -43,6 +43,7 @@ def backbone(model):
     return getattr(model, model.base_model_prefix, model)
 
 
+@pytest.mark.filterwarnings("ignore:The library saves NoReFT and DiReFT alike:UserWarning")
 @every_pair
 def test_same_logits_as_the_library(family, method, checkpoints, tmp_path, record_property):
     """Equal to 1e-4, padding included, and after saving and loading with peft; disabled it is the base model."""
@@ -170,11 +171,7 @@ def test_alpha_of_old_versions(checkpoints, tmp_path):
 
 
 ERRORS = {
-    "reft": (
-        "lora",
-        {"architecture": "reft"},
-        "`architecture` (='reft') cannot be imported: no sub-layer of this package changes single positions of a",
-    ),
+    "reft": ("loreft", {"output_reft": False}, "`output_reft` (=False) must be True."),
     "prompt": ("prompt_tuning", {"combine": "suffix"}, "`combine` (='suffix') must be one of prefix, prefix_after"),
     "prompt_union": (
         "mam",
@@ -433,3 +430,16 @@ def test_prompt_in_deberta():
         get_peft_model(build("deberta-v2"), config)
     with pytest.raises(ValueError, match=re.escape("`position` (='last') must be one of first, second.")):
         Placement("prompt", "embeddings", options={"position": "last"})
+
+
+def test_direft_is_saved_as_noreft(checkpoints, tmp_path):
+    """The library's files do not tell them apart; a field that the user adds does."""
+    with pytest.warns(UserWarning, match="The library saves NoReFT and DiReFT alike"):
+        from_adapterhub(checkpoints / "bert" / "noreft", build("bert"))
+    folder = edited(checkpoints / "bert" / "noreft", tmp_path / "direft")
+    file = folder / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    saved["config"]["subtract_projection"] = False
+    file.write_text(json.dumps(saved))
+    (placement,) = from_adapterhub(folder, build("bert")).peft_config["default"].placements
+    assert placement.options["subtract_projection"] is False

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from hf_peft_ext import BottleneckConfig, UniPELTConfig, fix_gates, gate_values
 from hf_peft_ext.attach.gates import gate_means, gates
 
+from .adapterhub.families import batch, build
 from .backbones import BACKBONES, output
 from .methods import randomise
 
@@ -55,17 +56,18 @@ def test_pooling_can_be_chosen(backbone, pooling):
             torch.testing.assert_close(value, values[name][1:2])
 
 
-def test_a_mean_gate_is_the_mean_of_the_token_gates_without_padding():
-    family = BACKBONES["bert"]
-    inputs = family.inputs()
-    models = {}
+@pytest.mark.parametrize("family", ["bert", "distilbert", "deberta", "deberta-v2"])
+def test_a_mean_gate_is_the_mean_of_the_token_gates_without_padding(family):
+    """Whatever kind of mask the attention modules are given: DeBERTa's is of whole numbers."""
+    inputs, models = batch(family), {}
     for pooling in ("mean", "token"):
         models[pooling] = get_peft_model(
-            family.build(), UniPELTConfig(methods=("lora",), gate_pooling=pooling, layers_to_transform=[0])
+            build(family), UniPELTConfig(methods=("lora",), gate_pooling=pooling, layers_to_transform=[0])
         )
         randomise(models[pooling])
     means, tokens = (gate_values(models[pooling], inputs) for pooling in ("mean", "token"))
     mask = inputs["attention_mask"]
+    assert means
     for name, mean in means.items():
         torch.testing.assert_close(mean, (tokens[name] * mask).sum(1) / mask.sum(1))
 

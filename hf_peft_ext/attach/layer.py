@@ -199,7 +199,7 @@ class AddToOutput(TunerLayer):
     def hooks(self, model: nn.Module) -> list[RemovableHandle]:
         # before the host's other hooks, which record a block's output (hidden states) or read a module with its bias
         handle = self.host.register_forward_hook(partial(add_to_output, self.name))
-        if self.site.name in ("bias", "after_residual"):
+        if self.site.name in ("bias", "after_residual", "block_output"):
             move_first(self.host._forward_hooks, handle)
         return [handle]
 

@@ -13,6 +13,7 @@ from hf_peft_ext.sublayers import (
     Coupling,
     ExpertSharing,
     Gate,
+    Intervention,
     LowRank,
     MixtureBottleneck,
     NormedBottleneck,
@@ -49,6 +50,8 @@ def build(placement: Placement, site: Site, shared: SharedParts) -> nn.Module:
         return Coupling(site.d_out, **options)
     if placement.sublayer == "prompt":
         return SoftPrompt(options.pop("num_virtual_tokens", 10), site.d_out, **options)
+    if placement.sublayer == "intervention":
+        return Intervention(site.d_out, **options)
     gate = make_gate(placement, site)
     if placement.sublayer == "low_rank":
         return LowRank(site.d_in, site.d_out, gate=gate, rows=site.rows, width=site.width, **options)

@@ -58,6 +58,10 @@ class PaddingRecorder:
         self.keyword, self.position = mask_position(attention)
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        FORWARD.hand_on(self.key, self.masks(attention, args, kwargs))
+
+    def masks(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The pair of masks, over the keys in use and over all."""
         mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
         used = mask
         if isinstance(mask, Tensor):
@@ -65,7 +69,7 @@ class PaddingRecorder:
             length = (args[0] if args else kwargs["hidden_states"]).shape[1]
             if mask.shape[1] != length:  # a cache may have empty keys behind its tokens
                 used = mask[:, : cached_tokens(attention, kwargs) + length]
-        FORWARD.hand_on(self.key, (used, mask))
+        return used, mask
 
 
 def record_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:
@@ -112,10 +116,10 @@ def mask_position(attention: nn.Module) -> tuple[str, int]:
 
 
 def some_query_sees(
-    mask: Tensor,  # shape: (batch, 1, queries, keys): True or 0 where attention is allowed
+    mask: Tensor,  # shape: (batch, 1, queries, keys): True, 0.0 or (DeBERTa) 1 where attention is allowed
 ) -> Tensor:  # shape: (batch, keys)
     """Whether some query may attend to a key, which holds for all keys but padding."""
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
     return allowed.any(dim=2).any(dim=1)
 
 

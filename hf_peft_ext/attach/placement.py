@@ -28,12 +28,14 @@ SITES: dict[str, tuple[str, ...]] = {
     "bias": ("bias",),
     "coupling": ("embeddings",),
     "prompt": ("embeddings",),
+    "intervention": ("block_output",),
 }
 # sub-layer without a gate -> the reason
 UNGATED = {
     "bias": "a bias reads no input",
     "coupling": "with a gate, a coupling could not be inverted",
     "prompt": "a prompt reads no input",
+    "intervention": "an intervention replaces what it reads",
 }
 EXPERT_OPTIONS = ("num_experts", "shared_projection")  # of a bottleneck with experts
 # The arguments of a sub-layer that a user sets; the others follow from the model.
@@ -48,6 +50,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "bias": (),
     "coupling": ("reduction_factor", "activation"),
     "prompt": ("num_virtual_tokens", "position"),
+    "intervention": (
+        *("r", "prefix_positions", "suffix_positions", "tied_weights", "orthogonality", "subtract_projection"),
+        *("activation", "dropout"),
+    ),
 }
 
 
@@ -56,7 +62,7 @@ class Placement:
     """One sub-layer at one site of some layers.
 
     Args:
-        sublayer: "bottleneck", "low_rank", "prefix", "bias", "coupling" or "prompt".
+        sublayer: "bottleneck", "low_rank", "prefix", "bias", "coupling", "prompt" or "intervention".
         site: its site (`SITES` lists those of each sub-layer):
             - bottleneck: "after_attention" and "after_ffn" (sequential, before the residual is added),
               "after_residual" (sequential, reads the block's output after residual and norm), "parallel_attention",
@@ -66,7 +72,8 @@ class Placement:
               "mixer_input", the input projection of layers without attention (Mamba's `in_proj`), which also takes
               branches for "query", "key" and "value";
             - prefix: "attention"; bias: "bias"; coupling and prompt: "embeddings", which a config names by
-              `sites=`.
+              `sites=`;
+            - intervention: "block_output", the hidden states between two blocks.
         layers: indices of the layers, encoder before decoder; None for all.
         gate: None, or how the gate is taken over tokens: "mean", "mean_padded" (padding included), "token", or
             "auto" (token where attention is causal, else mean).
@@ -81,6 +88,8 @@ class Placement:
             (True: T5's relative positions count the prefix, as in AdapterHub's library; every layer of a stack must
             then have it, and the form is "joint"). coupling: `reduction_factor`, `activation` (see
             `sublayers.Coupling`). prompt: `num_virtual_tokens`, `position` (see `sublayers.SoftPrompt`).
+            intervention: `r`, `prefix_positions`, `suffix_positions`, `tied_weights`, `orthogonality`,
+            `subtract_projection`, `activation`, `dropout` (see `sublayers.Intervention`).
 
     Raises:
         ValueError: a value is out of range, or an option is unknown.
@@ -152,6 +161,8 @@ class Placement:
             check("init_lora_weights", init, init is True or init == "gaussian", 'must be True or "gaussian"')
         if self.sublayer == "bottleneck":
             self._check_bottleneck(o)
+        if self.sublayer == "intervention":
+            check_intervention(o)
         if self.sublayer == "low_rank":
             check(
                 "r", self.options.get("r", 8), self.options.get("r", 8) is not None, "must be a positive whole number"
@@ -206,3 +217,19 @@ class Placement:
                 f"`gate_init` and `options`."
             )
         return cls(**value)
+
+
+def check_intervention(options: dict[str, Any]) -> None:
+    """Check the options that interventions alone have.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    positions = {"prefix_positions": 3, "suffix_positions": 0} | options
+    for key in ("prefix_positions", "suffix_positions"):
+        whole = type(positions[key]) is int and positions[key] >= 0
+        check(key, positions[key], whole, "must be a whole number of 0 or more")
+    some = positions["prefix_positions"] + positions["suffix_positions"] > 0
+    check("prefix_positions", positions["prefix_positions"], some, "must be above 0, or `suffix_positions`")
+    for key in options.keys() & {"tied_weights", "orthogonality", "subtract_projection"}:
+        check(key, options[key], isinstance(options[key], bool), "must be True or False")

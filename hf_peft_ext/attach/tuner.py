@@ -28,6 +28,7 @@ from hf_peft_ext.attach.layer import (
 from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.merge import can_merge
 from hf_peft_ext.attach.mixed_batch import check_adapter_names, check_unmerged, mixed_batch
+from hf_peft_ext.attach.positions_layer import EditPositions
 from hf_peft_ext.attach.prompt_layer import LengthenSequence
 from hf_peft_ext.attach.resolve import Plan, excluded, plan
 from hf_peft_ext.attach.separate_prefix import SeparatePrefix
@@ -36,6 +37,7 @@ from hf_peft_ext.model.site import Site
 from hf_peft_ext.sublayers import ProjectedPrefix
 from hf_peft_ext.validation.checks import check
 
+# how a site acts, or a sub-layer -> its tuner layer
 LAYERS: dict[str, type[TunerLayer]] = {
     "output": AddToOutput,
     "input": AddOfInput,
@@ -45,6 +47,9 @@ LAYERS: dict[str, type[TunerLayer]] = {
     "cache": CachePrefix,
     "leaves": SeparatePrefix,
     "shared": SharedLayer,
+    # of sub-layers that need more than their site's
+    "prompt": LengthenSequence,
+    "intervention": EditPositions,
 }
 
 
@@ -113,7 +118,7 @@ class ComposedModel(AdapterTuner):
         """The tuner layer of a site, which is made if it is not there."""
         name, holder = child_name(site.name, sublayer), self.model.get_submodule(holder_of(site))
         if not hasattr(holder, name):
-            layer = LengthenSequence if sublayer == "prompt" else LAYERS[site.act]
+            layer = LAYERS.get(sublayer, LAYERS[site.act])
             holder.add_module(name, layer(self.model, site, name))
         return cast(TunerLayer, getattr(holder, name))
 

@@ -60,7 +60,7 @@ class BlockSites:
             sites = list(self.mixer_sites(*self.mixer))
         ffn = list(self.ffn_sites())
         last = next((site.host for site in ffn if site.name == "after_ffn"), "")
-        return sites + ffn + ([] if self.hands_on_images() else [self.residual_site(last)])
+        return sites + ffn + ([] if self.hands_on_images() else [self.residual_site(last), self.output_site()])
 
     def hands_on_images(self) -> bool:
         """Whether the residual stream between blocks is an image with its features along the second axis (DaViT)."""
@@ -196,6 +196,11 @@ class BlockSites:
             before = "" if before and ends_first(self.model, before, host) else before
             return Site("after_residual", host=host, act="norm", d_in=d, d_out=d, reads=before, **self.common)
         return Site("after_residual", host=self.path, act="output", d_in=d, d_out=d, **self.common)
+
+    def output_site(self) -> Site:
+        """The site of the hidden states that the next block reads."""
+        d = self.width()
+        return Site("block_output", host=self.path, act="output", d_in=d, d_out=d, **self.common)
 
     def norm_width(self, norm: str) -> int:
         """Number of features of a norm."""

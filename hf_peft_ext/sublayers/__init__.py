@@ -13,6 +13,7 @@ from hf_peft_ext.sublayers.fusion import AttentionFusion as AttentionFusion
 from hf_peft_ext.sublayers.fusion import Fusion as Fusion
 from hf_peft_ext.sublayers.gate import Additive as Additive
 from hf_peft_ext.sublayers.gate import Gate as Gate
+from hf_peft_ext.sublayers.intervention import Intervention as Intervention
 from hf_peft_ext.sublayers.low_rank import LowRank as LowRank
 from hf_peft_ext.sublayers.normed_bottleneck import NormedBottleneck as NormedBottleneck
 from hf_peft_ext.sublayers.normed_bottleneck import OwnNorm as OwnNorm

@@ -28,7 +28,9 @@ from adapters import (
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
+    LoReftConfig,
     MAMConfig,
+    NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -39,6 +41,7 @@ from adapters import (
 )
 from families import FAMILIES, MORE_FAMILIES, SEQ2SEQ, build, fill, outputs
 from safetensors.torch import save_file
+from torch.nn.utils import parametrize
 
 HERE = Path(__file__).parent
 PREFIX = {"prefix_length": 3, "bottleneck_size": 4}
@@ -86,23 +89,31 @@ RARE = {
     "vera": VeraConfig(r=2, alpha=3, attn_matrices=["q", "k", "v"]),
     "prompt_tuning": PromptTuningConfig(prompt_length=3),
     "prompt_tuning_after_bos": PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
+    "loreft": LoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "loreft_tied": LoReftConfig(r=2, prefix_positions=1, suffix_positions=2, tied_weights=True, layers=[1]),
+    "loreft_prefix": LoReftConfig(r=3),
+    "noreft": NoReftConfig(r=2, prefix_positions=1, suffix_positions=3, non_linearity="relu"),
 }
+REFT = {"loreft", "loreft_tied", "loreft_prefix", "noreft"}
 PROMPTS = {"prompt_tuning", "prompt_tuning_after_bos"}
 RARE_OF = {
     "bert": RARE.keys() - {"adapter_plus", "dora"},
     "gpt2": RARE.keys() - PROMPTS - {"dora", "vera"},
     "llama": RARE.keys() - PROMPTS - {"vera"},
-    "t5": RARE.keys() - PROMPTS - {"vera", "dora"},
-    "roberta": PROMPTS,
-    "beit": PROMPTS,
+    "t5": RARE.keys() - PROMPTS - (REFT - {"loreft_prefix"}) - {"vera", "dora"},
+    "roberta": PROMPTS | {"loreft"},
+    "distilbert": {"loreft"},
+    "beit": PROMPTS | {"loreft"},
     "xlm-roberta": PROMPTS,
     "electra": PROMPTS,
-    "bart": {"inverse", "compacter"},
-    "albert": PROMPTS | {"inverse"},
-    "clip": {"inverse"},
-    "encoder-decoder": {"inverse", "compacter"},
-    "vit": PROMPTS | {"adapter_plus", "channel"},
-    "whisper": {"inverse"},
+    "bart": {"inverse", "compacter", "loreft_prefix"},
+    "albert": PROMPTS | {"inverse", "loreft"},
+    "clip": {"inverse", "loreft_prefix"},
+    "deberta-v2": {"loreft"},
+    "encoder-decoder": {"inverse", "compacter", "loreft_prefix"},
+    "mistral": {"loreft"},
+    "vit": PROMPTS | {"adapter_plus", "channel", "loreft"},
+    "whisper": {"inverse", "loreft_prefix"},
 }
 # where encoder and decoder differ
 SEQ2SEQ_METHODS = {
@@ -149,6 +160,16 @@ def check_effect(model, family, expected, name):
             parameter.copy_(value)
 
 
+@torch.no_grad()
+def fill_orthogonal(model):
+    """What was drawn becomes the matrix that training starts from, and a change of the form that torch needs."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            drawn = module.parametrizations.weight.original.clone()
+            module.weight = drawn
+            module.parametrizations.weight.original.add_(drawn.t().tril(-1).t())
+
+
 def save(family, name, config, folder, safetensors):
     """Save one adapter; returns its logits."""
     model = build(family)
@@ -161,6 +182,7 @@ def save(family, name, config, folder, safetensors):
         if key not in own and f".{name}." not in key:  # adapters 1.3.0 gives DeBERTa's fused leaf a random bias
             value.data.zero_()
     fill({key: value for key, value in model.named_parameters() if f".{name}." in key}, 0.5)
+    fill_orthogonal(model)
     result = outputs(model, family)
     if name not in PROMPTS:  # which lengthen the output
         assert (result - base).abs().max() > 1e-1

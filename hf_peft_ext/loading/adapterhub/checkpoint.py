@@ -32,7 +32,7 @@ class Checkpoint:
         self.root = f"{model.base_model_prefix}."
         renamings = get_model_conversion_mapping(model, add_legacy=False)  # the library has the names of version 4
         named = re.compile(
-            rf"(\.|^)(adapters|loras|prefix_tunings|prompt_tunings|prefix_gates|shared_parameters|invertible_adapters)\.{re.escape(saved['name'])}\."
+            rf"(\.|^)(adapters|loras|prefix_tunings|prompt_tunings|refts|prefix_gates|shared_parameters|invertible_adapters)\.{re.escape(saved['name'])}\."
         )
         self.tensors: dict[str, Tensor] = {}
         for key, tensor in read_tensors(path).items():

@@ -20,7 +20,7 @@ class ConvertedSublayer:
     """A sub-layer at a site.
 
     Args:
-        sublayer: "bottleneck", "low_rank", "prefix", "coupling" or "prompt".
+        sublayer: "bottleneck", "low_rank", "prefix", "coupling", "prompt" or "intervention".
         site: where it is attached.
         gate: the pooling of its gate; None without one.
         options: of the placement.

@@ -17,6 +17,7 @@ from hf_peft_ext.loading.adapterhub.converted import ConvertedSublayer
 from hf_peft_ext.loading.adapterhub.couplings import coupling
 from hf_peft_ext.loading.adapterhub.fusion import fusion_from_adapterhub, is_fusion
 from hf_peft_ext.loading.adapterhub.heads import import_head
+from hf_peft_ext.loading.adapterhub.interventions import interventions
 from hf_peft_ext.loading.adapterhub.low_ranks import check_fused_rows, low_ranks
 from hf_peft_ext.loading.adapterhub.names import kept
 from hf_peft_ext.loading.adapterhub.prefixes import prefixes
@@ -37,7 +38,13 @@ from hf_peft_ext.tuners.bottleneck import STYLES
 from hf_peft_ext.tuners.compacter import COMPACTER_SITES
 from hf_peft_ext.validation.checks import check
 
-READERS = {None: bottlenecks, "lora": low_ranks, "prefix_tuning": prefixes, "prompt_tuning": soft_prompts}
+READERS = {
+    None: bottlenecks,
+    "lora": low_ranks,
+    "prefix_tuning": prefixes,
+    "prompt_tuning": soft_prompts,
+    "reft": interventions,
+}
 # sub-layer -> the default values of its options
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"activation": "relu", "dropout": 0.0, "scaling": 1.0},
@@ -45,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix": {"shift_positions": False},
     "coupling": {},
     "prompt": {},
+    "intervention": {},
 }
 
 
@@ -61,10 +69,10 @@ def from_adapterhub(
     A fusion (`save_adapter_fusion`) is imported into a `PeftModel` with its adapters: `fusion_from_adapterhub`.
 
     It supports bottlenecks (also with norms of their own, Compacter's matrices and AdapterPlus), invertible adapters
-    (NICE), prefix_tuning and its flat form, prompt_tuning, lora, DoRA, VeRA, ia3, and unions of them such as mam and
-    unipelt, for all models of that library but X-MOD. An ungated lora, DoRA and VeRA become `LORA` of peft, ia3
-    becomes `IA3`; all others become a type of this package. Prefixes are imported without their reparameterisation
-    network. Gates include padding, as in that library.
+    (NICE), prefix_tuning and its flat form, prompt_tuning, LoReFT and NoReFT, lora, DoRA, VeRA, ia3, and unions of
+    them such as mam and unipelt, for all models of that library but X-MOD. An ungated lora, DoRA and VeRA become
+    `LORA` of peft, ia3 becomes `IA3`; all others become a type of this package. Prefixes are imported without their
+    reparameterisation network. Gates include padding, as in that library.
 
     A prediction head beside the adapter becomes its `modules_to_save`, and its labels those of the model's config. The
     model must have an equal head: else the adapter comes without it, and a warning says why. Dropout in the head is
@@ -193,7 +201,7 @@ def candidates(placements: list[Placement], common: dict[str, Any]) -> Iterator[
     options = {placement.sublayer: placement.options for placement in placements}
     bottleneck, prefix, lora = (options.get(name, {}) for name in ("bottleneck", "prefix", "low_rank"))
     n_tokens = prefix.get("num_virtual_tokens", 0)
-    if options.keys() & {"coupling", "prompt"}:
+    if options.keys() & {"coupling", "prompt", "intervention"}:
         return
     if options.keys() == {"bottleneck"} and "phm_dim" in bottleneck:
         own = {key: value for key, value in bottleneck.items() if key != "scaling"}

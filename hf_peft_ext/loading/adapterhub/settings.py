@@ -13,10 +13,10 @@ DEFAULT_ONLY: dict[str | None, dict[str, Any]] = {
     "lora": {},
     "prefix_tuning": {"shared_gating": True},
     "prompt_tuning": {},
+    "reft": {"output_reft": True},
 }
 # architecture -> why it cannot be imported
 REFUSED_METHODS = {
-    "reft": "no sub-layer of this package changes single positions of a sequence",
     "mtl_lora": "peft has no matrices of single tasks in a LoRA",
 }
 
@@ -39,7 +39,7 @@ def methods(saved: dict[str, Any]) -> list[Settings]:
         check(
             "architecture", kind, kind not in REFUSED_METHODS, f"cannot be imported: {REFUSED_METHODS.get(str(kind))}"
         )
-        rule = "must be None (a bottleneck), 'lora', 'prefix_tuning', 'prompt_tuning' or 'union'"
+        rule = "must be None (a bottleneck), 'lora', 'prefix_tuning', 'prompt_tuning', 'reft' or 'union'"
         check("architecture", kind, kind in DEFAULT_ONLY, rule)
         for key, value in DEFAULT_ONLY[kind].items():
             check(key, method.get(key, value), method.get(key, value) == value, f"must be {value!r}")
