@@ -178,7 +178,7 @@ def test_a_bug_keeps_its_traceback():
         raise AssertionError
 
 
-@pytest.mark.parametrize("missing", ["optuna", "matplotlib"])
+@pytest.mark.parametrize("missing", ["optuna", pytest.param("matplotlib", marks=pytest.mark.slow)])
 def test_a_search_without_its_extra(missing):
     """The error says what to install, from Python and from the command line."""
     code = f"import sys; sys.modules[{missing!r}] = None; "

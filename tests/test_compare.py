@@ -267,6 +267,7 @@ def work(recipe, folder, cache):
     compare(recipe, ["lora", "bitfit"], output_dir=folder, **QUICK)
 
 
+@pytest.mark.slow  # the queue's own fast test is in test_search_workers.py
 def test_killed_worker_and_another(recipe, tmp_path):
     """One worker is killed in a run; of two others each does a part, and no finished run is repeated."""
     context = multiprocessing.get_context("forkserver")

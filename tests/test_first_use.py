@@ -56,7 +56,10 @@ except TypeError:
 }
 
 
-@pytest.mark.parametrize("use", USES)
+SLOW_USES = ("TFewConfig", "a call")  # of which "a config" and "load_adapter" make use
+
+
+@pytest.mark.parametrize("use", [pytest.param(use, marks=[pytest.mark.slow] * (use in SLOW_USES)) for use in USES])
 def test_first_use(use):
     """Every attribute of PeftModel and its bases is compared."""
     assert run(PROGRAM % USES[use]) == [[], True, [], EVERYTHING, EVERYTHING]

@@ -292,7 +292,9 @@ class Logits(nn.Module):
         return output(self.model, {"input_ids": ids, "attention_mask": mask}, return_dict=True)
 
 
-@pytest.mark.parametrize("method", ["unipelt", "layer_prefix", "mam", "houlsby"])
+@pytest.mark.parametrize(
+    "method", ["unipelt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layer_prefix", "mam", "houlsby"))]
+)
 @pytest.mark.parametrize("backbone", ["bert", "distilbert"])
 @pytest.mark.parametrize("how", ["export", "trace"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

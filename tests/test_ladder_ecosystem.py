@@ -207,6 +207,7 @@ def test_trainer(checkpointing, tmp_path):
         assert torch.equal(output(kept, inputs), output(loaded, inputs))
 
 
+@pytest.mark.slow
 def test_compile():
     """torch.compile, with as many graph breaks as it likes, changes no logit."""
     model, inputs = laddered("llama")

@@ -21,17 +21,21 @@ from .tiny_trainers import lora, losses, trainer
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 
 
-def test_the_command_can_be_run_again(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [["-m", "said.part"], *(pytest.param(s, marks=pytest.mark.slow) for s in (["-m", "said"], ["said/part.py"]))],
+    ids=" ".join,
+)
+def test_the_command_can_be_run_again(start, tmp_path):
     """A module that was started with `python -m` is recorded so, a script by its name."""
     says = "from hf_peft_ext.trainers.run_info import command_line\nprint(command_line())\n"
     (tmp_path / "said").mkdir()
     for name in ("said/__init__.py", "said/part.py", "said/__main__.py"):
         (tmp_path / name).write_text("" if name == "said/__init__.py" else says)
-    for start in (["-m", "said.part"], ["-m", "said"], ["said/part.py"]):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
-        run = subprocess.run([sys.executable, *start, "--lr", "1"], cwd=tmp_path, env=env, capture_output=True)
-        said = "part.py" if len(start) == 1 else f"python -m {start[1]}"
-        assert run.stdout.decode().strip() == f"{said} --lr 1", run.stderr.decode()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+    run = subprocess.run([sys.executable, *start, "--lr", "1"], cwd=tmp_path, env=env, capture_output=True)
+    said = "part.py" if len(start) == 1 else f"python -m {start[1]}"
+    assert run.stdout.decode().strip() == f"{said} --lr 1", run.stderr.decode()
 
 
 # the record

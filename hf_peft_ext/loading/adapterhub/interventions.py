@@ -70,9 +70,8 @@ def projection(checkpoint: Checkpoint, name: str, orthogonality: bool) -> Tensor
         checkpoint.take(f"{name}.parametrizations.weight.{part}").float() for part in ("0.base", "original")
     )
     r, d = original.shape
-    layer = orthogonal(nn.Linear(d, r, bias=False))
-    parametrization: Any = layer.parametrizations
+    layer: Any = orthogonal(nn.Linear(d, r, bias=False))
     with torch.no_grad():
-        parametrization.weight[0].base.copy_(base)
-        parametrization.weight.original.copy_(original)
-        return layer.weight.detach().clone()
+        layer.parametrizations.weight[0].base.copy_(base)
+        layer.parametrizations.weight.original.copy_(original)
+        return layer.weight.clone()
