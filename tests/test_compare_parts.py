@@ -169,7 +169,7 @@ def test_note_on_rates_at_the_end():
     records = [record("lora", rate, rate) for rate in (1, 2, 3)]
     records += [record("mam", rate, -abs(rate - 2)) for rate in (1, 2, 3)]
     records += [record("s4", rate, rate) for rate in (1, 2)]
-    methods = {name: SizedMethod(COMPARED_METHODS[name], {}, None) for name in ("lora", "mam", "s4")}
+    methods = {name: SizedMethod(COMPARED_METHODS[name], {}, None, 1e-3) for name in ("lora", "mam", "s4")}
     rates = best_rates(records)
     assert rates == {"lora": 3, "mam": 2, "s4": 2}
     summary = Summary(methods, "lora", "accuracy", rates, records, {"train": 9, "dev": 3}, {}, [], Path())

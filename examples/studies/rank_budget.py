@@ -9,6 +9,7 @@ the parameters until its ranks have fallen.
 
     python examples/studies/rank_budget.py --stage ranks --tasks trec qnli --k 100 --seeds 2
     python examples/studies/rank_budget.py --stage modules --tasks trec --k 100 --seeds 2
+    python examples/studies/rank_budget.py --stage ranks --tasks trec --methods "adalora r4" --rates 3 --output other
     python examples/studies/rank_budget.py --stage table
 """
 
@@ -25,7 +26,7 @@ from hf_peft_ext import random_rank_pattern
 from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.trainers import compare
 from hf_peft_ext.tuners.learning_rates import LEARNING_RATES
-from runs import MINILM, RESULTS, find_model
+from runs import MINILM, RESULTS, append, find_model
 from which_method import DEV, cells_of, recipe
 
 R, DRAWS, BUDGET = 4, 10, 92_160
@@ -102,9 +103,9 @@ def run(args: Arguments) -> None:
         folder = args.output / f"{args.stage}-{task}-{args.k}"
         result = compare(
             recipe(args, task, folder),
-            methods=list(methods),
+            methods=args.methods or list(methods),
             seeds=args.seeds,
-            rates=[1.0],
+            rates=args.rates or [1.0],
             dev_share=DEV / (args.k + DEV),
             output_dir=folder,
             train_winner=False,
@@ -137,7 +138,14 @@ def draws(args: Arguments) -> str:
 
 
 def report(args: Arguments) -> None:
-    """Write and print table.md."""
+    """Write runs.csv and table.md, and print the table."""
+    (args.output / "runs.csv").unlink(missing_ok=True)
+    for stage in STAGES:
+        for task, methods in cells_of(args, stage).items():
+            for title, scores in methods.items():
+                for seed, score in scores.items():
+                    row = {"stage": stage, "cell": task, "method": title, "seed": seed, "score": f"{score:.1f}"}
+                    append(args.output / "runs.csv", row)
     tables = [
         which_method.table_of("ranks", with_draws_as_one(cells_of(args, "ranks")), "LoRA") + "\n" + draws(args),
         which_method.table_of("modules", cells_of(args, "modules"), "q and v"),

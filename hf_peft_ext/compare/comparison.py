@@ -115,7 +115,7 @@ class Comparing:
         task_type = recipe.written["peft"]["task_type"]
         methods = size_methods(named, args.budget, task_type, lambda: empty_model(recipe, rows.labels))
         for sized in methods.values():  # their errors now, not in each run
-            run_recipe(recipe, sized.config, sized.method.learning_rate, 0, args.folder, args.dev_split)
+            run_recipe(recipe, sized.config, sized.learning_rate, 0, args.folder, args.dev_split)
         args.folder.mkdir(parents=True, exist_ok=True)
         queue = Queue(args.database, args.study_name, HalvingByMethod(), args.heartbeat)
         comparing = cls(
@@ -190,7 +190,7 @@ class Comparing:
             return []
         rates = sorted(self.args.rates, key=lambda rate: max(rate, 1 / rate))
         return [
-            self._make_run(RATES, name, i, self.recipe.training.seed, rate * sized.method.learning_rate)
+            self._make_run(RATES, name, i, self.recipe.training.seed, rate * sized.learning_rate)
             for i, rate in enumerate(rates)
             for name, sized in self.methods.items()
         ]
@@ -224,7 +224,7 @@ class Comparing:
     def best_rates(self) -> dict[str, float]:
         """Method -> its best learning rate; methods without a finished run are left out."""
         if len(self.args.rates) == 1:
-            return {name: self.args.rates[0] * sized.method.learning_rate for name, sized in self.methods.items()}
+            return {name: self.args.rates[0] * sized.learning_rate for name, sized in self.methods.items()}
         return best_rates(self.queue.records(RATES))
 
     def summary(self) -> Summary:

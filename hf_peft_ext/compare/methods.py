@@ -20,7 +20,8 @@ class Method:
     Args:
         title: its name in tables.
         config: the `peft` section of a recipe, without `task_type`; what is left out has the config's default.
-        learning_rate: its usual learning rate, for AdamW (`recommended_learning_rate`). `--rates` are factors on it.
+        learning_rate: the usual learning rate of its type, for AdamW; wide bottlenecks have a lower one
+            (`recommended_learning_rate`). `--rates` are factors on that.
         sizes: the fields that a budget changes, with their defaults; empty if the size of the method is fixed.
         follows: field -> (a field of `sizes`, factor): it is that size times the factor.
         trains_base: whether all parameters of the base model are trained.

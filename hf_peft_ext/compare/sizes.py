@@ -19,6 +19,7 @@ from hf_peft_ext.recipes.run import find_model, loading
 from hf_peft_ext.recipes.tasks import CONFIGS
 from hf_peft_ext.search.search import adapter_parameters
 from hf_peft_ext.tuners.ia3.config import TFewConfig
+from hf_peft_ext.tuners.learning_rates import largest_rate
 from hf_peft_ext.tuners.s4.costs import base_parameters
 from hf_peft_ext.tuners.s4.solve import TOLERANCE, OutOfReach
 from hf_peft_ext.tuners.target_modules import with_target_modules
@@ -35,11 +36,13 @@ class SizedMethod:
         method: the method.
         config: the `peft` section of its recipe.
         parameters: number of trained parameters without the head; None if it is known only after attaching.
+        learning_rate: its usual learning rate at these sizes.
     """
 
     method: Method
     config: dict[str, Any]
     parameters: int | None
+    learning_rate: float
 
 
 def check_budget(budget: Budget) -> None:
@@ -112,8 +115,9 @@ def size_methods(
     Raises:
         ValueError: a method cannot be attached to the model, trains nothing, or is more than 5 % away from the budget.
     """
-    base = base_parameters(make_model())
-    target = parameters_of(budget, base)
+    empty: Any = make_model()
+    base = base_parameters(empty)
+    target, hidden_size = parameters_of(budget, base), getattr(empty.config.get_text_config(), "hidden_size", None)
 
     def count(name: str, config: Mapping[str, Any]) -> int:
         fields = {key: value for key, value in config.items() if key != "peft_type"}
@@ -152,7 +156,9 @@ def size_methods(
             if target is not None and config["peft_type"] == "S4":
                 config["budget"] = target / base
             parameters = count(name, config)
-        sized[name] = SizedMethod(method, config, parameters)
+        fields = {key: value for key, value in config.items() if key != "peft_type"}
+        largest = largest_rate(CONFIGS[config["peft_type"]](task_type=task_type, **fields), hidden_size)
+        sized[name] = SizedMethod(method, config, parameters, min(method.learning_rate, largest))
     return sized
 
 
