@@ -5,6 +5,7 @@
     test        TREC, QNLI and STS-B: the rates of `compare`'s table, which `tune` fixed; nothing is chosen
     beginnings  TREC: UniPELT, MAM, S4, prefix and Pfeiffer as they begin by default and as in their papers
     ablation    TREC: UniPELT without gates, without one of its sub-layers, and with other gates
+    sizes       TREC: Pfeiffer's adapter by width, prefixes by length, LoRA by alpha at rank 8
 
 Each cell draws a pool of rows once. Each seed trains on other K rows of it and is scored on the 200 that are left.
 A cell that was interrupted continues, and several processes share one. The data are those of HF_PEFT_EXT_DATA.
@@ -84,8 +85,28 @@ ABLATIONS = {
     "unipelt, no prefix": without("prefix"),
     "unipelt, no lora": without("lora"),
 }
+
+
+def fixed(name: str, title: str, **fields: Any) -> Method:
+    """A method at a size that no budget changes."""
+    method = COMPARED_METHODS[name]
+    return replace(method, title=title, config={**method.config, **fields}, sizes={}, follows={})
+
+
+SIZES = {
+    **{f"pfeiffer {r}": fixed("pfeiffer", f"Pfeiffer adapter, width {r}", r=r) for r in (6, 12, 24, 48, 96, 192)},
+    **{
+        f"prefix {n}": fixed("prefix", f"prefix in attention, {n} vectors", num_virtual_tokens=n)
+        for n in (2, 5, 10, 20, 40)
+    },
+    **{
+        f"lora alpha {alpha}": fixed("lora", f"LoRA, rank 8, alpha {alpha}", r=8, lora_alpha=alpha)
+        for alpha in (2, 4, 8, 16, 32, 64)
+    },
+}
 STAGES["beginnings"] = (["trec"], ["lora", "unipelt", "mam", "s4", "prefix", "pfeiffer", *PAPERS], [1.0])
 STAGES["ablation"] = (["trec"], ["lora", "unipelt", *ABLATIONS], [1.0])
+STAGES["sizes"] = (["trec"], ["lora", *SIZES], [1.0])
 
 
 @dataclass
@@ -168,7 +189,7 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
 
 def run(args: Arguments, stage: str) -> None:
     tasks, methods, rates = STAGES[stage]
-    COMPARED_METHODS.update(PAPERS | ABLATIONS)
+    COMPARED_METHODS.update(PAPERS | ABLATIONS | SIZES)
     for task in args.tasks or tasks:
         folder = args.output / f"{stage}-{task}-{args.k}"
         result = compare(
