@@ -13,6 +13,7 @@ the parameters until its ranks have fallen.
     python examples/studies/rank_budget.py --stage table
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -140,12 +141,11 @@ def draws(args: Arguments) -> str:
 def report(args: Arguments) -> None:
     """Write runs.csv and table.md, and print the table."""
     (args.output / "runs.csv").unlink(missing_ok=True)
-    for stage in STAGES:
-        for task, methods in cells_of(args, stage).items():
-            for title, scores in methods.items():
-                for seed, score in scores.items():
-                    row = {"stage": stage, "cell": task, "method": title, "seed": seed, "score": f"{score:.1f}"}
-                    append(args.output / "runs.csv", row)
+    for path in sorted(args.output.glob("*/compare.json")):
+        for method in json.loads(path.read_text("utf-8"))["methods"]:
+            for seed, score in method["scores"].items():
+                kept = {"cell": path.parent.name, "method": method["title"], "learning_rate": method["learning_rate"]}
+                append(args.output / "runs.csv", {**kept, "seed": seed, "score": f"{100 * score:.1f}"})
     tables = [
         which_method.table_of("ranks", with_draws_as_one(cells_of(args, "ranks")), "LoRA") + "\n" + draws(args),
         which_method.table_of("modules", cells_of(args, "modules"), "q and v"),
