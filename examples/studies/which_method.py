@@ -173,7 +173,10 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
     }
     sections = {
         "model": {"model_name_or_path": find_model(MINILM)},
-        "peft": {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16},
+        "peft": {
+            "peft_type": "BITFIT",
+            "task_type": "SEQ_CLS",
+        },  # without fields, which would count for each of its type
         "data": {
             "data_files": str(rows),
             "text_column": columns if len(columns) > 1 else columns[0],

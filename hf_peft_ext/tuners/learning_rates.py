@@ -9,8 +9,8 @@ from hf_peft_ext.validation.checks import check
 
 LEARNING_RATES = {
     "LORA": 4e-3,
-    "ADALORA": 4e-3,
-    "LOKR": 4e-3,
+    "ADALORA": 1.2e-2,
+    "LOKR": 1.2e-2,
     "VERA": 1e-2,
     "FOURIERFT": 5e-2,
     "OFT": 1e-3,
@@ -47,9 +47,9 @@ WIDEST_STEP = 0.3
 def recommended_learning_rate(config: PeftConfig, hidden_size: int | None = None) -> float:
     """The learning rate to begin with, for AdamW with linear decay and a warm-up of a tenth of the steps.
 
-    The rates of LoRA, (IA)³ and this package's methods but ladders, intrinsic dimension and sparse fine-tuning were
-    chosen on SST-2 alone: MiniLM (22 million parameters), 100 rows, batches of 8, 104 steps, 0.5 % of the parameters
-    trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied it is the higher one, or the one between two
+    The rates of LoRA, AdaLoRA, KronA, (IA)³ and this package's methods but ladders, attention fusion and intrinsic
+    dimension were chosen on SST-2 alone: MiniLM (22 million parameters), 100 rows, batches of 8, 104 steps, 0.5 % of
+    the parameters trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied it is the higher one, or the one between two
     that are a factor of 3 apart (`examples/studies/which_method.py --stage tune`). That of intrinsic dimension is from
     TREC, 300 rows, 76 steps, d = 3,000, one seed: 74 % at 3e-3, 36 at 1e-3, 41 at 1e-2. The other rates are usual
     values that were not measured. TREC and short messages wanted higher ones where the classifier read the first
