@@ -49,13 +49,13 @@ def recommended_learning_rate(config: PeftConfig, hidden_size: int | None = None
 
     The rates of LoRA, AdaLoRA, KronA, (IA)³ and this package's methods but ladders, attention fusion and intrinsic
     dimension were chosen on SST-2 alone: MiniLM (22 million parameters), 100 rows, batches of 8, 104 steps, 0.5 % of
-    the parameters trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied it is the higher one, or the one between two
-    that are a factor of 3 apart (`examples/studies/which_method.py --stage tune`). That of intrinsic dimension is from
-    TREC, 300 rows, 76 steps, d = 3,000, one seed: 74 % at 3e-3, 36 at 1e-3, 41 at 1e-2. The other rates are usual
-    values that were not measured. TREC and short messages wanted higher ones where the classifier read the first
-    token, and did well at these where it read the mean (`--head mean`). Larger models and longer training usually want
-    smaller ones: published rates of LoRA on models of billions of parameters are about a twentieth.
-    `hf-peft-ext compare` tries rates around these on your own model and rows.
+    the parameters trained, one seed, rates a factor of 2 or 3 apart. Of rates that tied it is the higher one, or the
+    one between two that are a factor of 3 apart (`examples/studies/which_method.py --stage tune`). That of intrinsic
+    dimension is from TREC, 300 rows, 76 steps, d = 3,000, one seed: 74 % at 3e-3, 36 at 1e-3, 41 at 1e-2. The other
+    rates are usual values that were not measured. TREC and short messages wanted higher ones where the classifier
+    read the first token, and did well at these where it read the mean (`--head mean`). Larger models and longer
+    training usually want smaller ones: published rates of LoRA on models of billions of parameters are about a
+    twentieth. `hf-peft-ext compare` tries rates around these on your own model and rows.
 
     Wide bottlenecks get a lower rate, 0.3 / (scaling * width) at most: at their type's own rate they stop learning.
     So MAM has 2e-3 at a width of 37 and 1.5e-4 at its default width, 512.
