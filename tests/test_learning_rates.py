@@ -54,6 +54,7 @@ WIDE = {
     "scaling": (BottleneckConfig(style="houlsby", r=64, scaling=10), 0.3 / 640),
     "negative": (BottleneckConfig(style="houlsby", r=64, scaling=-10.0), 0.3 / 640),
     "learned": (BottleneckConfig(style="houlsby", r=300, scaling="learned"), 1e-3),
+    "pruned": (BottleneckConfig(style="pfeiffer", r=600, sparsity=0.75, pruning="random"), 2e-3),
     "none": (BottleneckConfig(style="houlsby", r=64, scaling=0.0), 4e-3),
     "UniPELT": (UniPELTConfig(bottleneck_size=600), 5e-4),
     "UniPELT without": (UniPELTConfig(methods=("prefix", "lora"), bottleneck_size=600), 4e-3),

@@ -89,6 +89,7 @@ def largest_rate(config: PeftConfig, hidden_size: int | None = None) -> float:
             options = placement.options
             width = options.get("r") or (hidden_size or 0) / options["reduction_factor"]
             scaling = options.get("scaling", 1.0)
-            step = width * (1.0 if scaling == "learned" else abs(scaling))
+            kept = 1 - options.get("sparsity", 0.0)  # of the entries of W_up
+            step = kept * width * (1.0 if scaling == "learned" else abs(scaling))
             rates.append(WIDEST_STEP / step if step else math.inf)
     return min(rates)
