@@ -126,7 +126,8 @@ def test_losses_and_gradients_equal_the_plain_way(backbone):
 
 @pytest.mark.parametrize(
     ("backbone", "method"),
-    [(b, m) for b in ("llama", "t5") for m in METHODS] + [("mistral", "unipelt"), ("gpt2", "mam")],
+    [(b, m) for b in ("llama", "t5") for m in METHODS if (b, m) != ("llama", "intervention")]
+    + [("mistral", "unipelt"), ("gpt2", "mam")],
 )
 def test_methods_pack(backbone, method):
     """Our prefixes, token gates and bottlenecks under a mask of blocks, with windows and relative positions."""
@@ -247,6 +248,10 @@ REFUSED = {
     "mean gates": (
         lambda: adapted("llama", lambda **kw: UniPELTConfig(gate_pooling="mean", **kw)),
         "gates that average over tokens would include other choices",
+    ),
+    "interventions": (
+        lambda: adapted("llama", METHODS["intervention"]),
+        "interventions count the tokens of a row, in which the choices follow one another",
     ),
     "prompt tuning": (
         lambda: adapted("llama", lambda **kw: PromptTuningConfig(num_virtual_tokens=3, **kw)),

@@ -58,10 +58,6 @@ class PaddingRecorder:
         self.keyword, self.position = mask_position(attention)
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        FORWARD.hand_on(self.key, self.masks(attention, args, kwargs))
-
-    def masks(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The pair of masks, over the keys in use and over all."""
         mask = kwargs.get(self.keyword, args[self.position] if len(args) > self.position else None)
         used = mask
         if isinstance(mask, Tensor):
@@ -69,7 +65,7 @@ class PaddingRecorder:
             length = (args[0] if args else kwargs["hidden_states"]).shape[1]
             if mask.shape[1] != length:  # a cache may have empty keys behind its tokens
                 used = mask[:, : cached_tokens(attention, kwargs) + length]
-        return used, mask
+        FORWARD.hand_on(self.key, (used, mask))
 
 
 def record_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[RemovableHandle]]:

@@ -49,12 +49,12 @@ class TokenRecorder(PaddingRecorder):
     sliding window has dropped from the cache it says that they are none.
     """
 
-    def masks(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The mask, twice."""
-        x, (used, _) = hidden_states(args, kwargs), super().masks(attention, args, kwargs)
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__call__(attention, args, kwargs)
+        x, (used, _) = hidden_states(args, kwargs), FORWARD.values[self.key]
         tokens = cached_tokens(attention, kwargs) + x.shape[1]
         if used is None:
             used = torch.ones(1, tokens, dtype=torch.bool, device=x.device)
         elif isinstance(used, Tensor) and used.shape[1] < tokens:
             used = F.pad(used, (tokens - used.shape[1], 0), value=True)
-        return used, used
+        FORWARD.values[self.key] = used, used

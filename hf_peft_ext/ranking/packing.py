@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_peft_ext.attach.attention import KERNELS
 from hf_peft_ext.attach.tuner import tuner_layers
 from hf_peft_ext.ranking.losses import IGNORED, TokenScores, token_scores
+from hf_peft_ext.sublayers import Intervention
 from hf_peft_ext.validation.checks import check
 
 OWN_MASKS = {"gpt_neo", "moshi", "openai-gpt", "reformer", "xlm"}  # model types whose layers build their own masks
@@ -105,7 +106,9 @@ def why_not_packed(model: nn.Module) -> str | None:
         return f"{name} lets tokens attend to later ones"
     if base._is_stateful or kinds or getattr(config, "attention_chunk_size", None):
         return f"{name} has layers other than full or sliding attention"
-    active = (sublayer for layer in tuner_layers(base) for sublayer in layer.active_here.values())
+    active = [sublayer for layer in tuner_layers(base) for sublayer in layer.active_here.values()]
+    if any(isinstance(sublayer, Intervention) for sublayer in active):
+        return "interventions count the tokens of a row, in which the choices follow one another"
     if any(getattr(getattr(sublayer, "gate", None), "pooling", "token") != "token" for sublayer in active):
         return "gates that average over tokens would include other choices; `gate_pooling='token'` would not"
     return None
