@@ -45,8 +45,8 @@ class EditPositions(AddToOutput):
 class TokenRecorder(PaddingRecorder):
     """A hook before an attention module: records which tokens are padding, those in the cache included.
 
-    It hands on a mask of shape (batch or 1, cached tokens + length) twice, or what is no tensor. Of tokens that a
-    sliding window has dropped from the cache it says that they are none.
+    It hands on a mask of shape (batch or 1, cached tokens + length) twice, or what is no tensor. Tokens that a sliding
+    window has dropped from the cache count as no padding.
     """
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
