@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from transformers import SwinConfig, SwinModel
 
-from hf_peft_ext import ComposedConfig, Placement
+from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig
 from hf_peft_ext.sublayers import Intervention
 
-from .backbones import BACKBONES, HYBRIDS, LAYERS
+from .backbones import BACKBONES, HYBRIDS, LAYERS, output
 from .methods import randomise
 
 
@@ -126,6 +126,32 @@ def test_generation_edits_the_prompt_only(family, cache):
                 step = model(**step, past_key_values=filled.past_key_values, use_cache=True)
             tokens.append(step.logits[:, -1:].argmax(-1))
     assert torch.equal(generated[:, inputs["input_ids"].shape[1] :], torch.cat(tokens, 1))
+
+
+@pytest.mark.parametrize("backbone", ["bert", "t5"])
+def test_beside_mean_gates(backbone):
+    """Gates that leave out padding have masks of their own, before and after the interventions are gone."""
+
+    def gated(**kwargs):
+        return UniPELTConfig(gate_pooling="mean", bottleneck_size=4, num_virtual_tokens=4, **kwargs)
+
+    family, inputs = BACKBONES[backbone], BACKBONES[backbone].inputs()
+    alone = get_peft_model(family.build(), gated(), "gated").eval()
+    randomise(alone, "gated")
+    config = ComposedConfig(placements=[Placement("intervention", "block_output", options={"r": 2})])
+    model = get_peft_model(family.build(), config, "edits").eval()
+    model.add_adapter("gated", gated())
+    randomise(model, "gated")
+    randomise(model, "edits")
+    with torch.no_grad():
+        expected = output(alone, inputs)
+        model.set_adapter("gated")
+        torch.testing.assert_close(output(model, inputs), expected)
+        model.base_model.set_adapter(["edits", "gated"])
+        assert (output(model, inputs) - expected).abs().max() > 1e-3
+        model.delete_adapter("edits")
+        model.set_adapter("gated")
+        torch.testing.assert_close(output(model, inputs), expected)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def record_padding(attention: nn.Module, block: nn.Module) -> tuple[str, list[Re
         module records its mask already.
     """
     for hook in attention._forward_pre_hooks.values():
-        if isinstance(hook, PaddingRecorder):
+        if type(hook) is PaddingRecorder:  # others hand on other masks
             return hook.key, []
     recorder = PaddingRecorder(attention)
     handle = attention.register_forward_pre_hook(recorder, with_kwargs=True)
