@@ -12,6 +12,8 @@ from peft import get_peft_model
 from transformers import SwinConfig, SwinModel
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig
+from hf_peft_ext.attach.positions_layer import EditPositions
+from hf_peft_ext.attach.tuner import tuner_layers
 from hf_peft_ext.sublayers import Intervention
 
 from .backbones import BACKBONES, HYBRIDS, LAYERS, output
@@ -143,6 +145,10 @@ def test_beside_mean_gates(backbone):
     model.add_adapter("gated", gated())
     randomise(model, "gated")
     randomise(model, "edits")
+    keys = {
+        kind: {x._mask_key for x in tuner_layers(model) if isinstance(x, EditPositions) == kind} for kind in (0, 1)
+    }
+    assert keys[0].isdisjoint(keys[1])
     with torch.no_grad():
         expected = output(alone, inputs)
         model.set_adapter("gated")

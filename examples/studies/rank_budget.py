@@ -9,7 +9,7 @@ the parameters until its ranks have fallen.
 
     python examples/studies/rank_budget.py --stage ranks --tasks trec qnli --k 100 --seeds 2
     python examples/studies/rank_budget.py --stage modules --tasks trec --k 100 --seeds 2
-    python examples/studies/rank_budget.py --stage ranks --tasks trec --methods "adalora r4" --rates 3 --output other
+    python examples/studies/rank_budget.py --tasks trec --methods "lora all" "adalora r4" --rates 3 --output other
     python examples/studies/rank_budget.py --stage table
 """
 

@@ -173,10 +173,8 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
     }
     sections = {
         "model": {"model_name_or_path": find_model(MINILM)},
-        "peft": {
-            "peft_type": "BITFIT",
-            "task_type": "SEQ_CLS",
-        },  # without fields, which would count for each of its type
+        # fields of this section would count for every method of its type; BitFit has none
+        "peft": {"peft_type": "BITFIT", "task_type": "SEQ_CLS"},
         "data": {
             "data_files": str(rows),
             "text_column": columns if len(columns) > 1 else columns[0],
