@@ -3,6 +3,7 @@
 Tiny models on the CPU. Two processes are in test_tfew_processes.py.
 """
 
+import dataclasses
 import gc
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import HfArgumentParser, Trainer
 from transformers.optimization import Adafactor
 
 from hf_peft_ext import TFewConfig, UniPELTConfig, score_choices
@@ -326,6 +327,26 @@ class Other(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.own = nn.ParameterList([nn.Parameter(p.detach().clone()) for p in trained(model).values()])
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),  # (max_steps, num_train_epochs)
+    [
+        ({}, (1000, 3.0)),
+        ({"num_train_epochs": 3}, (-1, 3)),
+        ({"num_train_epochs": 5}, (-1, 5)),
+        ({"max_steps": 40}, (40, 3.0)),
+        ({"max_steps": -1}, (-1, 3.0)),
+        ({"max_steps": -1, "num_train_epochs": 2}, (-1, 2)),
+    ],
+)
+def test_steps_or_epochs(given, length, tmp_path):
+    """Epochs that are given are trained, in place of the paper's steps; a copy of the arguments has the same length."""
+    args = TFewTrainingArguments(str(tmp_path), use_cpu=True, **given)
+    for made_args in (args, dataclasses.replace(args, learning_rate=1e-4)):
+        assert (made_args.max_steps, made_args.num_train_epochs) == length
+    (parsed,) = HfArgumentParser(TFewTrainingArguments).parse_dict({"output_dir": str(tmp_path), **given})
+    assert (parsed.max_steps, parsed.num_train_epochs) == length
 
 
 def test_adafactor_is_that_of_the_paper(tmp_path):

@@ -19,7 +19,7 @@ class TFewTrainingArguments(TrainingArguments):
     gradients clipped to norm 1.
 
     Args:
-        max_steps: 1,000; -1 to train by `num_train_epochs`.
+        max_steps: 1,000; or -1, to train by epochs, if `num_train_epochs` is given.
         scale_parameter: of Adafactor: whether the learning rate is relative to the root mean square of a parameter, as
             in the paper, where it is 1 for the vectors of (IA)^3. Parameters that start at zero, such as half of
             LoRA's, then move at a thousandth of the rate; use False for them (or `optim="adamw_torch"`).
@@ -39,7 +39,9 @@ class TFewTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
-    max_steps: int = field(default=1000, metadata={"help": "Steps of training; -1 to count by num_train_epochs."})
+    # None until __post_init__, which tells by it what was given
+    num_train_epochs: float = field(default=None, metadata={"help": "Epochs, in place of steps."})  # pyright: ignore
+    max_steps: int = field(default=None, metadata={"help": "Steps: 1,000 if no epochs are given."})  # pyright: ignore
     warmup_steps: float = field(default=0.06, metadata={"help": "Steps in which the rate rises; below 1, a share."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Examples in a batch of evaluation."})
     optim: str = field(default="adafactor", metadata={"help": "The optimizer."})
@@ -69,15 +71,23 @@ class TFewTrainingArguments(TrainingArguments):
                 check_count(name, getattr(self, name))
         rule = "must be 0: the losses of T-Few compare choices, and have no labels to smooth"
         check("label_smoothing_factor", self.label_smoothing_factor, self.label_smoothing_factor == 0, rule)
-        by_steps = self.num_train_epochs == 3.0 or self.max_steps <= 0  # 3 is the default of transformers
-        rule = f"does nothing beside `max_steps` (={self.max_steps}); add `max_steps=-1` to train by epochs"
-        check("num_train_epochs", self.num_train_epochs, by_steps, rule)
+        self._set_length()
         super().__post_init__()
         rule = "must not hold 'inputs': those of T-Few are prompts and choices, which are not one tensor"
         check("include_for_metrics", self.include_for_metrics, "inputs" not in self.include_for_metrics, rule)
         rule = "must not be True: the choices of an example would be parted from its prompt"
         accelerator: Any = self.accelerator_config  # an AcceleratorConfig, after `super().__post_init__`
         check("dispatch_batches", True, not accelerator.dispatch_batches, rule)
+
+    def _set_length(self) -> None:
+        """Train by epochs if those alone were given, else by steps."""
+        if self.max_steps is None:
+            self.max_steps = 1000 if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # transformers' default, which copies of these arguments give beside steps
+        by_steps = self.num_train_epochs == 3.0 or self.max_steps <= 0
+        rule = f"does nothing beside `max_steps` (={self.max_steps}); leave one of them out"
+        check("num_train_epochs", self.num_train_epochs, by_steps, rule)
 
     @property
     def weights(self) -> dict[str, float]:
