@@ -173,7 +173,7 @@ def test_architecture_without_attention():
     config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4)
     model = AutoModelForCausalLM.from_config(config)
     before = state(model)
-    message = "Architecture 'mamba' has no attention that is understood here, so `prefix` has no site; "
+    message = "Architecture 'mamba' has no attention blocks in which `prefix` could be placed; "
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(model, UniPELTConfig())
     assert state(model) == before

@@ -183,7 +183,7 @@ def test_means_need_attention(family):
 @pytest.mark.parametrize("family", PURE)
 def test_prefixes_need_attention(family):
     name = HYBRIDS[family].model_type
-    message = f"Architecture '{name}' has no attention that is understood here, so `prefix` has no site; leave it out"
+    message = f"Architecture '{name}' has no attention blocks in which `prefix` could be placed; leave it out"
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(HYBRIDS[family].build(), LayerPrefixConfig())
 

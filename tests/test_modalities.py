@@ -91,7 +91,7 @@ def test_models_without_attention():
     model = T.ConvNextForImageClassification(T.ConvNextConfig(**sizes))
     names = [name for name, _ in model.named_modules()]
     for config in (UniPELTConfig(), TFewConfig()):
-        with pytest.raises(ValueError, match="Architecture 'convnext' has no attention that is understood here"):
+        with pytest.raises(ValueError, match="Architecture 'convnext' has no attention blocks in which"):
             get_peft_model(model, config)
     assert [name for name, _ in model.named_modules()] == names
 

@@ -164,7 +164,7 @@ def test_sites_by_hand():
         def forward(self, x):
             return self.d(self.a(x) + self.b(x) * self.c(x))
 
-    message = "Architecture 'Odd' has no attention that is understood here, so `(IA)^3` has no site; leave it out or"
+    message = "Architecture 'Odd' has no attention blocks in which `(IA)^3` could be placed; leave it out or"
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(Odd(), TFewConfig())
     config = TFewConfig(sites={"key": ["a"], "value": "b", "ffn_output": ["d"]})

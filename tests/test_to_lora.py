@@ -86,7 +86,7 @@ def test_exact(tmp_path, backbone, method):
 def test_fixed_gates(tmp_path):
     """A gated branch equals no LoRA; with a constant gate it does."""
     model = adapted("bert", UniPELTConfig(methods=("lora",), r=2))
-    with pytest.raises(ValueError, match=r"`texts` \(=None\) must be given, to distil the adapter on: 4 parts"):
+    with pytest.raises(ValueError, match=r"`texts` \(=None\) must be given, to distil the adapter on: `adapter_name`"):
         to_lora(model, tmp_path / "gated", progress=None)
     assert not model.supports_lora_conversion()
     fix_gates(model, BACKBONES["bert"].inputs())
@@ -141,7 +141,7 @@ def test_what_equals_no_lora(tmp_path, config):
     with pytest.raises(ValueError, match="to distil the adapter on"):
         to_lora(model, tmp_path / "lora", progress=None)
     assert not (tmp_path / "lora").exists()
-    with pytest.raises(TypeError, match=r"no low-rank updates of weights: .*`hf_peft_ext\.to_lora` trains a LoRA"):
+    with pytest.raises(TypeError, match=r"not low-rank updates of weights: .*[^.]\. `hf_peft_ext\.to_lora` trains"):
         peft.convert_to_lora(model, 4)
     assert not model.supports_lora_conversion()
 

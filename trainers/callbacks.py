@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,10 +55,10 @@ class GateLog(TrainerCallback):
             self.write()
 
     def write(self) -> None:
-        """Log the gates of the kept batch, if there is one and the active adapter has gates."""
+        """Log the gates of the kept batch, if it is one for the model and the active adapter has gates."""
         batch, self._batch = self._batch, None
         model = self.trainer.peft_model
-        if batch is None or not gates(model):
+        if not isinstance(batch, Mapping) or not gates(model):  # GRPO's rows of prompts are no batch yet
             return
         with self.trainer.compute_loss_context_manager():
             means = gate_means(model, self.trainer.gate_inputs(self.trainer._prepare_inputs(batch)))

@@ -35,10 +35,9 @@ class AdapterTrainerMixin(AdapterCheckpoints):
 
     Args:
         model: a `PeftModel`, or a base model if there is a `peft_config`.
-        args: as the other class takes them.
+        more, kwargs: the other class's arguments, in its order: `args` comes second in most, third in TRL's `DPOTrainer`.
         peft_config: the adapter to add to `model`, or to the result of `model_init`.
         sublayer_rates: learning rates of kinds of parameters, see `sublayer_parameter_groups`.
-        more, kwargs: of the other class.
 
     Raises:
         TypeError: there is no adapter to train, or `peft_config` is not a config.
@@ -53,7 +52,6 @@ class AdapterTrainerMixin(AdapterCheckpoints):
     def __init__(
         self,
         model: Any = None,
-        args: TrainingArguments | None = None,
         *more: Any,
         peft_config: PeftConfig | None = None,
         sublayer_rates: Mapping[str, float] | None = None,
@@ -66,12 +64,13 @@ class AdapterTrainerMixin(AdapterCheckpoints):
         self.gate_log = GateLog(self)
         self.recorder = Recorder(self, self.gate_log)
         self.loss_terms, self._loss_scaling, self.pusher = LossTerms(self), LossScaling(self), Pusher(self)
-        theirs = inspect.signature(super(AdapterCheckpoints, self).__init__).parameters
-        if peft_config is not None and "peft_config" in theirs:
+        theirs = inspect.signature(super(AdapterCheckpoints, self).__init__)
+        kwargs = dict(**theirs.bind_partial(model, *more).arguments, **kwargs)
+        if peft_config is not None and "peft_config" in theirs.parameters:
             kwargs["peft_config"] = peft_config  # TRL's trainers wrap the model in their own way
         elif model is not None:
-            model = add_adapter_to(model, peft_config, args)
-        super().__init__(model, args, *more, **kwargs)
+            kwargs["model"] = add_adapter_to(model, peft_config, kwargs.get("args"))
+        super().__init__(**kwargs)
         if sublayer_rates:
             check("sublayer_rates", sublayer_rates, self.optimizer is None, "must be None beside `optimizers`")
             check_rates(self.peft_model, sublayer_rates)
@@ -87,10 +86,11 @@ class AdapterTrainerMixin(AdapterCheckpoints):
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The optimizer, with the learning rates of `sublayer_rates`."""
-        if self.optimizer is None and self._sublayer_rates:
-            optimizer = super().create_optimizer(*args)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args)
+        if is_new and self._sublayer_rates:
             optimizer.param_groups = split_groups(self.peft_model, optimizer.param_groups, self._sublayer_rates)
-        return super().create_optimizer(*args)
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on a micro-batch, whose gates and terms of the loss are logged."""

@@ -16,8 +16,8 @@ from hf_peft_ext.validation.checks import check, check_count
 from hf_peft_ext.validation.config_schema import known_fields, read_json, says_something
 from hf_peft_ext.validation.suggestions import did_you_mean
 
-Beginning = Literal["base", "paper"]
-PREFIX_FORMS: dict[Beginning, PrefixForm] = {"base": "separate", "paper": "joint"}
+Initialization = Literal["base", "paper"]
+PREFIX_FORMS: dict[Initialization, PrefixForm] = {"base": "separate", "paper": "joint"}
 
 
 class UnknownField(ValueError, TypeError):
@@ -182,10 +182,10 @@ class InitConfig(RegisteredConfig):
             AdapterHub's library.
     """
 
-    init: Beginning = field(default="base", metadata={"help": 'Untrained: "base" model, or as in the "paper".'})
+    init: Initialization = field(default="base", metadata={"help": 'Untrained: "base" model, or as in the "paper".'})
 
     def __post_init__(self) -> None:
-        inits = get_args(Beginning)
+        inits = get_args(Initialization)
         check("init", self.init, self.init in inits, f"must be one of {', '.join(inits)}")
         super().__post_init__()
 

@@ -234,7 +234,7 @@ def no_site_message(model: nn.Module, sublayer: str, site: str, layers: list[int
     if layers is not None:
         return f"`layers` (={layers}) holds no layer of this model where `{sublayer}` has its site `{site}`."
     if not layer_paths(model) or (sublayer == "prefix" and not has_attention(model)):
-        lack = f"has no attention that is understood here, so `{sublayer}` has no site"
+        lack = f"has no attention blocks in which `{sublayer}` could be placed"
     else:
         lack = f"has no place for `{sublayer}` at `{site}`"
     message = f"Architecture '{name_of(model)}' {lack}; leave it out or pass `sites=`."

@@ -34,7 +34,7 @@ def convert_to_lora(
     try:
         factors = low_rank_factors(model, adapter_name)
     except NotLowRankError as error:
-        raise TypeError(f"{error} `hf_peft_ext.to_lora` trains a LoRA that imitates such an adapter.") from error
+        raise TypeError(f"{error}. `hf_peft_ext.to_lora` trains a LoRA that imitates such an adapter.") from error
     lora, state = stock(LeavesView(model, adapter_name, factors), rank, adapter_name, **kwargs)
     for name, value in saved_whole_config(config).items():
         setattr(lora, name, value)

@@ -60,8 +60,8 @@ def low_rank_factors(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
     if refused:
         more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise NotLowRankError(
-            f"{len(refused)} parts of `adapter_name` (={adapter_name!r}) are no low-rank updates of weights: "
-            f"{', '.join(refused[:4])}{more}."
+            f"`adapter_name` (={adapter_name!r}) has sub-layers that are not low-rank updates of weights: "
+            f"{', '.join(refused[:4])}{more}"
         )
     return {path: Factors(torch.cat([f.A for f in of]), torch.cat([f.B for f in of], 1)) for path, of in parts.items()}
 

@@ -76,7 +76,7 @@ def to_lora(
     with activated(model, name):
         factors, reason = exact_factors(model, name, r)
         check("texts", texts, bool(factors or texts), f"must be given, to distil the adapter on: {reason}")
-        say("A LoRA equals this adapter." if factors else f"Distilled: {reason}")
+        say("A LoRA equals this adapter." if factors else f"Distilled: {reason}.")
         lost, count = None, 0
         if texts and tokenizer is not None:
             export = Distillation(model, tokenizer, settings, r, factors)
@@ -211,8 +211,8 @@ def exact_factors(model: PeftModel, name: str, r: int) -> tuple[dict[str, Factor
         return None, str(error)
     rank = max((len(f.A) for f in factors.values()), default=0)
     if rank > r:
-        return None, f"a LoRA that equals the adapter has rank {rank}, above `r` (={r})."
-    return factors or None, "the adapter has no tuner layers."
+        return None, f"a LoRA that equals the adapter has rank {rank}, above `r` (={r})"
+    return factors or None, "the adapter has no tuner layers"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_peft_ext.attach.config import PREFIX_FORMS, Beginning, ComposedConfig
+from hf_peft_ext.attach.config import PREFIX_FORMS, Initialization, ComposedConfig
 from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.attach.resolve import layer_count, resolve
@@ -26,7 +26,7 @@ SUBLAYERS = {"bottleneck": "adapter", "prefix": "prefix", "bias": "bitfit", "low
 SIZES = {"adapter": "r", "prefix": "num_virtual_tokens", "lora": "r"}  # the option that holds the size
 
 
-def placed(strategy: str, size: int, layers: Sequence[int], init: Beginning = "base") -> list[Placement]:
+def placed(strategy: str, size: int, layers: Sequence[int], init: Initialization = "base") -> list[Placement]:
     """A strategy in some layers.
 
     Args:
@@ -58,7 +58,7 @@ def sizes_in(placements: Sequence[Placement]) -> dict[int, dict[str, int]]:
     return dict(sizes)
 
 
-def all_placed(sizes: Mapping[int, Mapping[str, int]], init: Beginning = "base") -> list[Placement]:
+def all_placed(sizes: Mapping[int, Mapping[str, int]], init: Initialization = "base") -> list[Placement]:
     """The inverse of `sizes_in`: layers with the same strategy and size share a placement."""
     layers: dict[tuple[str, int], list[int]] = defaultdict(list)
     for layer in sorted(sizes):

@@ -1,4 +1,4 @@
-"""Ladders under other libraries' trainers: two steps of each give finite losses and change the ladder alone."""
+"""Other libraries' trainers: with ladders, which alone they change, and as trainers of adapters."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from peft import inject_adapter_in_model
 
-from hf_peft_ext import LadderConfig, UniPELTConfig
+from hf_peft_ext import LadderConfig, UniPELTConfig, load_adapter
+from hf_peft_ext.trainers import AdapterTrainerMixin
 
 from .backbones import BACKBONES
 from .methods import randomise
@@ -80,6 +81,33 @@ def test_two_steps(name, tmp_path):
     changed = {parameter for parameter, p in after.items() if not torch.equal(p, start[parameter])}
     assert changed
     assert all(".ladder.side_of." in parameter for parameter in changed)
+
+
+@trl_warns
+@pytest.mark.parametrize("name", [name for name in TRAINERS if "SFT" not in name])
+def test_mixin(name, tmp_path):
+    """TRL's trainers as trainers of adapters: `args` is where they have it, the adapter alone is saved, with a card."""
+    trl = pytest.importorskip("trl")
+    config_class, options, columns = TRAINERS[name]
+    trainer_class = type(f"Adapter{name}", (AdapterTrainerMixin, getattr(trl, name)), {})
+    args = config_class(trl)(output_dir=str(tmp_path), **SETTINGS, **options)
+    second = rewards if name == "GRPOTrainer" else None  # the reward functions, or the reference model
+    trainer = trainer_class(
+        BACKBONES["llama"].build(), second, args, train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer(), peft_config=UniPELTConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        sublayer_rates={"gate": 1e-3},
+    )  # fmt: skip
+    assert trainer.args.output_dir == str(tmp_path)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    if name == "DPOTrainer":  # the untrained adapter is the reference
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    trainer.save_model()
+    assert trainer.record.history[-1]["step"] == 2
+    trained, loaded = trainer.peft_model.eval(), load_adapter(BACKBONES["llama"].build(), tmp_path)
+    inputs = BACKBONES["llama"].inputs()
+    assert torch.equal(loaded.eval()(**inputs).logits, trained(**inputs).logits)
 
 
 # sentence-transformers
