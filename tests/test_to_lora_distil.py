@@ -19,6 +19,8 @@ from transformers import (
 
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig, UniPELTConfig, to_lora
 from hf_peft_ext.export import DistillationSettings
+from hf_peft_ext.export import distil as distil_module
+from hf_peft_ext.training_loop import train_steps
 from hf_peft_ext.export.divergence import agreement, divergence, kind_of
 from hf_peft_ext.export.fidelity import difference, interval, row_scores
 from hf_peft_ext.export.least_squares import fit_least_squares, reduced_rank
@@ -177,6 +179,23 @@ def test_other_heads(tmp_path, tokenizer, texts, problem):
     assert export.fidelity.kl < 0.5 * export.fidelity.kl_base
     assert (export.fidelity.agreement is None) == number
     assert [s.metric for s in export.fidelity.scores] == ["squared error" if number else "accuracy"]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("pfeiffer", 3e-4), ("ladder", 4e-3)])
+def test_usual_learning_rate(tmp_path, tokenizer, texts, method, rate, monkeypatch):
+    """A fit is trained on gently; where nothing could be fitted, as for a ladder, training starts at zero."""
+    used = []
+
+    def train(parameters, loss, batches, steps, learning_rate, warmup):
+        used.append(learning_rate)
+        return train_steps(parameters, loss, batches, steps, learning_rate, warmup)
+
+    monkeypatch.setattr(distil_module, "train_steps", train)
+    model, _ = classifier(CONFIGS[method](task_type="SEQ_CLS"), num_labels=3)
+    settings = DistillationSettings(steps=60, batch_size=8, fit_rows=32)
+    export = to_lora(model, tmp_path, r=8, texts=texts, tokenizer=tokenizer, settings=settings, progress=None)
+    assert used == [rate]
+    assert export.fidelity.kl < 0.5 * export.fidelity.kl_base
 
 
 def test_refuses_what_is_closer_to_the_base(tmp_path, tokenizer, texts):

@@ -15,6 +15,8 @@ from hf_peft_ext.training_loop import train_steps
 from hf_peft_ext.transfer.run.task import Row
 from hf_peft_ext.validation.checks import check, check_count, check_positive, is_number
 
+AFTER_FIT, WITHOUT_FIT = 3e-4, 4e-3  # learning rates
+
 
 @dataclass(frozen=True)
 class DistillationSettings:
@@ -23,8 +25,9 @@ class DistillationSettings:
     Args:
         steps: training steps; 0 for the least-squares fit alone.
         batch_size: rows of a step.
-        learning_rate: the highest learning rate; it rises over a tenth of the steps, and falls linearly. A higher one
-            spoils the fit before it improves it; without a fit take 1e-3.
+        learning_rate: the highest learning rate; it rises over a tenth of the steps, and falls linearly. None for 3e-4
+            after a fit, which a higher one spoils before it improves it, and 4e-3 where nothing was fitted: without
+            `fit_rows`, or for a ladder, which changes no leaf.
         fit_rows: rows of the least-squares fit that training begins from; 0 to begin with B = 0.
         held_out: share of the texts that is kept for measuring, at least one.
         max_length: longer texts are cut to so many tokens; None for the tokenizer's own limit.
@@ -37,7 +40,7 @@ class DistillationSettings:
 
     steps: int = 200
     batch_size: int = 16
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     fit_rows: int = 128
     held_out: float = 0.1
     max_length: int | None = None
@@ -50,7 +53,8 @@ class DistillationSettings:
         for name in ("steps", "fit_rows"):
             value = getattr(self, name)
             check(name, value, type(value) is int and value >= 0, "must be a whole number, 0 or more")
-        check_positive("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
         fits = is_number(self.held_out) and 0 < self.held_out < 1
         check("held_out", self.held_out, fits, "must lie between 0 and 1")
 
@@ -88,9 +92,11 @@ def distil(
         student = logits[predictions_that_count(logits, batch, inputs.writes_answers)]
         return divergence(teacher, student, kind).mean()
 
+    rate = settings.learning_rate
+    if rate is None:
+        rate = AFTER_FIT if any(roles.branch(path).B.any() for path in roles.leaves) else WITHOUT_FIT
     order = endless_batches(len(rows), settings.batch_size, generator)
-    warmup = settings.steps // 10
-    for value in train_steps(roles.parameters(), loss, order, settings.steps, settings.learning_rate, warmup):
+    for value in train_steps(roles.parameters(), loss, order, settings.steps, rate, settings.steps // 10):
         yield value.item()
 
 
