@@ -71,7 +71,7 @@ def to_lora(
     steps: Annotated[int, typer.Option(help="Steps of distillation.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Texts of a step.")] = 16,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Highest learning rate.", show_default="3e-4, or 4e-3 if nothing can be fitted")
+        float | None, typer.Option(help="Highest learning rate.", show_default="3e-4; 4e-3 without a fit")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text.", show_default="no limit")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,

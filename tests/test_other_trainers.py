@@ -86,7 +86,7 @@ def test_two_steps(name, tmp_path):
 @trl_warns
 @pytest.mark.parametrize("name", [name for name in TRAINERS if "SFT" not in name])
 def test_mixin(name, tmp_path):
-    """TRL's trainers as trainers of adapters: `args` is where they have it, the adapter alone is saved, with a card."""
+    """TRL's trainers as trainers of adapters: `args` is where they have it, and the adapter alone is saved."""
     trl = pytest.importorskip("trl")
     config_class, options, columns = TRAINERS[name]
     trainer_class = type(f"Adapter{name}", (AdapterTrainerMixin, getattr(trl, name)), {})

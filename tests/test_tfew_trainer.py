@@ -341,7 +341,7 @@ class Other(nn.Module):
     ],
 )
 def test_steps_or_epochs(given, length, tmp_path):
-    """Epochs that are given are trained, in place of the paper's steps; a copy of the arguments has the same length."""
+    """Epochs, if given, take the place of the paper's steps; a copy of the arguments has the same length."""
     args = TFewTrainingArguments(str(tmp_path), use_cpu=True, **given)
     for made_args in (args, dataclasses.replace(args, learning_rate=1e-4)):
         assert (made_args.max_steps, made_args.num_train_epochs) == length

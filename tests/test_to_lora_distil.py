@@ -20,13 +20,13 @@ from transformers import (
 from hf_peft_ext import BottleneckConfig, LadderConfig, LayerPrefixConfig, UniPELTConfig, to_lora
 from hf_peft_ext.export import DistillationSettings
 from hf_peft_ext.export import distil as distil_module
-from hf_peft_ext.training_loop import train_steps
 from hf_peft_ext.export.divergence import agreement, divergence, kind_of
 from hf_peft_ext.export.fidelity import difference, interval, row_scores
 from hf_peft_ext.export.least_squares import fit_least_squares, reduced_rank
 from hf_peft_ext.export.low_rank_factors import Factors
 from hf_peft_ext.export.roles import Roles, linear_leaves
 from hf_peft_ext.hub_cards import TrainingRecord
+from hf_peft_ext.training_loop import train_steps
 
 from .backbones import BACKBONES, PLAIN, SPECIAL, VOCAB, output
 from .methods import METHODS, randomise

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -35,7 +34,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
 
     Args:
         model: a `PeftModel`, or a base model if there is a `peft_config`.
-        more, kwargs: the other class's arguments, in its order: `args` comes second in most, third in TRL's `DPOTrainer`.
+        more, kwargs: the other class's arguments in its order: `args` is the second of most, the third of `DPOTrainer`.
         peft_config: the adapter to add to `model`, or to the result of `model_init`.
         sublayer_rates: learning rates of kinds of parameters, see `sublayer_parameter_groups`.
 

@@ -10,7 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_peft_ext.attach.config import PREFIX_FORMS, Initialization, ComposedConfig
+from hf_peft_ext.attach.config import PREFIX_FORMS, ComposedConfig, Initialization
 from hf_peft_ext.attach.make_sublayer import SharedParts, build
 from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.attach.resolve import layer_count, resolve
