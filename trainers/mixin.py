@@ -34,7 +34,7 @@ class AdapterTrainerMixin(AdapterCheckpoints):
 
     Args:
         model: a `PeftModel`, or a base model if there is a `peft_config`.
-        more, kwargs: the other class's arguments in its order: `args` is the second of most, the third of `DPOTrainer`.
+        more, kwargs: the other class's arguments in its order: `args` is second in most, third in `DPOTrainer`.
         peft_config: the adapter to add to `model`, or to the result of `model_init`.
         sublayer_rates: learning rates of kinds of parameters, see `sublayer_parameter_groups`.
 
