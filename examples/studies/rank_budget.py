@@ -131,7 +131,7 @@ def with_draws_as_one(cells: dict[str, dict[str, dict[str, float]]]) -> dict[str
 def draws(args: Arguments) -> str:
     """The lowest and the highest draw of each task, by their means over seeds."""
     lines = []
-    for task, methods in cells_of(args, "ranks").items():
+    for task, methods in cells_of(args.output, "ranks").items():
         means = {t: fmean(s.values()) for t, s in methods.items() if t.startswith("random ranks") and s}
         if means:
             lines.append(f"- {task}: draws from {min(means.values()):.1f} to {max(means.values()):.1f}")
@@ -147,8 +147,8 @@ def report(args: Arguments) -> None:
                 kept = {"cell": path.parent.name, "method": method["title"], "learning_rate": method["learning_rate"]}
                 append(args.output / "runs.csv", {**kept, "seed": seed, "score": f"{100 * score:.1f}"})
     tables = [
-        which_method.table_of("ranks", with_draws_as_one(cells_of(args, "ranks")), "LoRA") + "\n" + draws(args),
-        which_method.table_of("modules", cells_of(args, "modules"), "q and v"),
+        which_method.table_of("ranks", with_draws_as_one(cells_of(args.output, "ranks")), "LoRA") + "\n" + draws(args),
+        which_method.table_of("modules", cells_of(args.output, "modules"), "q and v"),
     ]
     text = f"# Ranks and modules at one budget\n\n{NOTE}\n\n" + "\n".join(tables)
     (args.output / "table.md").write_text(text, encoding="utf-8")

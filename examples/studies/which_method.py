@@ -207,9 +207,9 @@ def run(args: Arguments, stage: str) -> None:
         Console().print(f"{task}: {result.recommendation}")
 
 
-def cells_of(args: Arguments, stage: str) -> dict[str, dict[str, dict[str, float]]]:
+def cells_of(output: Path, stage: str) -> dict[str, dict[str, dict[str, float]]]:
     """Task -> title of a method -> seed -> score in %."""
-    paths = sorted(args.output.glob(f"{stage}-*/compare.json"))
+    paths = sorted(output.glob(f"{stage}-*/compare.json"))
     results = {path.parent.name.removeprefix(f"{stage}-"): json.loads(path.read_text("utf-8")) for path in paths}
     return {
         task: {m["title"]: {seed: 100 * score for seed, score in m["scores"].items()} for m in result["methods"]}
@@ -235,7 +235,7 @@ def difference(cells: dict[str, dict[str, dict[str, float]]], title: str, refere
 
 def table(args: Arguments, stage: str) -> str:
     """The table of a stage."""
-    return table_of(stage, cells_of(args, stage), "LoRA")
+    return table_of(stage, cells_of(args.output, stage), "LoRA")
 
 
 def table_of(title: str, cells: dict[str, dict[str, dict[str, float]]], reference: str) -> str:
@@ -257,10 +257,10 @@ def table_of(title: str, cells: dict[str, dict[str, dict[str, float]]], referenc
     return f"## {title}\n\n" + "\n".join(rows) + "\n"
 
 
-def rates(args: Arguments) -> str:
+def rates(output: Path) -> str:
     """The scores of each learning rate on the tuning tasks, also of a comparison that has not ended."""
     rows = ["| task | method | learning rate: score |", "|---|---|---|"]
-    for path in sorted(args.output.glob("tune-*/compare.db")):
+    for path in sorted(output.glob("tune-*/compare.db")):
         task, tried = path.parent.name.removeprefix("tune-"), defaultdict[str, dict[float, str]](dict)
         for record in Queue(f"sqlite:///{path}", "compare").records(RATES):
             if "dev" in record.scores:
@@ -276,7 +276,7 @@ def rates(args: Arguments) -> str:
 def report(args: Arguments) -> None:
     """Write and print table.md."""
     texts = [table(args, stage) for stage in STAGES]
-    text = "\n".join([f"# Which method when\n\n{NOTE}\n", *filter(None, texts), rates(args)])
+    text = "\n".join([f"# Which method when\n\n{NOTE}\n", *filter(None, texts), rates(args.output)])
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     print(text)

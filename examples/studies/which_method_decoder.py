@@ -1,4 +1,4 @@
-"""Which method when, on a decoder: SmolLM2-135M with T-Few's losses on choices, and with instructions, through `compare`.
+"""Which method when, on a decoder: SmolLM2-135M with T-Few's losses, and with instructions, through `compare`.
 
     tune     SST-2: each method chooses among three factors on the usual learning rates, which are MiniLM's
     choices  SST-2, ComVE, StoryCloze and COPA: accuracy of ranking the choices
@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from hf_peft_ext.compare.methods import COMPARED_METHODS
 from hf_peft_ext.prompts import load_templates
 from hf_peft_ext.trainers import compare
-from runs import RESULTS, SMOLLM2, Row, find_model, language_model, read
+from runs import RESULTS, SMOLLM2, Row, language_model, read
 from which_method import cells_of, rates, table_of
 
 METHODS = ["lora", "unipelt", "s4", "tfew"]
@@ -142,8 +142,10 @@ def run(args: Arguments, stage: str) -> None:
 
 def report(args: Arguments) -> None:
     """Write and print table.md."""
-    tables = [table_of(stage, cells_of(args, stage), "LoRA") for stage in STAGES]
-    text = "\n".join([f"# Which method when: a decoder\n\n{NOTE.format(k=args.k)}\n", *filter(None, tables), rates(args)])
+    tables = [table_of(stage, cells_of(args.output, stage), "LoRA") for stage in STAGES]
+    text = "\n".join(
+        [f"# Which method when: a decoder\n\n{NOTE.format(k=args.k)}\n", *filter(None, tables), rates(args.output)]
+    )
     (args.output / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
