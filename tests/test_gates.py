@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from hf_peft_ext import BottleneckConfig, UniPELTConfig, fix_gates, gate_values
 from hf_peft_ext.attach.gates import gate_means, gates
@@ -174,3 +175,32 @@ def test_gates_before_training(init):
             kind = "prefix" if "prefix" in name else "lora" if "low_rank" in name else "adapter"
             expected = {None: 2.0, "paper": 0.0}.get(init, init) if not isinstance(init, dict) else init.get(kind, 2.0)
             assert gate.bias.item() == expected
+
+
+SEQ2SEQ = {
+    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 99, "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("bigbird_pegasus", {"attention_type": "original_full"}),
+        ("pegasus_x", {"block_size": 4}),
+        ("nllb-moe", {"num_experts": 4, "expert_capacity": 64, "encoder_sparse_step": 2, "decoder_sparse_step": 2}),
+    ],
+)
+def test_decoders_that_do_not_call_themselves_causal(model_type, options):
+    """Their attention modules say `is_causal=False`, and get a mask that is causal: no gate may read later tokens."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SEQ2SEQ, **options)
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_config(config), UniPELTConfig()).eval()
+    randomise(model)
+    ids = torch.arange(3, 11)[None]
+    decoded = torch.arange(20, 28)[None]
+    changed = torch.cat([decoded[:, :5], decoded[:, 5:] + 30], 1)
+    with torch.no_grad():
+        first, second = (model(input_ids=ids, decoder_input_ids=given).logits for given in (decoded, changed))
+    torch.testing.assert_close(first[:, :5], second[:, :5])
+    assert not torch.allclose(first[:, 5:], second[:, 5:])

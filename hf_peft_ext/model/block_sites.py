@@ -16,6 +16,7 @@ from hf_peft_ext.model.structure import (
     attention_leaves,
     covers,
     has_final_norm,
+    in_decoder,
     is_attention,
     is_bypassed,
     is_causal,
@@ -54,7 +55,8 @@ class BlockSites:
             name, attention = next(
                 (a for a in self.attentions if not is_cross(a[0][len(self.path) :])), self.attentions[0]
             )
-            self.common |= {"causal": is_causal(attention), "attention": name, "tokens": self.tokens(attention)}
+            causal = is_causal(attention) or in_decoder(self.model, self.path)
+            self.common |= {"causal": causal, "attention": name, "tokens": self.tokens(attention)}
             sites = [site for name, module in self.attentions for site in self.attention_sites(name, module)]
         elif self.mixer:
             sites = list(self.mixer_sites(*self.mixer))

@@ -257,6 +257,16 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
+def in_decoder(model: nn.Module, path: str) -> bool:
+    """Whether a block is one of a decoder, which sees no later tokens, whatever its attention module says of itself.
+
+    Some (BigBird-Pegasus, NLLB-MoE, T5Gemma 2) say that they are not causal, and are given a mask that is.
+    """
+    config = getattr(model, "config", None)
+    decodes = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
+    return bool(decodes) and "decoder" in path.split(".")
+
+
 def is_causal(attention: nn.Module) -> bool:
     """Whether tokens must not see later ones. True where the module does not say, so that no gate looks ahead."""
     bidirectional = prefix_act(attention) == "cache" and getattr(attention, "is_decoder", True) is False
