@@ -58,6 +58,16 @@ def test_a_seed_repeats_the_routes():
     assert not torch.equal(outputs[0], outputs[2])
 
 
+def test_a_later_adapter_has_the_mode_of_the_model():
+    """An adapter that is added for inference averages its experts, as the others do."""
+    model = tuned()
+    inputs = BACKBONES["bert"].inputs()
+    expected = output(model, inputs)
+    model.add_weighted_adapter(["default"], [1.0], "soup")
+    model.set_adapter("soup")
+    torch.testing.assert_close(output(model, inputs), expected)
+
+
 def test_every_expert_has_a_gradient():
     """It is zero for an expert that was not drawn, so that data parallelism meets no unused parameter."""
     model = tuned(shared_projection="none").train()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from transformers import SwinConfig, SwinModel
+from transformers import AutoConfig, AutoModel, SwinConfig, SwinModel
 
 from hf_peft_ext import ComposedConfig, Placement, UniPELTConfig
 from hf_peft_ext.attach.positions_layer import EditPositions
@@ -205,3 +205,51 @@ def test_windows_of_an_image():
     config = SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
     with pytest.raises(ValueError, match="its rows are parts of an example, or several"):
         get_peft_model(SwinModel(config), ComposedConfig(placements=[Placement("intervention", "block_output", [0])]))
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "reason"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 99}, "its padding cannot be read"),
+        ("longformer", {**SMALL, "attention_window": [4, 4]}, "its padding cannot be read"),
+        ("big_bird", {**SMALL, "block_size": 4}, "its padding cannot be read"),
+        ("openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, "."),
+        ("mobilebert", {**SMALL, "intra_bottleneck_size": 16}, "does not return one tensor of its own width"),
+    ],
+)
+def test_refused_where_the_wrong_tokens_would_be_edited(model_type, options, reason):
+    """Masks with a meaning of their own and blocks that return something else: nothing is changed."""
+    base = AutoModel.from_config(AutoConfig.for_model(model_type, **options))
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(base, ComposedConfig(placements=[Placement("intervention", "block_output")]))
+    assert [name for name, _ in base.named_modules()] == names
+
+
+def test_rank_is_at_most_the_width():
+    base = AutoModel.from_config(AutoConfig.for_model("llama", **SMALL))
+    with pytest.raises(ValueError, match=r"`r` \(=40\) must be at most 32, the width at layers\.0"):
+        get_peft_model(base, ComposedConfig(placements=[Placement("intervention", "block_output", options={"r": 40})]))
+
+
+def test_masks_that_hide_by_ten_thousand():
+    """MarkupLM's padding is not edited: the last token is the last real one."""
+    torch.manual_seed(0)
+    base = AutoModel.from_config(AutoConfig.for_model("markuplm", **SMALL)).eval()
+    placement = Placement("intervention", "block_output", options={"prefix_positions": 0, "suffix_positions": 1})
+    model = get_peft_model(base, ComposedConfig(placements=[placement])).eval()
+    randomise(model)
+    ids, mask = torch.arange(3, 12)[None], torch.tensor([[1] * 6 + [0] * 3])
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :6]
+        alone = model(input_ids=ids[:, :6]).last_hidden_state
+    torch.testing.assert_close(padded, alone)

@@ -77,8 +77,8 @@ class TunerLayer(LoraConversion, nn.Module, BaseTunerLayer):
         return self.host
 
     def put(self, adapter_name: str, sublayer: nn.Module) -> None:
-        """Add the sub-layer of an adapter, on the device and in the type of the host."""
-        self.sublayer_of[adapter_name] = sublayer
+        """Add the sub-layer of an adapter, on the device and in the type of the host, and in this layer's mode."""
+        self.sublayer_of[adapter_name] = sublayer.train(self.training)
         gate: Any = getattr(sublayer, "gate", None)
         if gate is not None and gate.pooling == "mean" and self._attention and self._mask_key is None:
             self._mask_key, handles = record_padding(*self._attention)

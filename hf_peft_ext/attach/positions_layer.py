@@ -25,8 +25,9 @@ class EditPositions(AddToOutput):
         """
         rule = f"must be another one at {self.site.host}: "
         check("sublayer", "intervention", bool(self._attention), rule + "it has no attention, whose mask is read")
-        is_sequence = self.site.tokens == "examples"
-        check("sublayer", "intervention", is_sequence, rule + "its rows are parts of an example, or several")
+        tokens = self.site.tokens
+        check("sublayer", "intervention", tokens != "unread", rule + "its padding cannot be read")
+        check("sublayer", "intervention", tokens == "examples", rule + "its rows are parts of an example, or several")
         recorder = TokenRecorder(self._attention[0])
         self._mask_key = recorder.key
         return [

@@ -17,7 +17,16 @@ from hf_peft_ext.attach.placement import Placement
 from hf_peft_ext.model.calls import ends_first, own_modules
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.sites import find_sites, override_sites, user_site
-from hf_peft_ext.model.structure import expert_tensors, has_attention, is_norm, layer_of, layer_paths, leaf_size
+from hf_peft_ext.model.structure import (
+    WITHOUT_BLOCK_OUTPUT,
+    expert_tensors,
+    has_attention,
+    is_norm,
+    is_of,
+    layer_of,
+    layer_paths,
+    leaf_size,
+)
 from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.module_patterns import matching
 from hf_peft_ext.validation.suggestions import ranges
@@ -184,7 +193,8 @@ def check_gate(model: nn.Module, placement: Placement, site: Site) -> None:
     if pooling(placement, site) in ("mean", "mean_padded"):
         rule = f"cannot take means at {site.host}, which lies in no block with attention; use 'token'"
         check("gate_pooling", placement.gate, bool(site.attention), rule)
-        rule = f"cannot take means at {site.host}, whose rows are not whole examples; use 'token'"
+        why = "padding cannot be read" if site.tokens == "unread" else "rows are not whole examples"
+        rule = f"cannot take means at {site.host}, whose {why}; use 'token'"
         check("gate_pooling", placement.gate, site.tokens == "examples", rule)
         chunk = getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
         rule = "must be 0: gates cannot take means over chunks of an example; use gate_pooling='token'"
@@ -204,6 +214,11 @@ def check_fit(model: nn.Module, placement: Placement, site: Site) -> None:
     ) if size not in (None, ours) and site.act in acts]  # fmt: skip
     if placement.sublayer == "bottleneck" and site.d_in != site.d_out:
         wrong.append(f"{site.d_in} for {site.d_out}")
+    if placement.sublayer == "intervention":
+        r = placement.options.get("r", 4)
+        check("r", r, r <= site.d_in, f"must be at most {site.d_in}, the width at {site.host}")
+        if is_of(model.get_submodule(site.host), WITHOUT_BLOCK_OUTPUT):
+            raise ValueError(f"{at}, which does not return one tensor of its own width; leave it out.")
     n = placement.options.get("phm_dim") or 1
     check("phm_dim", n, site.d_in % n == 0, f"must divide {site.d_in}, the width at {site.host}")
     if wrong:

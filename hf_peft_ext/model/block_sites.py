@@ -13,6 +13,7 @@ from hf_peft_ext.model.prefix_leaves import prefix_leaves
 from hf_peft_ext.model.site import Site
 from hf_peft_ext.model.structure import (
     FFN_GATES,
+    UNREAD_MASKS,
     attention_leaves,
     covers,
     has_final_norm,
@@ -23,6 +24,7 @@ from hf_peft_ext.model.structure import (
     is_cross,
     is_mixer,
     is_norm,
+    is_of,
     leaf_size,
     prefix_act,
 )
@@ -72,10 +74,11 @@ class BlockSites:
 
     def tokens(self, attention: nn.Module) -> str:
         """The layout of the tokens, see `Site.tokens`."""
-        if "cu_seqlens" in inspect.signature(attention.forward).parameters:
-            return "packed"
+        if is_of(attention, UNREAD_MASKS):
+            return "unread"
+        is_packed = "cu_seqlens" in inspect.signature(attention.forward).parameters
         in_windows = hasattr(self.modules[self.path], "window_size") or getattr(attention, "window_size", 0)
-        return "windows" if in_windows else "examples"
+        return "packed" if is_packed else "windows" if in_windows else "examples"
 
     def attention_sites(self, name: str, attention: nn.Module) -> Iterator[Site]:
         """The sites of an attention module and its leaves."""

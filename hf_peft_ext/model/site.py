@@ -32,7 +32,8 @@ class Site:
             rows of the queries if it is fused, and the leaf that reads the heads' outputs; "" if there is no room
             between them.
         tokens: layout of the tokens: one example in each row, all examples in one sequence without an axis for them
-            ("packed", as in the vision towers of Qwen2-VL), or a window of an example in each row (Swin).
+            ("packed", as in the vision towers of Qwen2-VL), a window of an example in each row (Swin), or examples
+            whose padding cannot be read ("unread").
     """
 
     name: str
@@ -54,7 +55,7 @@ class Site:
     d_query: int = 0
     query_rows: Tensor | None = None
     output: str = ""
-    tokens: Literal["examples", "packed", "windows"] = "examples"
+    tokens: Literal["examples", "packed", "windows", "unread"] = "examples"
 
     def serves(self, site: str) -> bool:
         """Whether a placement at `site` includes this one: "query" includes "cross_query"."""

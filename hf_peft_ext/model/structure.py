@@ -32,6 +32,14 @@ LEAF_ROLES = {
 FFN_GATES = {"gate_proj", "wi_0", "w1"}
 # Attention whose mask depends on the name of the kernel, which a prefix changes, or has another kind of mask.
 WITHOUT_PREFIX = {"minimax_m3_vl", "glm5_next", "mpt", "xlm", "flaubert", "reformer", "prophetnet"}
+# Architectures whose attention does not show which tokens of the layer are padding: its masks have a meaning or
+# shape of their own, it is replaced during a forward (BigBird), or it runs twice in one.
+UNREAD_MASKS = {
+    *("big_bird", "bigbird_pegasus", "canine", "cpmant", "dory", "fsmt", "funnel", "git", "hrm_text", "led"),
+    *("longformer", "longt5", "mpt", "openai", "pegasus_x", "prophetnet"),
+}
+# Architectures whose blocks return a list, several streams, or a tensor of another width than the norms inside have.
+WITHOUT_BLOCK_OUTPUT = {"hy_v4", "mobilebert", "openai"}
 # Norms whose channels are the second axis, not the last.
 WITHOUT_FEATURES = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Names of the cache argument of a forward: "cache" since transformers 5.24, "past_key_values" before.
