@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from hf_peft_ext import BottleneckConfig, UniPELTConfig, fix_gates, gate_values
 from hf_peft_ext.attach.gates import gate_means, gates
@@ -204,3 +204,24 @@ def test_decoders_that_do_not_call_themselves_causal(model_type, options):
         first, second = (model(input_ids=ids, decoder_input_ids=given).logits for given in (decoded, changed))
     torch.testing.assert_close(first[:, :5], second[:, :5])
     assert not torch.allclose(first[:, 5:], second[:, 5:])
+
+
+def test_attention_that_is_replaced_by_a_forward(tmp_path):
+    """A short text has BigBird replace its attention modules; a reloaded adapter has the same gates all the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("big_bird", vocab_size=60, block_size=4, pad_token_id=0, **sizes)
+
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    inputs = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.tensor([[1] * 6 + [0] * 3])}
+    ran = base()
+    output(ran, inputs)
+    model = get_peft_model(ran, UniPELTConfig(task_type="SEQ_CLS")).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(output(loaded, inputs), output(model, inputs))
+    with pytest.raises(ValueError, match="whose padding cannot be read; use 'token'"):
+        get_peft_model(base(), UniPELTConfig(task_type="SEQ_CLS", gate_pooling="mean"))
