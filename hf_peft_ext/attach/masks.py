@@ -42,7 +42,7 @@ def derive(source: Tensor, name: Any, make: Callable[[Tensor], Tensor]) -> Tenso
 
 # Padding
 
-HIDDEN = -5000.0  # masks that are added hide a key by -10,000 (MarkupLM) or by the lowest number of their type
+HIDES_BELOW = -5000.0  # masks that are added hide a key by -10,000 (MarkupLM) or by the lowest number of their type
 
 
 class PaddingRecorder:
@@ -117,7 +117,7 @@ def some_query_sees(
     mask: Tensor,  # shape: (batch, 1, queries, keys): True, 0.0 or (DeBERTa) 1 where attention is allowed
 ) -> Tensor:  # shape: (batch, keys)
     """Whether some query may attend to a key, which holds for all keys but padding."""
-    allowed = mask > HIDDEN if mask.is_floating_point() else mask.bool()
+    allowed = mask > HIDES_BELOW if mask.is_floating_point() else mask.bool()
     return allowed.any(dim=2).any(dim=1)
 
 
