@@ -222,7 +222,11 @@ SMALL = {
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 99}, "its padding cannot be read"),
         ("longformer", {**SMALL, "attention_window": [4, 4]}, "its padding cannot be read"),
         ("big_bird", {**SMALL, "block_size": 4}, "its padding cannot be read"),
-        ("openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, "."),
+        (
+            "openai-gpt",
+            {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+            "does not return one tensor of its own width",
+        ),
         ("mobilebert", {**SMALL, "intra_bottleneck_size": 16}, "does not return one tensor of its own width"),
     ],
 )

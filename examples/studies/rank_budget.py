@@ -20,14 +20,14 @@ from statistics import fmean
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import which_method
 from hf_peft_ext import random_rank_pattern
 from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.trainers import compare
 from hf_peft_ext.tuners.learning_rates import LEARNING_RATES
-from runs import MINILM, RESULTS, append, find_model
+from runs import MINILM, RESULTS, append, find_model, parse
 from which_method import DEV, cells_of, recipe
 
 R, DRAWS, BUDGET = 4, 10, 92_160
@@ -156,9 +156,7 @@ def report(args: Arguments) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # pyright: ignore[reportArgumentType]
-    if args.stage not in (*STAGES, "table"):
-        raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(STAGES)}, table.")
+    args = parse(Arguments, [*STAGES, "table"])
     report(args) if args.stage == "table" else run(args)
 
 

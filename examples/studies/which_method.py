@@ -29,14 +29,13 @@ import torch
 import yaml
 from rich.console import Console
 from scipy.stats import ttest_1samp
-from transformers import HfArgumentParser
 
 from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.compare.runs import RATES
 from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.trainers import compare
 from mean_pooling import read_bert_by_its_mean
-from runs import MINILM, RESULTS, Row, find_model, read, read_rows
+from runs import MINILM, RESULTS, Row, find_model, parse, read, read_rows
 
 DEV = 200
 MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"
@@ -283,9 +282,7 @@ def report(args: Arguments) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # pyright: ignore[reportArgumentType]
-    if args.stage not in (*STAGES, "table"):
-        raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(STAGES)}, table.")
+    args = parse(Arguments, [*STAGES, "table"])
     if args.head not in ("first", "mean"):
         raise SystemExit(f"`head` (={args.head!r}) must be one of: first, mean.")
     if args.head == "mean":
