@@ -13,6 +13,7 @@ from hf_peft_ext.loading.adapterhub import from_adapterhub as from_adapterhub
 from hf_peft_ext.model.backbone import load_backbone as load_backbone
 from hf_peft_ext.model.find_target_modules import find_target_modules as find_target_modules
 from hf_peft_ext.model.find_target_modules import find_target_parameters as find_target_parameters
+from hf_peft_ext.model.mean_pooling import MeanPoolingForSequenceClassification as MeanPoolingForSequenceClassification
 from hf_peft_ext.prompts import PromptedDataset as PromptedDataset
 from hf_peft_ext.prompts import PromptTemplate as PromptTemplate
 from hf_peft_ext.prompts import evaluate_templates as evaluate_templates

@@ -25,6 +25,7 @@ SUBLAYER_KEY = re.compile(rf"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:{'|'.join(SITES
 SPARSE_KEY = re.compile(r"(?:.+\.)?parameter_deltas\.deltas_of\.(?P<rest>values|indices)")
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
+CLASSIFIER_KEY = re.compile(r"(^|\.)((mean_)?classifier|score|classification_head|logits_proj)\.")
 PLACE = re.compile(rf"(?P<site>\w+)_(?P<sublayer>{'|'.join(SITES)})")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
@@ -218,10 +219,15 @@ class SavedAdapter:
                   and (p.site in (site, site.removeprefix("cross_")) or site == "target")}  # fmt: skip
         return ", ".join(sorted(str(pooling).replace("_", " ") for pooling in chosen))
 
+    @property
+    def reads_mean(self) -> bool:
+        """Whether its classifier is that of `MeanPoolingForSequenceClassification`."""
+        return any(tensor.key.endswith("mean_classifier.weight") for tensor in self.tensors)
+
     def number_of_labels(self) -> int | None:
         """The number of classes of the saved head; None if no head was saved."""
         heads = [t.shape[0] for t in self.tensors if t.sublayer == "saved whole" and len(t.shape) == 2
-                 and re.search(r"(^|\.)(classifier|score|classification_head|logits_proj)\.", t.key)]  # fmt: skip
+                 and CLASSIFIER_KEY.search(t.key)]  # fmt: skip
         return min(heads, default=None)
 
 

@@ -48,6 +48,7 @@ EMBED = """
 print(model.encode(["A text to embed."]).shape)"""
 EMBEDDING_FILE = "config_sentence_transformers.json"  # in the folder of a SentenceTransformer
 USES = {"SEQ_CLS": CLASSIFY, "CAUSAL_LM": GENERATE, "SEQ_2_SEQ_LM": GENERATE}
+MEAN_POOLING = "MeanPoolingForSequenceClassification"  # of this package
 MAX_LABELS = 20  # names of classes in the code
 
 
@@ -62,12 +63,14 @@ def is_embedding(adapter: SavedAdapter) -> bool:
 
 
 def auto_class(adapter: SavedAdapter) -> str | None:
-    """The class of transformers that loads the base model: by the task type, else the base model's class.
+    """The class that loads the base model: by the task type, else the base model's class.
 
     None for models of other libraries.
     """
     if is_embedding(adapter):
         return "SentenceTransformer"
+    if adapter.config.task_type == "SEQ_CLS" and adapter.reads_mean:
+        return MEAN_POOLING
     if adapter.config.task_type in TASK_CLASSES:
         return TASK_CLASSES[adapter.config.task_type][0]
     cls = base_class(adapter)
@@ -138,11 +141,12 @@ def snippet(
 def imports(adapter: SavedAdapter, cls: str | None, use: str) -> list[str]:
     """The import lines that the code needs."""
     ours = "import hf_peft_ext  # comes first: it makes the method known to peft"
-    names = sorted(name for name in (cls, "AutoTokenizer" if use else None) if name)
+    names = sorted(name for name in (cls, "AutoTokenizer" if use else None) if name and name != MEAN_POOLING)
     lines = {
         ours: adapter.is_ours,
         "import torch": "torch." in use,
         "from hf_peft_ext import RankClassifier": "RankClassifier(" in use,
+        f"from hf_peft_ext import {MEAN_POOLING}": cls == MEAN_POOLING,
         "from peft import PeftModel": not adapter.is_ours,
         f"from {'sentence_' * is_embedding(adapter)}transformers import {', '.join(names)}": bool(names),
     }

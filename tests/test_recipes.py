@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from hf_peft_ext import MeanPoolingForSequenceClassification
 from hf_peft_ext.recipes import Recipe, prepare
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource
 
-from .recipe_runs import FAST, RECIPES, chats, classification, elsewhere, models, succeed, text_classifier  # noqa: F401
+from .recipe_runs import FAST, RECIPES, chats, classification, elsewhere, models, succeed  # noqa: F401
 from .test_training import tokenizer
 
 # 2026-11: the data loader asks for pinned memory wherever it runs; TRL's and peft's own use of renamed arguments
@@ -45,7 +46,8 @@ def test_classification(name, models, tmp_path):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == models["bert"]
 
-    model = PeftModel.from_pretrained(text_classifier(models["bert"]), out).eval()
+    base = MeanPoolingForSequenceClassification.from_pretrained(models["bert"], num_labels=8)
+    model = PeftModel.from_pretrained(base, out).eval()
     recipe = Recipe.read(out / "recipe.yaml")
     _, test, labels = recipe.data.load(recipe.training.seed)
     batch = tokenizer()(test["text"][:], padding=True, return_tensors="pt", truncation=True, max_length=128)

@@ -54,6 +54,22 @@ def test_changes(tmp_path):
     assert Recipe.read(tmp_path / "again.yaml").written == recipe.written
 
 
+def test_bfloat16_of_language_models_on_a_cpu(tmp_path):
+    """TRL's default is bfloat16, which most CPUs compute very slowly; what the recipe says counts."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1"}\n')
+    recipe = {
+        "model": {"model_name_or_path": "someone/model"},
+        "peft": {"peft_type": "LORA", "task_type": "CAUSAL_LM"},
+        "data": {"data_files": str(tmp_path / "rows.jsonl"), "text_column": "text"},
+        "training": {"output_dir": str(tmp_path / "out"), "use_cpu": True},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    read = Recipe.read(tmp_path / "r.yaml")
+    assert read.training.bf16 is False
+    assert "bf16" not in read.written["training"]
+    assert Recipe.read(tmp_path / "r.yaml", ["bf16=true"]).training.bf16 is True
+
+
 def test_placements_in_a_recipe(tmp_path):
     """A COMPOSED adapter's placements are mappings in YAML; a wrong one is an error with its line."""
     recipe = {
@@ -116,7 +132,7 @@ def test_local_copy(models, tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/model"
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert weights["base_model.model.classifier.weight"].shape == (8, 32)
+    assert weights["base_model.model.mean_classifier.weight"].shape == (8, 32)
 
 
 def test_metrics():

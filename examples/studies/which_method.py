@@ -34,7 +34,6 @@ from hf_peft_ext.compare.methods import COMPARED_METHODS, Method
 from hf_peft_ext.compare.runs import RATES
 from hf_peft_ext.search.trial_queue import Queue
 from hf_peft_ext.trainers import compare
-from mean_pooling import read_bert_by_its_mean
 from runs import MINILM, RESULTS, Row, find_model, parse, read, read_rows
 
 DEV = 200
@@ -171,7 +170,7 @@ def recipe(args: Arguments, task: str, folder: Path) -> Path:
         "use_cpu": not torch.cuda.is_available(),
     }
     sections = {
-        "model": {"model_name_or_path": find_model(MINILM)},
+        "model": {"model_name_or_path": find_model(MINILM), "pooling": "mean" if args.head == "mean" else None},
         # fields of this section would count for every method of its type; BitFit has none
         "peft": {"peft_type": "BITFIT", "task_type": "SEQ_CLS"},
         "data": {
@@ -286,7 +285,6 @@ def main() -> None:
     if args.head not in ("first", "mean"):
         raise SystemExit(f"`head` (={args.head!r}) must be one of: first, mean.")
     if args.head == "mean":
-        read_bert_by_its_mean()
         args.output /= "mean"  # its cells and its table
     report(args) if args.stage == "table" else run(args, args.stage)
 

@@ -120,6 +120,7 @@ def of_config(adapter: Path, model: str | None, bits: Any) -> Source:
     """
     from hf_peft_ext.hub_cards.saved_adapter import SavedAdapter
     from hf_peft_ext.model.backbone import load_backbone
+    from hf_peft_ext.model.mean_pooling import MeanPoolingForSequenceClassification
 
     saved = SavedAdapter(adapter)
     place = model or saved.config.base_model_name_or_path
@@ -127,6 +128,8 @@ def of_config(adapter: Path, model: str | None, bits: Any) -> Source:
     task = str(getattr(saved.config.task_type, "value", saved.config.task_type))
     count = saved.number_of_labels()
     options: dict[str, Any] = {"num_labels": count} if count and task == "SEQ_CLS" else {}
+    if task == "SEQ_CLS" and saved.reads_mean:
+        options["auto_class"] = MeanPoolingForSequenceClassification
     base = load_backbone(place, bits, task_type=task, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)

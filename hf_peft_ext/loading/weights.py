@@ -62,6 +62,9 @@ def check_tensor_names(in_file: Iterable[str], expected: Iterable[str]) -> None:
         if keys:
             base = keys == extra and any(".base_layer." in key or "embed" in key or "lm_head" in key for key in keys)
             hint = " Save without weights of the base model: `save_embedding_layers=False`." if base else ""
+            if any("mean_classifier" in key for key in keys):
+                other = "MeanPoolingForSequenceClassification" if keys == extra else "transformers' own class"
+                hint = f" Load the base model with {other}, as it was in training."
             raise ValueError(f"The adapter's file {fault}: {first_keys(keys)}.{hint}")
 
 

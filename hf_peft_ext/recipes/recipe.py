@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig
@@ -114,7 +115,8 @@ class Recipe:
     @property
     def task(self) -> RecipeTask:
         """Model class, data, trainer and metrics of the recipe's `task_type`."""
-        return task_of(str(getattr(self.peft.task_type, "value", self.peft.task_type)), self.written.get("data"))
+        task_type = str(getattr(self.peft.task_type, "value", self.peft.task_type))
+        return task_of(task_type, self.written.get("data"), self.model.pooling)
 
     def save(self, folder: str | Path) -> Path:
         """Write `recipe.yaml`, with which `hf-peft-ext train` repeats the run, into a folder.
@@ -150,10 +152,12 @@ def _build(source: RecipeSource) -> dict[str, Any]:
     """The objects that the sections describe; their classes check the values."""
     sections = {name: dict(source.sections.get(name) or {}) for name in SECTIONS if name != "metrics"}
     peft_type, task_type = (sections["peft"].pop("peft_type"), sections["peft"]["task_type"])
-    task, revision = task_of(task_type, sections["data"]), sections["model"].get("revision")
+    model = construct(source, "model", ModelArguments, sections["model"])
+    options = {"task_type": task_type, "data": sections["data"], "pooling": model.pooling}
+    task, revision = construct(source, "model", task_of, options), sections["model"].get("revision")
     quantization = None
     objects = {
-        "model": ModelArguments(**sections["model"]),
+        "model": model,
         "peft": construct(source, "peft", CONFIGS[peft_type], {**sections["peft"], "revision": revision}),
         "data": construct(source, "data", task.data, sections["data"]),
         "metrics": _metrics(source, task),
@@ -161,6 +165,9 @@ def _build(source: RecipeSource) -> dict[str, Any]:
     if sections["quantization"]:
         optional("bitsandbytes", "quantized")
         quantization = construct(source, "quantization", BitsAndBytesConfig, sections["quantization"])
+    on_cpu = sections["training"].get("use_cpu") or not torch.accelerator.is_available()
+    if task.arguments == "SFTConfig" and on_cpu:
+        sections["training"].setdefault("bf16", False)  # TRL's default is True, which most CPUs compute very slowly
     training = construct(source, "training", task.training(), sections["training"])
     check_training(source, training)
     return {**objects, "quantization": quantization, "training": training}

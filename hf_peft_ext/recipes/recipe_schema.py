@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from transformers import BitsAndBytesConfig
 
 from hf_peft_ext.hub_cards.redact import is_secret
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
 from hf_peft_ext.recipes.tasks import CONFIGS, RECIPE_TASKS, task_of
+from hf_peft_ext.validation.checks import check
 from hf_peft_ext.validation.config_schema import fits, type_hints, type_name
 from hf_peft_ext.validation.suggestions import did_you_mean, nearest
 
@@ -37,6 +38,8 @@ class ModelArguments:
         dtype: "float32", "bfloat16", "float16" or "auto".
         attn_implementation: "sdpa" or "eager" for methods with prefixes.
         gguf_file: a GGUF file in the model's folder; its weights are dequantized.
+        pooling: "mean" for a classifier on the mean of the last hidden states, with a `task_type` of SEQ_CLS; None for
+            what transformers' class reads.
     """
 
     model_name_or_path: str
@@ -45,6 +48,10 @@ class ModelArguments:
     dtype: str = "auto"
     attn_implementation: str | None = None
     gguf_file: str | None = None
+    pooling: Literal["mean"] | None = None
+
+    def __post_init__(self) -> None:
+        check("pooling", self.pooling, self.pooling in (None, "mean"), "must be null or mean")
 
 
 def override(source: RecipeSource, changes: Sequence[str]) -> None:

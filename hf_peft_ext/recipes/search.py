@@ -18,7 +18,7 @@ from hf_peft_ext.recipes.recipe import construct
 from hf_peft_ext.recipes.recipe_schema import Keys, ModelArguments, check_types, fields_of
 from hf_peft_ext.recipes.recipe_source import RecipeError, RecipeSource, split_override
 from hf_peft_ext.recipes.run import find_model, load_model, loading
-from hf_peft_ext.recipes.tasks import RECIPE_TASKS, RecipeTask
+from hf_peft_ext.recipes.tasks import RecipeTask, task_of
 from hf_peft_ext.search import DesignSpace, DesignSpaceSearch, LowestShare, RunArguments, SearchTask, share_trunk
 from hf_peft_ext.search.report import write_report
 from hf_peft_ext.search.result import SearchResult
@@ -89,7 +89,11 @@ class SearchRecipe:
     training: RunArguments
     search: QueueArguments
     quantization: None = field(default=None, init=False)
-    task: RecipeTask = field(default=RECIPE_TASKS["SEQ_CLS"], init=False)
+
+    @property
+    def task(self) -> RecipeTask:
+        """Classification."""
+        return task_of("SEQ_CLS", None, self.model.pooling)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> "SearchRecipe":

@@ -13,12 +13,14 @@ import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_peft_ext import trainers
+from hf_peft_ext.model.mean_pooling import MeanPoolingForSequenceClassification
 from hf_peft_ext.ranking.metrics import CLASSIFICATION, GENERATION, REGRESSION
 from hf_peft_ext.recipes.data import ClassificationData, InstructionData, RankingData, SequenceData
 from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.embeddings import PACKAGE_AND_EXTRA, RETRIEVAL, SIMILARITY, EmbeddingData, EmbeddingModel
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
+from hf_peft_ext.validation.checks import check
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class RecipeTask:
     """A `task_type` of peft in a recipe.
 
     Args:
-        model: transformers' auto class.
+        model: class with `from_pretrained` and `from_config`.
         data: class of the `data` section.
         arguments: name of the class of the `training` section, from transformers, TRL, sentence-transformers or
             `hf_peft_ext.trainers`.
@@ -93,14 +95,21 @@ CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.it
 CONFIGS["TFEW"] = TFewConfig  # becomes an IA3Config once the model is known
 
 
-def task_of(task_type: str, data: Mapping[str, Any] | None) -> RecipeTask:
+def task_of(task_type: str, data: Mapping[str, Any] | None, pooling: str | None = None) -> RecipeTask:
     """The task of a recipe.
 
     Args:
         task_type: its `peft.task_type`.
         data: its `data` section.
+        pooling: its `model.pooling`.
+
+    Raises:
+        ValueError: `pooling` is set, and the task is not SEQ_CLS.
     """
     data = data or {}
+    if pooling is not None:
+        check("pooling", pooling, task_type == "SEQ_CLS", "needs a `task_type` of SEQ_CLS")
+        return replace(task_of(task_type, data), model=MeanPoolingForSequenceClassification)
     if task_type in T_FEW and "choices" in data:
         return T_FEW[task_type]
     if task_type == "FEATURE_EXTRACTION" and data.get("score_column"):
