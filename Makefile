@@ -14,7 +14,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -qq $(if $(CONSTR
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
-demo: .venv/.demo  ## UniPELT, LoRA and full fine-tuning on 100 messages; writes results/ (three to ten minutes)
+demo: .venv/.demo  ## UniPELT, LoRA and full fine-tuning on 100 messages; writes results/ (two to ten minutes)
 	@$(BIN)/python examples/01_unipelt.py
 
 RECIPE ?= examples/recipes/unipelt.yaml

@@ -61,7 +61,7 @@ def base_model(adapter: SavedAdapter, record: TrainingRecord) -> str | None:
 
 def tags(adapter: SavedAdapter, record: TrainingRecord, base: str | None) -> list[str]:
     """peft's tags, the method, the trainer's tags, and this package if loading needs it."""
-    needed = ["hf_peft_ext"] * adapter.is_ours + ["transformers"] * bool(auto_class(adapter))
+    needed = ["hf_peft_ext"] * (adapter.is_ours or adapter.reads_mean) + ["transformers"] * bool(auto_class(adapter))
     named = [f"base_model:adapter:{base}"] * bool(base)
     return list(dict.fromkeys(["peft", *needed, adapter.method, *record.tags, *named]))
 

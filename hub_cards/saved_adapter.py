@@ -25,7 +25,7 @@ SUBLAYER_KEY = re.compile(rf"(?:(?P<host>.+)\.)?(?P<place>\w+_(?:{'|'.join(SITES
 SPARSE_KEY = re.compile(r"(?:.+\.)?parameter_deltas\.deltas_of\.(?P<rest>values|indices)")
 LADDER_KEY = re.compile(r"(?P<host>.+)\.ladder\.side_of\.(?P<rest>.+)")
 SUBSPACE_KEY = re.compile(r".+\.intrinsic_subspace\.(?P<rest>.+)")
-CLASSIFIER_KEY = re.compile(r"(^|\.)((mean_)?classifier|score|classification_head|logits_proj)\.")
+CLASSIFIER_KEY = re.compile(r"(^|\.)(classifier|score|classification_head|logits_proj)\.")
 PLACE = re.compile(rf"(?P<site>\w+)_(?P<sublayer>{'|'.join(SITES)})")
 # Name of a tensor in a sub-layer -> the dimension with the sub-layer's size, and the size's name.
 SIZE_DIMENSIONS = {
@@ -222,7 +222,7 @@ class SavedAdapter:
     @property
     def reads_mean(self) -> bool:
         """Whether its classifier is that of `MeanPoolingForSequenceClassification`."""
-        return any(tensor.key.endswith("mean_classifier.weight") for tensor in self.tensors)
+        return any("mean_pooling.classifier." in tensor.key for tensor in self.tensors)
 
     def number_of_labels(self) -> int | None:
         """The number of classes of the saved head; None if no head was saved."""

@@ -32,7 +32,7 @@ def values(
     trained_on = list(dict.fromkeys(data_name(data) for data in record.datasets if trains(data)))
     place = {"repo_id": repo_id, "subfolder": subfolder}
     ranks = ranks_choices(adapter, record.pipeline_tag)
-    packages = "hf_peft_ext" if adapter.is_ours or ranks else "peft"
+    packages = "hf_peft_ext" if adapter.is_ours or adapter.reads_mean or ranks else "peft"
     packages += " sentence-transformers" * is_embedding(adapter)
     loading = snippet(adapter, base, revision=revision, labels=record.labels, ranks=ranks, **place)
     cited = dict.fromkeys([*(paper.bibtex for paper in methods.papers(adapter)), record.paper.get("bibtex")])

@@ -1,13 +1,15 @@
 """Classifiers on the mean of the last hidden states: what they compute, how they are saved, and who loads them."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_peft_ext import MeanPoolingForSequenceClassification, load_adapter, load_backbone
+from hf_peft_ext.catalogue.adapter_report import inspect_adapter
 from hf_peft_ext.compare.sizes import empty_model
 from hf_peft_ext.recipes import Recipe
 from hf_peft_ext.recipes.recipe_source import RecipeError
@@ -19,6 +21,7 @@ from .test_quantized import folders  # noqa: F401
 from .test_to_lora_command import SHORT, to_lora
 
 FAMILIES = [name for name, backbone in BACKBONES.items() if backbone.kind != "seq2seq"]
+CONFIGS = {**ALL, "lora": LoraConfig, "all_linear": partial(LoraConfig, target_modules="all-linear")}
 LABELS = {0: "no", 1: "perhaps", 2: "yes"}
 
 
@@ -53,7 +56,7 @@ def test_reads_the_mean_of_the_text(family, saved_base):
     with torch.no_grad():
         hidden = base(**inputs).last_hidden_state
     means = [text[mask.bool()].mean(0) for text, mask in zip(hidden, inputs["attention_mask"], strict=True)]
-    expected = model.mean_classifier(torch.stack(means))
+    expected = model.mean_pooling.classifier(torch.stack(means))
     torch.testing.assert_close(logits(model, inputs), expected)
     model.save_pretrained(folder / "whole")
     again = MeanPoolingForSequenceClassification.from_pretrained(folder / "whole").eval()
@@ -62,11 +65,11 @@ def test_reads_the_mean_of_the_text(family, saved_base):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-@pytest.mark.parametrize("method", ["unipelt", "s4", "ladder", "lora"])
+@pytest.mark.parametrize("method", ["unipelt", "s4", "ladder", "lora", "all_linear", "sparse", "intrinsic"])
 def test_adapters(method, family, saved_base, tmp_path):
     """Untrained it is the base model; its head is saved; loaded by this package and by peft it is equal."""
     folder, inputs = saved_base(family), BACKBONES[family].inputs()
-    config = {**ALL, "lora": LoraConfig}[method](task_type="SEQ_CLS")
+    config = CONFIGS[method](task_type="SEQ_CLS")
     base = classifier(folder)
     expected = logits(base, inputs)
     model = get_peft_model(base, config).eval()
@@ -76,6 +79,36 @@ def test_adapters(method, family, saved_base, tmp_path):
     for load in (load_adapter, PeftModel.from_pretrained):
         loaded = load(classifier(folder), tmp_path / "adapter").eval()
         assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_prompt_tuning(family, saved_base, tmp_path):
+    """The mean is over the virtual tokens too."""
+    inputs, folder = BACKBONES[family].inputs(), saved_base(family)
+    model = get_peft_model(classifier(folder), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)).eval()
+    with torch.no_grad():
+        words = model.get_base_model().get_input_embeddings()(inputs["input_ids"])
+        prompt = model.get_prompt(len(words))
+    mask = torch.cat([torch.ones(len(words), 4), inputs["attention_mask"]], 1)
+    joined = {"inputs_embeds": torch.cat([prompt, words], 1), "attention_mask": mask}
+    torch.testing.assert_close(logits(model, inputs), logits(model.get_base_model(), joined))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(classifier(folder), tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_prefix_tuning(family, saved_base):
+    """peft's prefixes, which are in the mask and have no hidden states, count in attention, and not in the mean."""
+    inputs = BACKBONES[family].inputs()
+    config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = get_peft_model(classifier(saved_base(family)), config).eval()
+    first = logits(model, inputs)
+    model.prompt_encoder.default.embedding.weight.data.mul_(20)
+    second = logits(model, inputs)
+    assert (first - second).abs().max() > 1e-3
+    alone = {name: value[1:, :6] for name, value in inputs.items()}  # without its padding
+    torch.testing.assert_close(logits(model, alone)[0], second[1])
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
@@ -88,7 +121,7 @@ def test_heads_are_not_taken_for_each_other(family, saved_base, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     with pytest.raises(ValueError, match="Load the base model with MeanPoolingForSequenceClassification, as it was"):
         load_adapter(model, tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"does not imply: .*(classifier|score)"):
+    with pytest.raises(ValueError, match="Load the base model with AutoModelForSequenceClassification, as it was"):
         load_adapter(classifier(folder), tmp_path / "theirs")
 
 
@@ -117,7 +150,7 @@ def test_half_precision_sums_in_float32(saved_base):
         hidden = model.bert(**inputs).last_hidden_state
         mask = inputs["attention_mask"][..., None].double()
         exact = (hidden.double() * mask).sum(1) / mask.sum(1)
-        expected = model.mean_classifier(exact.bfloat16())
+        expected = model.mean_pooling.classifier(exact.bfloat16())
     assert torch.equal(logits(model, inputs), expected)
 
 
@@ -142,7 +175,7 @@ def test_gradient_accumulation_and_checkpointing(saved_base, tmp_path):
         if checkpointing:
             model.gradient_checkpointing_enable()
         with torch.no_grad():
-            model.mean_classifier.weight.fill_(0.01)
+            model.mean_pooling.classifier.weight.fill_(0.01)
         Trainer(model, arguments, train_dataset=rows).train()
         trained.append(model.bert.encoder.layer[0].output.dense.weight.detach())
     torch.testing.assert_close(trained[1], trained[0], atol=1e-6, rtol=1e-4)
@@ -153,7 +186,9 @@ def test_refusals(saved_base):
     with pytest.raises(ValueError, match=r"`config` \(='t5'\) must be of an encoder or a decoder"):
         MeanPoolingForSequenceClassification.from_config(AutoConfig.for_model("t5"))
     mask = torch.ones(3, 1, 9, 9)
-    with pytest.raises(ValueError, match=r"`attention_mask` \(='of shape \(3, 1, 9, 9\)'\) must be of shape"):
+    with pytest.raises(
+        ValueError, match=r"`attention_mask` has the shape \(3, 1, 9, 9\), and must have \(batch, length\) = \(3, 9\)"
+    ):
         classifier(saved_base())(BACKBONES["bert"].inputs()["input_ids"], mask)
 
 
@@ -161,7 +196,7 @@ def test_refusals(saved_base):
 def test_quantized(bits, folders):  # noqa: F811
     """The head is not quantized, so that it can be trained."""
     model = load_backbone(folders("bert"), bits, auto_class=MeanPoolingForSequenceClassification, num_labels=3)
-    assert type(model.mean_classifier) is torch.nn.Linear
+    assert type(model.mean_pooling.classifier) is torch.nn.Linear
     assert type(model.bert.encoder.layer[0].output.dense) is not torch.nn.Linear
     adapted = get_peft_model(model, ALL["unipelt"](task_type="SEQ_CLS"))
     adapted(**BACKBONES["bert"].inputs(), labels=torch.tensor([0, 1, 2])).loss.backward()
@@ -179,12 +214,14 @@ def test_recipe_card_and_export(recipe, models, tmp_path):  # noqa: F811
     """`pooling: mean` trains it; its card's code loads it; `to-lora` loads it with the recipe and without."""
     succeed(*recipe, "learning_rate=0.1", "metrics=[accuracy]")
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "pip install hf_peft_ext" in card
     code = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1].replace('"out"', repr(str(tmp_path / "out")))
     code = re.sub(r"base = .*", f"base = {models['bert']!r}", code).replace("A text to classify.", "w1 w2 w3")
     space = {}
     exec(compile(code, "card", "exec"), space)
     assert type(space["model"].get_base_model()) is MeanPoolingForSequenceClassification
-    assert not empty_model(Recipe.read(recipe[0], recipe[1:]), ["a", "b"]).mean_classifier.weight.numel() % 2
+    assert not empty_model(Recipe.read(recipe[0], recipe[1:]), ["a", "b"]).mean_pooling.classifier.weight.numel() % 2
+    assert inspect_adapter(tmp_path / "out", base=models["bert"]).safe == "yes"
     for remove in ("", "recipe.yaml"):
         (tmp_path / "out" / remove).unlink() if remove else None
         texts = tmp_path / "texts.txt"
@@ -205,7 +242,7 @@ def test_recipe_refuses_other_tasks(models, tmp_path):  # noqa: F811
         f"data: {{data_files: {tmp_path / 'rows.jsonl'}, prompt_column: prompt, response_column: response}}\n"
         f"training: {{output_dir: {tmp_path / 'out'}}}\n"
     )
-    with pytest.raises(RecipeError, match=r"`pooling` \(='mean'\) needs a `task_type` of SEQ_CLS"):
+    with pytest.raises(RecipeError, match=r"`model.pooling` \(='mean'\) needs a `task_type` of SEQ_CLS"):
         Recipe.read(path)
     path.write_text(path.read_text().replace("pooling: mean", "pooling: max"))
     with pytest.raises(RecipeError, match=r"model.pooling.*must be null or mean"):

@@ -132,7 +132,7 @@ def test_local_copy(models, tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/model"
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert weights["base_model.model.mean_classifier.weight"].shape == (8, 32)
+    assert weights["base_model.model.mean_pooling.classifier.weight"].shape == (8, 32)
 
 
 def test_metrics():

@@ -5,16 +5,18 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from glob import glob
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from hf_peft_ext.search import SearchResult
+from hf_peft_ext.search import SearchResult, search_on_ray
 from hf_peft_ext.search.trial_queue import Queue
 
 from .search_spaces import N_MODELS, TwoStages, search, start_worker
@@ -49,6 +51,17 @@ def test_two_workers(alone, tmp_path):
     assert len(lines) == 2 * RUNS
     assert len({line.split()[0] for line in lines}) == 2
     assert found(f"sqlite:///{file}") == alone
+
+
+def test_on_ray(alone, tmp_path):
+    """Two workers of a local Ray cluster come to what one process finds."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
+    try:
+        search_on_ray(partial(search, tmp_path / "search.db"), 2)
+    finally:
+        ray.shutdown()
+    assert found(f"sqlite:///{tmp_path / 'search.db'}") == alone
 
 
 def test_killed_worker(alone, tmp_path):

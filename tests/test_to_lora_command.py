@@ -60,10 +60,12 @@ def test_without_a_recipe(tmp_path, models):  # noqa: F811
     assert result.exit_code == 2
     assert "`texts` (=None) must be given" in result.stderr
     file = tmp_path / "texts.csv"
-    file.write_text("mail\n" + "".join(f"w{i} w{i + 1} w{i + 2} w{i % 5}\n" for i in range(40)))
+    file.write_text("mail\n" + "".join(f"w{i} w{i + 1} w{i + 2} w{i % 5}\n" for i in range(400)))
     result = to_lora(tmp_path / "adapter", tmp_path / "lora", *SHORT, "--texts", file)
     assert "`column` (='text') must be a column of" in result.stderr
-    result = to_lora(tmp_path / "adapter", tmp_path / "lora", *SHORT, "--texts", file, "--column", "mail")
+    result = to_lora(
+        tmp_path / "adapter", tmp_path / "lora", *SHORT, "--steps", "60", "--texts", file, "--column", "mail"
+    )
     assert result.exit_code == 0, (result.output, result.exception)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["llama"]), tmp_path / "lora")
 

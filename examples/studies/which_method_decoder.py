@@ -20,6 +20,7 @@ import json
 import os
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ from rich.console import Console
 from hf_peft_ext.compare.methods import COMPARED_METHODS
 from hf_peft_ext.prompts import load_templates
 from hf_peft_ext.trainers import compare
-from runs import RESULTS, SMOLLM2, Row, language_model, parse, read
+from runs import DOLLY, RESULTS, SMOLLM2, Row, language_model, parse, read, short_instructions
 from which_method import cells_of, rates, table_of
 
-DOLLY = "dolly_hhrlhf"
 STAGES = {  # tasks, the form of (IA)³, and factors on the learning rates
     "tune": (["sst2"], "tfew", [0.1, 0.3, 1.0]),
     "choices": (["comve", "copa", "storycloze", "sst2"], "tfew", [1.0]),
     "instructions": ([DOLLY], "ia3", [0.1, 0.3]),
 }
-LONGEST = 400  # characters of an instruction with its response; longer ones are left out
 TUNED = {"lora": 0.3, "unipelt": 0.3, "s4": 0.3}  # factors from `tune`, in which some seeds failed at 1; 1 for (IA)³
 NOTE = (
     "SmolLM2-135M-Instruct. Accuracy in %; for instructions the loss of a token, in hundredths of a nat. Mean ± "
@@ -79,9 +78,8 @@ def base_model(args: Arguments) -> str:
 
 def pool(args: Arguments, task: str) -> list[Row]:
     """The K + dev rows of a task, drawn once from both of its splits."""
-    rows = [*read(args.data, task, "train"), *read(args.data, task, "dev")]
-    if task == DOLLY:
-        rows = [row for row in rows if len(row["prompt"] + row["response"]) <= LONGEST]
+    rows_of = short_instructions if task == DOLLY else partial(read, task=task)
+    rows = [*rows_of(args.data, split="train"), *rows_of(args.data, split="dev")]
     return random.Random(0).sample(rows, args.k + args.dev)
 
 

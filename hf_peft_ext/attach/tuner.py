@@ -201,8 +201,8 @@ class ComposedModel(AdapterTuner):
             more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
             raise ValueError(
                 f"{len(refused)} sub-layers cannot be merged into weights: {', '.join(refused[:4])}{more}. "
-                "Bottlenecks and prefixes never can; a gated low-rank branch can once its gate is a constant "
-                "(see `fix_gates`). `hf_peft_ext.to_lora` exports the adapter as a LoRA, which can be merged."
+                "Bottlenecks, prefixes and interventions never can; a gated low-rank branch can once its gate is a "
+                "constant (see `fix_gates`). `hf_peft_ext.to_lora` exports the adapter as a LoRA, which can be merged."
             )
         merged = {layer: layer.merged_adapters for layer in layers}
         try:

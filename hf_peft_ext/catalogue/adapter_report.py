@@ -21,6 +21,7 @@ from hf_peft_ext.hub_cards.saved_adapter import ArchitectureRow, SavedAdapter
 from hf_peft_ext.loading.config import config_in_file, read_config
 from hf_peft_ext.loading.expected_tensors import expected_tensors
 from hf_peft_ext.loading.weights import check_header, check_values, check_weights
+from hf_peft_ext.model.mean_pooling import MeanPoolingForSequenceClassification
 from hf_peft_ext.registry import REGISTERED, extend_peft
 from hf_peft_ext.validation.checks import check, is_hub_id
 from hf_peft_ext.validation.config_schema import read_json
@@ -214,7 +215,11 @@ def base_on_meta(report: AdapterReport, folder: Path, base: str | None) -> nn.Mo
         OSError, ValueError: its config cannot be read, or it cannot be built.
     """
     check("base", base, bool(base), "must name the base model, which the adapter does not")
-    labels = SavedAdapter(folder).number_of_labels()
+    saved = SavedAdapter(folder)
+    labels = saved.number_of_labels()
     config = AutoConfig.from_pretrained(str(base), **({} if labels is None else {"num_labels": labels}))
+    if saved.reads_mean:
+        with torch.device("meta"):
+            return MeanPoolingForSequenceClassification.from_config(config)
     task = report.task_type if report.task_type in HEAD_CLASSES else None
     return model_on_meta(config, task=task, dtype=torch.float32)

@@ -62,10 +62,17 @@ def check_tensor_names(in_file: Iterable[str], expected: Iterable[str]) -> None:
         if keys:
             base = keys == extra and any(".base_layer." in key or "embed" in key or "lm_head" in key for key in keys)
             hint = " Save without weights of the base model: `save_embedding_layers=False`." if base else ""
-            if any("mean_classifier" in key for key in keys):
-                other = "MeanPoolingForSequenceClassification" if keys == extra else "transformers' own class"
-                hint = f" Load the base model with {other}, as it was in training."
-            raise ValueError(f"The adapter's file {fault}: {first_keys(keys)}.{hint}")
+            raise ValueError(f"The adapter's file {fault}: {first_keys(keys)}.{hint}{hint_of_class(missing, extra)}")
+
+
+def hint_of_class(missing: Iterable[str], extra: Iterable[str]) -> str:
+    """Which class to load the base model with, if the adapter was trained on another classifier."""
+    ours = "mean_pooling.classifier."
+    if any(ours in key for key in extra):
+        return " Load the base model with MeanPoolingForSequenceClassification, as it was in training."
+    if any(ours in key for key in missing) and any("classifier" in key or "score" in key for key in extra):
+        return " Load the base model with AutoModelForSequenceClassification, as it was in training."
+    return ""
 
 
 def check_shape(key: str, in_file: Any, expected: Tensor) -> None:

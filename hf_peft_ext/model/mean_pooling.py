@@ -10,27 +10,64 @@ from transformers.utils.generic import can_return_tuple
 from hf_peft_ext.validation.checks import check
 
 DROPOUTS = ("classifier_dropout", "hidden_dropout_prob", "dropout")  # names in configs, the first that has a value
+WIDTHS = ("word_embed_proj_dim", "hidden_size")  # of the last hidden states, the first that has a value
+
+
+class MeanPooling(nn.Module):
+    """W dropout(m) + b, m the mean of the hidden states over the tokens that are no padding.
+
+    The mean is computed in float32.
+
+    Args:
+        d: width of the hidden states.
+        num_labels: number of logits.
+        dropout: of the mean.
+    """
+
+    def __init__(self, d: int, num_labels: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(d, num_labels)  # peft trains and saves modules of this name
+
+    def forward(
+        self,
+        hidden: Tensor,  # shape: (batch, length, d)
+        mask: Tensor | None,  # shape: (batch, length), or longer: a prefix in a cache has no hidden states
+    ) -> Tensor:  # shape: (batch, num_labels)
+        """The logits.
+
+        Raises:
+            ValueError: the mask has another shape.
+        """
+        if mask is None:
+            mask = hidden.new_ones(hidden.shape[:2])
+        if mask.ndim != 2 or mask.shape[1] < hidden.shape[1]:
+            expected = f"(batch, length) = {tuple(hidden.shape[:2])}"
+            raise ValueError(f"`attention_mask` has the shape {tuple(mask.shape)}, and must have {expected}.")
+        weight = mask[:, -hidden.shape[1] :, None].to(hidden.device).float()  # (batch, length, 1)
+        mean = (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return self.classifier(self.dropout(mean.to(hidden.dtype)))
 
 
 class MeanPoolingForSequenceClassification(PreTrainedModel):
-    """A classifier or regression on the mean of a text model's last hidden states, over the tokens that are no padding.
+    """A classifier or regression on the mean of a text model's last hidden states, padding not counted.
 
-    transformers' classifiers of encoders read the first token. Models for sentence embeddings are trained to be read
-    by the mean, Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084, section 3). A linear layer reads it,
-    after dropout; a pooler of the base model is left out.
+    Most of transformers' classifiers of encoders read the first token. Models for sentence embeddings are often
+    trained to be read by the mean, Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084, section 3). A pooler
+    of the text model is left out.
 
     It is loaded like transformers' own, from any checkpoint of the text model, and `num_labels`, `id2label` and
     `problem_type` are those of its config:
 
-        model = MeanPoolingForSequenceClassification.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", num_labels=8)
+        model = MeanPoolingForSequenceClassification.from_pretrained("intfloat/e5-small-v2", num_labels=8)
 
-    The linear layer is called `mean_classifier`, so that no other classifier takes it for its own. peft trains and
-    saves it with a `task_type` of SEQ_CLS.
+    With a `task_type` of SEQ_CLS peft trains and saves its head, `mean_pooling.classifier`, which no class of
+    transformers takes for its own.
 
     Raises:
-        ValueError: the config is of an encoder-decoder, or the model is called with a mask that is not of the shape
-            (batch, length).
-    """  # noqa: E501
+        ValueError: the config is of an encoder-decoder, the code of the text model is not in transformers, or the
+            model is called with a mask that is not of the shape (batch, length).
+    """
 
     config_class: Any = AutoConfig
     accepts_loss_kwargs = False  # the loss is the mean over a batch
@@ -50,16 +87,25 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
             text_model.pooler = nn.Identity()  # None is not possible in all models
         setattr(self, self.base_model_prefix, text_model)
         self.num_labels: Any = config.num_labels
-        self.dropout = nn.Dropout(
-            next((p for name in DROPOUTS if (p := getattr(config, name, None)) is not None), 0.0)
-        )
-        self.mean_classifier = nn.Linear(config.get_text_config().hidden_size, self.num_labels)
+        d = first_value(config.get_text_config(), WIDTHS)
+        self.mean_pooling = MeanPooling(d, self.num_labels, first_value(config, DROPOUTS) or 0.0)
         self.post_init()
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "MeanPoolingForSequenceClassification":
+    def from_config(
+        cls, config: PreTrainedConfig, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> "MeanPoolingForSequenceClassification":
         """A model with random weights, as transformers' auto classes make it."""
+        check_remote_code(trust_remote_code)
         return cls._from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any
+    ) -> "MeanPoolingForSequenceClassification":
+        """Load a checkpoint of the text model, or of this class, with the arguments of transformers' auto classes."""
+        check_remote_code(trust_remote_code)
+        return super().from_pretrained(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -69,6 +115,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
@@ -77,31 +124,38 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         Args:
             input_ids: shape (batch, length).
             attention_mask: 0 at padding, shape (batch, length); None if there is none.
-            token_type_ids, position_ids, inputs_embeds, kwargs: of the text model.
+            token_type_ids, position_ids, inputs_embeds, past_key_values, kwargs: of the text model.
             labels: classes, shape (batch,); or numbers, or one number for each class, as in transformers.
 
         Returns:
             The loss if there are labels, logits of shape (batch, `num_labels`), and what the text model was asked for.
         """
-        optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        optional = {
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "past_key_values": past_key_values,
+        }
         given = {name: value for name, value in optional.items() if value is not None}
+        kwargs["return_dict"] = True
         outputs = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **given, **kwargs)
-        pooled = masked_mean(outputs.last_hidden_state, attention_mask)
-        logits = self.mean_classifier(self.dropout(pooled))
+        logits = self.mean_pooling(outputs.last_hidden_state, attention_mask)
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
         )
 
 
-def masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the tokens that are no padding, computed in float32; shapes: (batch, length, d) -> (batch, d).
+def first_value(config: PreTrainedConfig, names: tuple[str, ...]) -> Any:
+    """The first of these fields that a config has, and that is not None; None if there is none."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def check_remote_code(trust_remote_code: bool | None) -> None:
+    """Refuse a text model whose code is not in transformers.
 
     Raises:
-        ValueError: the mask has another shape than (batch, length).
+        ValueError: it is one.
     """
-    if mask is None:
-        return hidden.float().mean(1).to(hidden.dtype)
-    check("attention_mask", f"of shape {tuple(mask.shape)}", mask.ndim == 2, "must be of shape (batch, length)")
-    weights = mask[:, -hidden.shape[1] :, None].float()  # a prefix of `past_key_values` has no hidden states
-    return ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
+    rule = "must not be set: the code of the text model must be in transformers"
+    check("trust_remote_code", trust_remote_code, not trust_remote_code, rule)

@@ -153,12 +153,12 @@ def _build(source: RecipeSource) -> dict[str, Any]:
     sections = {name: dict(source.sections.get(name) or {}) for name in SECTIONS if name != "metrics"}
     peft_type, task_type = (sections["peft"].pop("peft_type"), sections["peft"]["task_type"])
     model = construct(source, "model", ModelArguments, sections["model"])
-    options = {"task_type": task_type, "data": sections["data"], "pooling": model.pooling}
-    task, revision = construct(source, "model", task_of, options), sections["model"].get("revision")
-    quantization = None
+    if model.pooling is not None and task_type != "SEQ_CLS":
+        raise source.error("model.pooling", f"(={model.pooling!r}) needs a `task_type` of SEQ_CLS")
+    task, quantization = task_of(task_type, sections["data"], model.pooling), None
     objects = {
         "model": model,
-        "peft": construct(source, "peft", CONFIGS[peft_type], {**sections["peft"], "revision": revision}),
+        "peft": construct(source, "peft", CONFIGS[peft_type], {**sections["peft"], "revision": model.revision}),
         "data": construct(source, "data", task.data, sections["data"]),
         "metrics": _metrics(source, task),
     }

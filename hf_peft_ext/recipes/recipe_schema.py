@@ -50,7 +50,7 @@ class ModelArguments:
     gguf_file: str | None = None
     pooling: Literal["mean"] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # `check_types` leaves the choices of a Literal to the class
         check("pooling", self.pooling, self.pooling in (None, "mean"), "must be null or mean")
 
 

@@ -20,7 +20,6 @@ from hf_peft_ext.recipes.dataset_config import DatasetArguments
 from hf_peft_ext.recipes.embeddings import PACKAGE_AND_EXTRA, RETRIEVAL, SIMILARITY, EmbeddingData, EmbeddingModel
 from hf_peft_ext.recipes.recipe_source import optional
 from hf_peft_ext.tuners.ia3.config import TFewConfig
-from hf_peft_ext.validation.checks import check
 
 
 @dataclass(frozen=True)
@@ -101,18 +100,13 @@ def task_of(task_type: str, data: Mapping[str, Any] | None, pooling: str | None 
     Args:
         task_type: its `peft.task_type`.
         data: its `data` section.
-        pooling: its `model.pooling`.
-
-    Raises:
-        ValueError: `pooling` is set, and the task is not SEQ_CLS.
+        pooling: its `model.pooling`, for a `task_type` of SEQ_CLS.
     """
     data = data or {}
-    if pooling is not None:
-        check("pooling", pooling, task_type == "SEQ_CLS", "needs a `task_type` of SEQ_CLS")
-        return replace(task_of(task_type, data), model=MeanPoolingForSequenceClassification)
     if task_type in T_FEW and "choices" in data:
         return T_FEW[task_type]
     if task_type == "FEATURE_EXTRACTION" and data.get("score_column"):
         return SIMILARITY_TASK
     is_regression = task_type == "SEQ_CLS" and data.get("problem_type") == "regression"
-    return REGRESSION_TASK if is_regression else RECIPE_TASKS[task_type]
+    task = REGRESSION_TASK if is_regression else RECIPE_TASKS[task_type]
+    return replace(task, model=MeanPoolingForSequenceClassification) if pooling == "mean" else task

@@ -5,6 +5,7 @@ from hf_peft_ext.search.constraints import compare_constraints as compare_constr
 from hf_peft_ext.search.space import DesignSpace as DesignSpace
 
 try:
+    from hf_peft_ext.search.cluster import search_on_ray as search_on_ray
     from hf_peft_ext.search.report import write_report as write_report
     from hf_peft_ext.search.result import Decision as Decision
     from hf_peft_ext.search.result import SearchResult as SearchResult
