@@ -107,6 +107,11 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         check_remote_code(trust_remote_code)
         return super().from_pretrained(*args, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the text model is transformers' own, and its checkpoints are converted as if this class were, too."""
+        return False
+
     @can_return_tuple
     def forward(
         self,
