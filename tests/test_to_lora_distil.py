@@ -199,7 +199,7 @@ def test_usual_learning_rate(tmp_path, tokenizer, texts, method, rate, monkeypat
 
 
 def test_language_models_begin_without_a_fit(tmp_path, tokenizer, texts, monkeypatch):
-    """By default; `fit_rows` asks for one."""
+    """By default; `fit_rows` asks for one, and so does `steps=0`, the fit alone."""
     used, fitted = [], []
     monkeypatch.setattr(distil_module, "train_steps", lambda *args: (used.append(args[4]), iter(()))[1])
     monkeypatch.setattr(distil_module, "fit_least_squares", lambda *args: fitted.append(True))
@@ -213,6 +213,10 @@ def test_language_models_begin_without_a_fit(tmp_path, tokenizer, texts, monkeyp
             to_lora(model, tmp_path / "lora", texts=texts, tokenizer=tokenizer, settings=settings, progress=None)
     assert used == [1e-3, 1e-3]
     assert fitted == [True]
+    with pytest.raises(ValueError, match="closer to the base model"):
+        to_lora(model, tmp_path / "lora", texts=texts, tokenizer=tokenizer, progress=None,
+                settings=DistillationSettings(steps=0))  # fmt: skip
+    assert fitted == [True, True]
 
 
 def test_refuses_what_is_closer_to_the_base(tmp_path, tokenizer, texts):
@@ -362,6 +366,13 @@ def test_intervals():
 
 
 def test_settings():
-    for name, value in (("steps", -1), ("batch_size", 0), ("learning_rate", 0), ("held_out", 1.0), ("fit_rows", 1.5)):
+    for name, value in (
+        ("steps", -1),
+        ("steps", None),
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("held_out", 1.0),
+        ("fit_rows", 1.5),
+    ):
         with pytest.raises(ValueError, match=rf"`{name}` \(={value}\) must"):
             DistillationSettings(**{name: value})

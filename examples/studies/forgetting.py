@@ -16,7 +16,6 @@ import copy
 import os
 import random
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-import transformers
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -40,7 +38,19 @@ from transformers import (
 from hf_peft_ext.compare.methods import COMPARED_METHODS
 from hf_peft_ext.compare.retention import text_loss
 from hf_peft_ext.recipes.tasks import CONFIGS
-from runs import MINILM, RESULTS, SMOLLM2, Row, append, check_protocol, find_model, language_model, read, read_rows
+from runs import (
+    MINILM,
+    RESULTS,
+    SMOLLM2,
+    Row,
+    append,
+    check_protocol,
+    find_model,
+    language_model,
+    quiet,
+    read,
+    read_rows,
+)
 
 METHODS = ["full", "lora", "unipelt", "pfeiffer", "prefix", "ia3", "bitfit"]
 EARLIER, SECOND = "sst2", "trec"
@@ -221,9 +231,7 @@ def main() -> None:
     stages = {"encoder": encoder_runs, "decoder": decoder_runs}
     if args.stage not in stages:
         raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(stages)}.")
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     args.output.mkdir(parents=True, exist_ok=True)
     kept = ("factor", "earlier_rows", "rows", "steps", "test_rows", "texts")
     check_protocol(args.output / f"{args.stage}.json", {name: getattr(args, name) for name in kept})

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def parse(arguments: Any, stages: list[str]) -> Any:
     if args.stage not in stages:
         raise SystemExit(f"`stage` (={args.stage!r}) must be one of: {', '.join(stages)}.")
     return args
+
+
+def quiet() -> None:
+    """Keep libraries from writing warnings and bars between the runs of a study."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def check_protocol(file: Path, protocol: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ import csv
 import os
 import random
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +20,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -43,7 +41,7 @@ from hf_peft_ext import (
     to_lora,
 )
 from hf_peft_ext.export import DistillationSettings
-from runs import MINILM, RESULTS, Row, append, check_protocol, find_model, read, read_rows
+from runs import MINILM, RESULTS, Row, append, check_protocol, find_model, quiet, read, read_rows
 
 MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"
 METHODS: dict[str, Any] = {
@@ -192,9 +190,7 @@ def table(runs: list[Row]) -> str:
 
 def main() -> None:
     args: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # pyright: ignore[reportArgumentType]
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     if not args.report:

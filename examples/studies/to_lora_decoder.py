@@ -12,7 +12,6 @@ as stock peft loads it. Results: runs.csv and table.md in results/to_lora/decode
 import os
 import random
 import tempfile
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
@@ -38,7 +36,18 @@ from hf_peft_ext import (
 )
 from hf_peft_ext.export import DistillationSettings
 from hf_peft_ext.trainers import TFewTrainer, TFewTrainingArguments
-from runs import RESULTS, SMOLLM2, Row, append, check_protocol, language_model, read, read_rows, short_instructions
+from runs import (
+    RESULTS,
+    SMOLLM2,
+    Row,
+    append,
+    check_protocol,
+    language_model,
+    quiet,
+    read,
+    read_rows,
+    short_instructions,
+)
 from to_lora import table
 
 METHODS: dict[str, Any] = {
@@ -168,7 +177,13 @@ def export(key: Row, model: Any, task: Any, tokenizer: Any, args: Arguments) -> 
     assert made.fidelity is not None
     lost = made.fidelity
     return {
-        **{"task": key["task"], "method": key["method"], "seed": key["seed"], "r": args.r, "start": key["steps"]},
+        **{
+            "task": key["task"],
+            "method": key["method"],
+            "seed": key["seed"],
+            "r": args.r,
+            "start": f"{key['steps']} steps",
+        },
         **{"original": fmean(original), "base": base, "lora": fmean(lora), "difference": fmean(differences)},
         **{"low": fmean(differences) - half, "high": fmean(differences) + half},
         **{"agreement": lost.agreement, "kl": lost.kl, "kl_base": lost.kl_base, "seconds": seconds},
@@ -177,9 +192,7 @@ def export(key: Row, model: Any, task: Any, tokenizer: Any, args: Arguments) -> 
 
 def main() -> None:
     args: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # pyright: ignore[reportArgumentType]
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
     runs = args.output / "runs.csv"
@@ -194,7 +207,7 @@ def main() -> None:
                 for method in args.methods:
                     done = {(run["task"], run["method"], run["seed"], run["start"]) for run in read_rows(runs)}
                     for steps in args.steps:
-                        if (name, method, str(seed), str(steps)) in done:
+                        if (name, method, str(seed), f"{steps} steps") in done:
                             continue
                         model = adapter(name, method, seed, task, tokenizer, args)
                         key = {"task": name, "method": method, "seed": seed, "steps": steps}

@@ -11,13 +11,11 @@ continues.
 
 import math
 import tempfile
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -30,7 +28,7 @@ from transformers import (
 
 from hf_peft_ext import BottleneckConfig, MAMConfig, UniPELTConfig
 from hf_peft_ext.tuners.learning_rates import WIDEST_STEP, largest_rate
-from runs import MINILM, RESULTS, Row, append, check_protocol, find_model, read_rows
+from runs import MINILM, RESULTS, Row, append, check_protocol, find_model, quiet, read_rows
 
 MESSAGES = Path(__file__).parents[1] / "data" / "support_messages.csv"
 TASK: dict[str, Any] = {"task_type": "SEQ_CLS"}
@@ -126,9 +124,7 @@ def table(runs: list[Row]) -> str:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # pyright: ignore[reportArgumentType]
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "runs.csv"
     if not args.report:

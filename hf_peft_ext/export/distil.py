@@ -31,8 +31,8 @@ class DistillationSettings:
             after a fit, which a higher one spoils before it improves it; where nothing was fitted (without `fit_rows`,
             or for a ladder, which changes no leaf) for 4e-3, or 1e-3 for a language model.
         fit_rows: rows of the least-squares fit that training begins from; 0 to begin with B = 0. None for 128, or 0
-            for a language model: there the fit, five forward passes for each block, took longer than training, and
-            ranked answers worse than the base model (SmolLM2).
+            for a language model that is trained: there the fit, five forward passes for each block, took longer than
+            training, and the result ranked answers worse (SmolLM2).
         held_out: share of the texts that is kept for measuring, at least one.
         max_length: longer texts are cut to so many tokens; None for the tokenizer's own limit.
         max_new_tokens: length of the answers that an encoder-decoder generates for texts without labels.
@@ -54,9 +54,10 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens"):
             check_count(name, getattr(self, name))
-        for name in ("steps", "fit_rows"):
-            value = getattr(self, name) or 0
-            check(name, value, type(value) is int and value >= 0, "must be a whole number, 0 or more")
+        for name, optional in (("steps", False), ("fit_rows", True)):
+            value = getattr(self, name)
+            counts = (type(value) is int and value >= 0) or (optional and value is None)
+            check(name, value, counts, "must be a whole number, 0 or more")
         if self.learning_rate is not None:
             check_positive("learning_rate", self.learning_rate)
         fits = is_number(self.held_out) and 0 < self.held_out < 1
@@ -83,7 +84,9 @@ def distil(
     """
     base: Any = roles.base
     generator, writes = random.Random(settings.seed), base.can_generate()
-    fit_rows = settings.fit_rows if settings.fit_rows is not None else 0 if writes else FIT_ROWS
+    fit_rows = settings.fit_rows
+    if fit_rows is None:
+        fit_rows = 0 if writes and settings.steps else FIT_ROWS
     if fit_rows:
         chosen = generator.sample(rows, min(fit_rows, len(rows)))
         chosen.sort(key=lambda row: len(row["input_ids"]))  # less padding

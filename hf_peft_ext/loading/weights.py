@@ -66,12 +66,12 @@ def check_tensor_names(in_file: Iterable[str], expected: Iterable[str]) -> None:
 
 
 def hint_of_class(missing: Iterable[str], extra: Iterable[str]) -> str:
-    """Which class to load the base model with, if the adapter was trained on another classifier."""
+    """Which class the base model needs, if the adapter was trained on another classifier."""
     ours = "mean_pooling.classifier."
     if any(ours in key for key in extra):
-        return " Load the base model with MeanPoolingForSequenceClassification, as it was in training."
+        return " The adapter was trained on MeanPoolingForSequenceClassification: load the base model with it."
     if any(ours in key for key in missing) and any("classifier" in key or "score" in key for key in extra):
-        return " Load the base model with AutoModelForSequenceClassification, as it was in training."
+        return " The adapter was trained on transformers' own classifier: load the base model with its auto class."
     return ""
 
 
